@@ -1,0 +1,61 @@
+"""Every error that Coldstill raises for its user's sake.
+
+    ColdstillError
+    ├── RecipeError (ValueError)            the recipe, or an override of it, is wrong
+    ├── DataError (ValueError)              the text cannot give the rows that were asked for
+    ├── ModelError (ValueError)             a model cannot be loaded, or does not fit the other one
+    ├── NonFiniteError (ArithmeticError)    the teacher gave a NaN or an infinity
+    └── StoreError (OSError)                something about a store on disk
+        ├── StoreNotFoundError              no store, selection or student where one is needed
+        ├── FormatError                     written by another version of the format
+        ├── IdentityError                   made from another teacher than the one at hand
+        ├── IncompleteError                 columns that a run needs are not all there
+        └── CorruptError                    bytes that are not the bytes that were written
+
+Each message is one line: what, where, got against expected, what to do. The library raises; only the command line
+prints and exits.
+"""
+
+
+class ColdstillError(Exception):
+    """The root of the tree: catch this to catch everything that is the user's to mend."""
+
+
+class RecipeError(ColdstillError, ValueError):
+    """A recipe key or value is wrong."""
+
+
+class DataError(ColdstillError, ValueError):
+    """The text source cannot give the rows that were asked for."""
+
+
+class ModelError(ColdstillError, ValueError):
+    """A model cannot be loaded, or teacher and student do not fit each other."""
+
+
+class NonFiniteError(ColdstillError, ArithmeticError):
+    """The teacher's forward gave a NaN or an infinity."""
+
+
+class StoreError(ColdstillError, OSError):
+    """Something about a store on disk."""
+
+
+class StoreNotFoundError(StoreError):
+    """No store, selection or pruned student where one is needed."""
+
+
+class FormatError(StoreError):
+    """The store was written by a version of the format that this version does not read."""
+
+
+class IdentityError(StoreError):
+    """The store belongs to another teacher than the one at hand."""
+
+
+class IncompleteError(StoreError):
+    """Columns that a run needs are not committed for all of its shards."""
+
+
+class CorruptError(StoreError):
+    """Stored bytes are not the bytes that were committed."""

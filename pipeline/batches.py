@@ -1,0 +1,155 @@
+"""Stored rows to training batches, in an order that is a function of seed and epoch alone.
+
+Knows the reader and tensors; knows no model. Targets leave here as they are stored: the distiller decodes them on the
+device that it runs on.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from cache.columns import Axis
+from cache.reader import Reader, RowArrays
+from cache.rows import read_selection
+from cache.store import open_store
+from pipeline.distiller import IGNORED
+from pipeline.targets import TOKENS
+
+
+@dataclass(frozen=True)
+class BatchColumns:
+    """Which columns a batch carries, by what the distiller calls them.
+
+    Attributes:
+        topk: The column of largest logits, or None.
+        logsumexp: The column of the normaliser at the loss's temperature, or None.
+        hidden: By teacher block, the column of its output.
+    """
+
+    topk: str | None
+    logsumexp: str | None
+    hidden: dict[int, str]
+
+    def names(self) -> list[str]:
+        """Name every column to read."""
+        return [TOKENS, *(name for name in (self.topk, self.logsumexp) if name), *self.hidden.values()]
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """One row as the store gives it, with the first token that counts in a loss."""
+
+    arrays: RowArrays
+    loss_start: int
+
+
+class StoredRows(Dataset[StoredRow]):
+    """The rows of a selection as a torch dataset.
+
+    The store is opened in the process that reads, at its first row: a handle that crossed a fork could deadlock.
+
+    Args:
+        path: The store's folder or URL.
+        selection: The selection's name.
+        columns: What to read of each row.
+    """
+
+    def __init__(self, path: str, selection: str, columns: BatchColumns) -> None:
+        self._path = path
+        self._columns = columns
+        self._selection = read_selection(open_store(path), selection)
+        self._reader: Reader | None = None
+
+    def __len__(self) -> int:
+        return len(self._selection)
+
+    def __getitem__(self, index: int) -> StoredRow:
+        if self._reader is None:
+            self._reader = Reader(open_store(self._path), self._selection, self._columns.names())
+        return StoredRow(self._reader.row(index), int(self._selection.loss_starts[index]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
+
+class BatchCollator:
+    """Lay stored rows side by side, padded with zeros on the right to the longest.
+
+    Args:
+        columns: Which columns the rows carry.
+        axes: For each column the axis of each of its arrays.
+    """
+
+    def __init__(self, columns: BatchColumns, axes: dict[str, dict[str, Axis]]) -> None:
+        self._columns = columns
+        self._axes = axes
+
+    def __call__(self, rows: Sequence[StoredRow]) -> dict[str, Any]:
+        """Give the distiller's arguments."""
+        lengths = np.array([len(row.arrays[TOKENS]["ids"]) for row in rows])
+        batch: dict[str, Any] = {
+            "input_ids": self._stack(rows, TOKENS, "ids").long(),
+            "labels": _labels(rows, int(lengths.max())),
+        }
+        if (lengths < lengths.max()).any():
+            batch["attention_mask"] = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]).long()
+        if self._columns.topk:
+            batch["topk"] = self._column(rows, self._columns.topk)
+        if self._columns.logsumexp:
+            batch["logsumexp"] = self._stack(rows, self._columns.logsumexp, "values")
+        if self._columns.hidden:
+            batch["hidden"] = {str(block): self._column(rows, name) for block, name in self._columns.hidden.items()}
+        return batch
+
+    def _column(self, rows: Sequence[StoredRow], column: str) -> dict[str, Tensor]:
+        return {array: self._stack(rows, column, array) for array in self._axes[column]}
+
+    def _stack(self, rows: Sequence[StoredRow], column: str, array: str) -> Tensor:
+        values = [row.arrays[column][array] for row in rows]
+        if self._axes[column][array] != "token":
+            return torch.from_numpy(np.stack(values))
+        longest = max(map(len, values))
+        stacked = np.zeros((len(values), longest, *values[0].shape[1:]), values[0].dtype)
+        for index, value in enumerate(values):
+            stacked[index, : len(value)] = value
+        return torch.from_numpy(stacked)
+
+
+class EpochOrder(Sampler[int]):
+    """A new order of the rows each epoch, a function of (seed, epoch) alone: a resumed run meets the same rows.
+
+    Args:
+        num_rows: How many rows there are.
+        seed: Of the order.
+    """
+
+    def __init__(self, num_rows: int, *, seed: int) -> None:
+        self._num_rows = num_rows
+        self._seed = seed
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng([self._seed, self._epoch]).permutation(self._num_rows)
+        return iter(order.tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; the Trainer calls this before each."""
+        self._epoch = epoch
+
+
+def _labels(rows: Sequence[StoredRow], longest: int) -> Tensor:
+    """Give the token that follows each position; `IGNORED` at the last one and where the prompt goes on."""
+    labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
+    for index, row in enumerate(rows):
+        ids = row.arrays[TOKENS]["ids"]
+        first = max(row.loss_start - 1, 0)
+        labels[index, first : len(ids) - 1] = ids[first + 1 :]
+    return torch.from_numpy(labels)

@@ -1,0 +1,188 @@
+"""One teacher forward to named tensors. No I/O.
+
+Block outputs come from hooks, not from `output_hidden_states`, whose last entry is behind the final norm. The output
+head runs in chunks of positions, so that the logits of a batch never exist at once.
+Shapes: B rows, T positions, N real positions of all rows, V vocabulary, K stored tokens, D width.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cache.errors import NonFiniteError
+from pipeline.forward import block_outputs, pad_rows
+from pipeline.models import ModelParts
+
+_CHUNK_BYTES = 64 << 20
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """What to keep of a forward.
+
+    Attributes:
+        blocks: Decoder blocks whose outputs to keep.
+        k: How many of the largest logits to keep; 0 for none.
+        temperatures: Where to take the logsumexp over the whole vocabulary.
+        labels: Whether to keep the logit of the token that follows.
+        final_state: Whether to keep the post-norm last state.
+    """
+
+    blocks: tuple[int, ...] = ()
+    k: int = 0
+    temperatures: tuple[float, ...] = ()
+    labels: bool = False
+    final_state: bool = False
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the output head has to run at all."""
+        return bool(self.k or self.temperatures or self.labels)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What was kept, for the N real positions of the batch's rows, one row behind the other.
+
+    Attributes:
+        hidden_ND: Each asked block's output, in the teacher's dtype.
+        final_state_ND: The post-norm last state, in the teacher's dtype.
+        top_logits_NK: The largest logits, float32, descending.
+        top_ids_NK: Their token ids, int64.
+        label_logit_N: The logit of the token that follows, float32; 0 at a row's last position, which has none.
+        logsumexp_N: By temperature T, the logsumexp of logits / T over the vocabulary, float32.
+    """
+
+    hidden_ND: dict[int, Tensor]
+    final_state_ND: Tensor | None
+    top_logits_NK: Tensor | None
+    top_ids_NK: Tensor | None
+    label_logit_N: Tensor | None
+    logsumexp_N: dict[float, Tensor]
+
+
+@torch.inference_mode()
+def capture(
+    parts: ModelParts, rows: Sequence[Tensor], request: CaptureRequest, *, row_names: Sequence[str]
+) -> Captured:
+    """Run the teacher over some rows of token ids, [T] each and of any lengths, and keep what is asked.
+
+    Raises:
+        NonFiniteError: A value is NaN or infinite; names row, block and position.
+    """
+    device = next(parts.model.parameters()).device
+    ids_BT, mask_BT = pad_rows(rows, device=device)
+    with block_outputs(parts.blocks, request.blocks) as outputs:
+        # Without padding no mask is passed: attention then takes its fastest path.
+        attention_mask = None if bool(mask_BT.all()) else mask_BT.long()
+        body = parts.body(input_ids=ids_BT, attention_mask=attention_mask, use_cache=False)
+    hidden_ND = {block: outputs[block][mask_BT] for block in request.blocks}
+    state_ND = body.last_hidden_state[mask_BT]
+    places = _Places(rows, row_names)
+    for block, values_ND in hidden_ND.items():
+        places.check_finite(values_ND, f"block {block}")
+    places.check_finite(state_ND, "final norm")
+    logits = _Logits(request, len(state_ND), device)
+    if request.needs_logits:
+        labels_N = torch.cat([_next_tokens(row) for row in rows]).to(device)
+        for chunk in _chunks(len(state_ND), parts.vocab_size):
+            logits_CV = parts.output_head(state_ND[chunk])
+            logits.take(chunk, logits_CV, labels_N[chunk])
+        logits.check_finite(places)
+    return logits.finish(hidden_ND, state_ND if request.final_state else None)
+
+
+def logsumexp_at(logits_NV: Tensor, temperatures: Sequence[float]) -> dict[float, Tensor]:
+    """Give the logsumexp of logits / T over the vocabulary for several temperatures, [N] in float32 each.
+
+    Temperatures are taken from the highest down; where one is half of the last, its exponentials are the last ones
+    squared, exp(z / T) = exp(z / 2T)^2, which costs a product in place of an exponential.
+    """
+    maximum_N1 = logits_NV.amax(dim=-1, keepdim=True)
+    shifted_NV = logits_NV - maximum_N1
+    result = {}
+    exponentials_NV, of_temperature = torch.empty(0), 0.0
+    for temperature in sorted(temperatures, reverse=True):
+        if of_temperature == 2 * temperature:
+            exponentials_NV.square_()
+        else:
+            exponentials_NV = (shifted_NV / temperature).exp_()
+        of_temperature = temperature
+        result[temperature] = exponentials_NV.sum(dim=-1).log() + maximum_N1.squeeze(-1) / temperature
+    return result
+
+
+class _Logits:
+    """Gathers what is asked of the logits, chunk by chunk."""
+
+    def __init__(self, request: CaptureRequest, num_positions: int, device: torch.device) -> None:
+        self._request = request
+        shape = (num_positions, request.k)
+        self._top_logits_NK = torch.empty(shape, device=device) if request.k else None
+        self._top_ids_NK = torch.empty(shape, dtype=torch.int64, device=device) if request.k else None
+        self._label_logit_N = torch.empty(num_positions, device=device) if request.labels else None
+        self._logsumexp_N = {
+            temperature: torch.empty(num_positions, device=device) for temperature in request.temperatures
+        }
+
+    def take(self, chunk: slice, logits_CV: Tensor, labels_C: Tensor) -> None:
+        if self._top_logits_NK is not None and self._top_ids_NK is not None:
+            top = logits_CV.topk(self._request.k, dim=-1)
+            self._top_logits_NK[chunk], self._top_ids_NK[chunk] = top.values, top.indices
+        if self._label_logit_N is not None:
+            of_label_C = logits_CV.gather(-1, labels_C.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            self._label_logit_N[chunk] = of_label_C.where(labels_C != NO_LABEL, 0.0)
+        for temperature, values_C in logsumexp_at(logits_CV, self._request.temperatures).items():
+            self._logsumexp_N[temperature][chunk] = values_C
+
+    def check_finite(self, places: "_Places") -> None:
+        named = {"label logit": self._label_logit_N, "top logits": self._top_logits_NK}
+        named |= {f"logsumexp at T={temperature:g}": values for temperature, values in self._logsumexp_N.items()}
+        for name, values in named.items():
+            if values is not None:
+                places.check_finite(values, name)
+
+    def finish(self, hidden_ND: dict[int, Tensor], final_state_ND: Tensor | None) -> Captured:
+        return Captured(
+            hidden_ND=hidden_ND,
+            final_state_ND=final_state_ND,
+            top_logits_NK=self._top_logits_NK,
+            top_ids_NK=self._top_ids_NK,
+            label_logit_N=self._label_logit_N,
+            logsumexp_N=self._logsumexp_N,
+        )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Says which row and position of a batch an index of its N real positions is."""
+
+    rows: Sequence[Tensor]
+    names: Sequence[str]
+
+    def check_finite(self, values: Tensor, what: str) -> None:
+        finite = torch.isfinite(values)
+        if bool(finite.all()):
+            return
+        index = int((~finite).reshape(len(values), -1).any(dim=1).nonzero()[0])
+        for row, name in zip(self.rows, self.names, strict=True):
+            if index < len(row):
+                dtype = str(values.dtype).removeprefix("torch.")
+                raise NonFiniteError(
+                    f"teacher gave a non-finite value: {name}, {what}, position {index}; dtype {dtype}, "
+                    f"try {'float32' if dtype != 'float16' else 'bfloat16'}"
+                )
+            index -= len(row)
+
+
+def _next_tokens(row: Tensor) -> Tensor:
+    return torch.cat([row[1:].long(), torch.tensor([NO_LABEL])])
+
+
+def _chunks(num_positions: int, vocab_size: int) -> Iterator[slice]:
+    length = max(_CHUNK_BYTES // (4 * vocab_size), 1)
+    for start in range(0, num_positions, length):
+        yield slice(start, start + length)

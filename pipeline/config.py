@@ -1,0 +1,343 @@
+"""The recipe: one strict YAML file that drives every command, with dotted overrides.
+
+Knows the shape of a recipe and nothing else: no file but the recipe is read here, and no model or store is touched.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cache.errors import RecipeError
+from pipeline.training_keys import check_training_keys
+
+Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(gt=0)]
+BlockIndex = Annotated[int, Field(ge=0)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PruneMethod = Literal["last", "first", "importance", "explicit"]
+HiddenEncoding = Literal["int8", "float16", "bfloat16", "float32"]
+MappingStrategy = Literal["uniform", "last", "kept", "stride", "endpoints", "pairs"]
+ProjectorKind = Literal["auto", "linear", "mlp", "none"]
+HiddenLoss = Literal["mse", "normalised_mse", "cosine"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TeacherConfig(_Section):
+    """The model to learn from: a folder or a hub name."""
+
+    path: str
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    batch_size: Count = 8
+    trust_remote_code: bool = False
+
+
+class SourceConfig(_Section):
+    """Where documents come from: the arguments of `datasets.load_dataset`, or `builtin:python-docs`."""
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    options: dict[str, Any] = {}
+    text_column: str = "text"
+    prompt_column: str | None = None
+    max_rows: Count | None = None
+
+    def origin(self) -> dict[str, Any]:
+        """Say which documents these are, whatever number of rows is taken of them."""
+        return self.model_dump(exclude={"max_rows"})
+
+
+class DataConfig(_Section):
+    """How documents become rows of tokens."""
+
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    packing: bool = True
+    append_eos: bool = True
+    train: SourceConfig
+    eval: SourceConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        prompts = {self.train.prompt_column, self.eval.prompt_column} - {None}
+        if prompts and self.packing:
+            raise ValueError("prompt_column needs one document a row: set data.packing to false")
+        if self.eval.max_rows is None and self.train.origin() == self.eval.origin():
+            raise ValueError("train and eval read the same source, so eval.max_rows must say how many rows eval takes")
+        return self
+
+
+class PruneLayersConfig(_Section):
+    """Which decoder blocks to remove."""
+
+    remove: Count | None = None
+    method: PruneMethod = "importance"
+    blocks: list[BlockIndex] | None = None
+    calibration_rows: Count = 16
+
+    @model_validator(mode="after")
+    def _check(self) -> "PruneLayersConfig":
+        if self.method == "explicit" and (not self.blocks or self.remove is not None):
+            raise ValueError("method explicit takes blocks, a list of the blocks to remove, and no remove")
+        if self.method != "explicit" and (self.remove is None or self.blocks is not None):
+            raise ValueError(f"method {self.method} takes remove, a number of blocks, and no blocks")
+        if self.blocks is not None and len(set(self.blocks)) < len(self.blocks):
+            raise ValueError(f"blocks names a block twice: {self.blocks}")
+        return self
+
+
+class PruneConfig(_Section):
+    """How the student is cut from the teacher."""
+
+    layers: PruneLayersConfig
+
+
+class StudentConfig(_Section):
+    """The model to train: one that is there already, or the teacher pruned."""
+
+    path: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    prune: PruneConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "StudentConfig":
+        if (self.path is None) == (self.prune is None):
+            raise ValueError("student takes either path, a model that is there, or prune, how to cut one")
+        return self
+
+
+class LogitsTargetConfig(_Section):
+    """What is kept of the teacher's next-token distribution."""
+
+    kind: Literal["topk", "none"] = "topk"
+    k: Count = 64
+    values: Literal["float16", "float32"] = "float16"
+    temperatures: list[Positive] = [1.0, 2.0, 3.0, 4.0]
+
+    @field_validator("temperatures", mode="before")
+    @classmethod
+    def _floats(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [float(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value]
+        return value
+
+    @field_validator("temperatures")
+    @classmethod
+    def _distinct(cls, value: list[float]) -> list[float]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError(f"needs at least one temperature and none twice, got {value}")
+        return value
+
+
+class HiddenTargetConfig(_Section):
+    """Which blocks' outputs are kept, and how."""
+
+    blocks: Literal["mapped", "none"] | list[BlockIndex] = "mapped"
+    encoding: HiddenEncoding = "int8"
+
+
+class TargetsConfig(_Section):
+    """What stage one keeps of the teacher."""
+
+    logits: LogitsTargetConfig = LogitsTargetConfig()
+    hidden: HiddenTargetConfig = HiddenTargetConfig()
+
+
+class MappingConfig(_Section):
+    """Which teacher block each student block learns from."""
+
+    strategy: MappingStrategy = "uniform"
+    pairs: dict[BlockIndex, BlockIndex] | None = None
+    num_pairs: Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "MappingConfig":
+        if (self.strategy == "pairs") != (self.pairs is not None):
+            raise ValueError(
+                "pairs, a map from student block to teacher block, belongs to strategy pairs and to no other"
+            )
+        if self.pairs is not None and (not self.pairs or self.num_pairs is not None):
+            raise ValueError("strategy pairs needs at least one pair, and takes no num_pairs")
+        return self
+
+
+class ProjectorConfig(_Section):
+    """How a student's hidden state is brought to the teacher's width."""
+
+    kind: ProjectorKind = "auto"
+    learnable: bool = True
+    learning_rate: Positive | None = None
+
+
+class LossConfig(_Section):
+    """alpha * cross entropy + beta * KL * temperature^2 + gamma * hidden."""
+
+    alpha: Weight = 0.5
+    beta: Weight = 0.5
+    gamma: Weight = 0.1
+    temperature: Positive = 2.0
+    hidden: HiddenLoss = "normalised_mse"
+
+    @model_validator(mode="after")
+    def _check(self) -> "LossConfig":
+        if self.alpha == self.beta == self.gamma == 0:
+            raise ValueError("alpha, beta and gamma are all 0: there is nothing to learn from")
+        return self
+
+
+class EvaluateConfig(_Section):
+    """How models are judged on the eval rows."""
+
+    batch_size: Count = 8
+    device: str = "auto"
+
+
+class Recipe(_Section):
+    """A whole recipe; the README explains every key."""
+
+    output: str
+    cache: str = "caches"
+    teacher: TeacherConfig
+    data: DataConfig
+    student: StudentConfig
+    targets: TargetsConfig = TargetsConfig()
+    mapping: MappingConfig = MappingConfig()
+    projector: ProjectorConfig = ProjectorConfig()
+    loss: LossConfig = LossConfig()
+    train: dict[str, Any] = {}
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @field_validator("train")
+    @classmethod
+    def _training_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_training_keys(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if self.targets.logits.kind == "none" and self.loss.beta > 0:
+            raise ValueError(
+                "loss.beta is above 0 but targets.logits.kind is none: store logits, or set loss.beta to 0"
+            )
+        if self.targets.hidden.blocks == "none" and self.loss.gamma > 0:
+            raise ValueError(
+                "loss.gamma is above 0 but targets.hidden.blocks is none: store blocks, or set loss.gamma to 0"
+            )
+        return self
+
+    @property
+    def seed(self) -> int:
+        """The seed of training, and of every random choice that is not the data's."""
+        return int(self.train.get("seed", 42))
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides such as `loss.temperature=3`, values in YAML.
+
+    Raises:
+        RecipeError: The file is missing or no YAML, a key is unknown, or a value is wrong; names the key.
+    """
+    try:
+        data = parse_yaml(path.read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {path} must be a map of sections, got {type(data).__name__}")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_recipe(data, name=str(path))
+
+
+def parse_recipe(data: Mapping[str, Any], *, name: str) -> Recipe:
+    """Check a recipe that is a map already; `name` stands for it in errors."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_one_line(error, name)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Give the resolved recipe, every default written out, as YAML that `load_recipe` reads back."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but with YAML 1.2's floats: `1e-4` is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML in which `1e-4` is a number, as a person means it."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise RecipeError(f"override {override!r} must look like section.key=value")
+    section = data
+    for part in parts[:-1]:
+        if section.get(part) is None:
+            section[part] = {}
+        section = section[part]
+        if not isinstance(section, dict):
+            raise RecipeError(f"override {override!r}: {part} is a value, not a section")
+    try:
+        section[parts[-1]] = parse_yaml(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _one_line(error: ValidationError, name: str) -> str:
+    """Say the first thing that is wrong: unknown keys before values, since a misspelt key explains a missing one."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    # Pydantic names the branch of a union that it tried, such as `literal['none']`: that is no key.
+    location = [str(part) for part in problem["loc"] if "[" not in str(part)]
+    rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(_known_keys(location[:-1]))}"
+        return f"unknown key {'.'.join(location)!r} in {name}; {hint}{rest}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"missing key {'.'.join(location)!r} in {name}{rest}"
+    got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+    where = f"{'.'.join(location)} in {name}" if location else name
+    return f"{where}: {message}{got}{rest}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        candidates = [
+            section.model_fields[part].annotation,
+            *getattr(section.model_fields[part].annotation, "__args__", ()),
+        ]
+        section = next(item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel))
+    return list(section.model_fields)

@@ -1,0 +1,183 @@
+"""Judge models on the eval rows: loss, perplexity, KL to the teacher and agreement with it, exactly.
+
+The teacher speaks from the store: its post-norm last states and its output head give its whole distribution back.
+Shapes: N positions that count, V vocabulary, D width.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from cache.reader import Reader, RowArrays, read_constants
+from pipeline.config import Recipe
+from pipeline.encodings import decode_hidden
+from pipeline.forward import pad_rows
+from pipeline.models import check_vocabularies, load_config, load_model, resolve_device, take_apart
+from pipeline.output_head import OutputHead
+from pipeline.provenance import write_record
+from pipeline.run_index import RunRows, find_run_rows, find_student, trained_student
+from pipeline.targets import FINAL_STATE, LABEL_LOGIT, LOSS_TEMPERATURE, OUTPUT_HEAD, TOKENS, logsumexp_name
+
+_CHUNK_POSITIONS = 256
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A model on the eval rows, averaged over the positions that count.
+
+    Attributes:
+        loss: Cross entropy with the text, in nats a token.
+        perplexity: exp(loss).
+        kl: KL(teacher || model) over the whole vocabulary at temperature 1, in nats a token.
+        agreement: Share of positions where model and teacher have the same likeliest token.
+    """
+
+    loss: float
+    perplexity: float
+    kl: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The models of a run, side by side.
+
+    Attributes:
+        models: `teacher`, `pruned` and, once it is trained, `recovered`.
+        gap_closed: By measure, (recovered - pruned) / (teacher - pruned); None where the pruned model has no gap.
+        num_tokens: Positions that counted.
+    """
+
+    models: dict[str, Quality]
+    gap_closed: dict[str, float | None]
+    num_tokens: int
+
+
+def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
+    """Evaluate the recipe's teacher, its student as it was and its student as it is trained.
+
+    Raises:
+        StoreError: `precompute` has not made the eval rows complete.
+        ModelError: A student cannot be loaded.
+    """
+    run = find_run_rows(recipe)
+    teacher = _StoredTeacher(run, resolve_device(recipe.evaluate.device))
+    folders = {"pruned": find_student(recipe)}
+    trained = trained_student(recipe)
+    if (trained / "config.json").is_file():
+        folders["recovered"] = trained
+    models = {"teacher": teacher.quality()}
+    for name, folder in folders.items():
+        models[name] = _judge(recipe, run, teacher, folder, name, show_progress=show_progress)
+    result = Evaluation(models, _gap_closed(models), teacher.num_positions)
+    facts = {"store": run.store.name, "selection": run.selections["eval"].name, "evaluation": asdict(result)}
+    write_record(Path(recipe.output) / "evaluation", recipe, facts)
+    return result
+
+
+class _StoredTeacher:
+    """The teacher's distribution over the eval rows, rebuilt from the store."""
+
+    def __init__(self, run: RunRows, device: torch.device) -> None:
+        columns = [TOKENS, LABEL_LOGIT, logsumexp_name(LOSS_TEMPERATURE), FINAL_STATE]
+        self._reader = Reader(run.store, run.selections["eval"], columns)
+        self._loss_starts = run.selections["eval"].loss_starts.tolist()
+        self.head = _load_head(run, device)
+        self.device = device
+        self.num_positions = sum(len(self._counted(index, row)) for index, row in enumerate(self.rows()))
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def rows(self) -> Iterator[RowArrays]:
+        return (self._reader.row(index) for index in range(len(self)))
+
+    def quality(self) -> Quality:
+        """Judge the teacher by its own stored numbers: no logits are needed."""
+        total = 0.0
+        for index, row in enumerate(self.rows()):
+            counted = self._counted(index, row)
+            label_logit = row[LABEL_LOGIT]["values"][counted.numpy()].astype("float64")
+            normaliser = row[logsumexp_name(LOSS_TEMPERATURE)]["values"][counted.numpy()].astype("float64")
+            total += float((normaliser - label_logit).sum())
+        return _quality(total, 0.0, self.num_positions, self.num_positions)
+
+    def batches(self, size: int) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+        """Give rows in batches: token ids [T], positions that count [N], and the last states [T, D] of each row."""
+        for start in range(0, len(self), size):
+            batch = []
+            for index in range(start, min(start + size, len(self))):
+                row = self._reader.row(index)
+                ids = torch.from_numpy(row[TOKENS]["ids"].astype("int64"))
+                state = decode_hidden({"values": torch.from_numpy(row[FINAL_STATE]["values"].copy())})
+                batch.append((ids, self._counted(index, row), state))
+            yield batch
+
+    def _counted(self, index: int, row: RowArrays) -> Tensor:
+        return torch.arange(max(self._loss_starts[index] - 1, 0), len(row[TOKENS]["ids"]) - 1)
+
+
+def _load_head(run: RunRows, device: torch.device) -> OutputHead:
+    """Rebuild the teacher's output head, in float32: the stored states are read exactly."""
+    arrays, record = read_constants(run.store, OUTPUT_HEAD)
+    weights = {name: decode_hidden({"values": torch.from_numpy(values)}).to(device) for name, values in arrays.items()}
+    attributes = record.column.attributes
+    return OutputHead(weights["weight"], weights.get("bias"), attributes["scale"], attributes["softcap"])
+
+
+@torch.inference_mode()
+def _judge(
+    recipe: Recipe, run: RunRows, teacher: _StoredTeacher, folder: Path, name: str, *, show_progress: bool
+) -> Quality:
+    trust = recipe.student.trust_remote_code
+    check_vocabularies(run.store.teacher["vocab_size"], load_config(folder, trust_remote_code=trust))
+    parts = take_apart(load_model(folder, dtype="float32", trust_remote_code=trust).to(teacher.device))
+    loss, kl, agreed = 0.0, 0.0, 0
+    with tqdm(total=len(teacher), unit="row", desc=f"evaluate {name}", disable=not show_progress) as bar:
+        for batch in teacher.batches(recipe.evaluate.batch_size):
+            ids_BT, mask_BT = pad_rows([ids for ids, _, _ in batch], device=teacher.device)
+            state_BTD = parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).last_hidden_state
+            for row, (ids, counted, teacher_state) in enumerate(batch):
+                for positions in counted.split(_CHUNK_POSITIONS):
+                    sums = _compare(
+                        parts.output_head(state_BTD[row, positions]),
+                        teacher.head(teacher_state[positions].to(teacher.device)),
+                        ids[positions + 1].to(teacher.device),
+                    )
+                    loss, kl, agreed = loss + sums[0], kl + sums[1], agreed + int(sums[2])
+            bar.update(len(batch))
+    return _quality(loss, kl, agreed, teacher.num_positions)
+
+
+def _compare(logits_NV: Tensor, teacher_logits_NV: Tensor, next_tokens_N: Tensor) -> tuple[float, float, float]:
+    """Give the sums over positions of cross entropy, KL(teacher || model) and agreement."""
+    logprobs_NV = logits_NV.log_softmax(dim=-1)
+    teacher_logprobs_NV = teacher_logits_NV.log_softmax(dim=-1)
+    loss = F.nll_loss(logprobs_NV, next_tokens_N, reduction="sum")
+    kl = F.kl_div(logprobs_NV, teacher_logprobs_NV, reduction="sum", log_target=True)
+    agreed = (logprobs_NV.argmax(dim=-1) == teacher_logprobs_NV.argmax(dim=-1)).sum()
+    return float(loss), float(kl), float(agreed)
+
+
+def _quality(loss: float, kl: float, agreed: int, num_positions: int) -> Quality:
+    mean = loss / num_positions
+    # A loss beyond 700 nats overflows a float: such a model has no perplexity worth a number.
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return Quality(loss=mean, perplexity=perplexity, kl=kl / num_positions, agreement=agreed / num_positions)
+
+
+def _gap_closed(models: dict[str, Quality]) -> dict[str, float | None]:
+    if "recovered" not in models:
+        return {}
+    values = {name: asdict(quality) for name, quality in models.items()}
+    closed: dict[str, float | None] = {}
+    for measure in values["teacher"]:
+        gap = values["teacher"][measure] - values["pruned"][measure]
+        closed[measure] = (values["recovered"][measure] - values["pruned"][measure]) / gap if gap else None
+    return closed

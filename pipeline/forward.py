@@ -1,0 +1,43 @@
+"""What it takes to run any decoder over rows: rows laid side by side, block outputs caught by hooks.
+
+Shapes: B rows, T positions, D width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def block_outputs(blocks: nn.ModuleList, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the outputs of some decoder blocks, by block, while the context is open; the hooks go with it."""
+    outputs: dict[int, Tensor] = {}
+
+    def keep(block: int) -> torch.utils.hooks.RemovableHandle:
+        def hook(_module: nn.Module, _args: object, output: object) -> None:
+            outputs[block] = block_output(output)
+
+        return blocks[block].register_forward_hook(hook)
+
+    handles = [keep(block) for block in wanted]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def pad_rows(rows: Sequence[Tensor], *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Lay rows of token ids side by side: ids [B, T], 0 behind each row's end, and the mask [B, T] of real ones."""
+    lengths_B = torch.tensor([len(row) for row in rows])
+    ids_BT = nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True)
+    mask_BT = torch.arange(ids_BT.shape[1]) < lengths_B.unsqueeze(1)
+    return ids_BT.to(device), mask_BT.to(device)
+
+
+def block_output(output: Any) -> Tensor:
+    """Give the hidden state of what a decoder block returned, a tensor or a tuple that begins with it."""
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,55 @@
+"""From a model's post-norm last state to its logits, whether the weights sit in a model or in a store.
+
+Shapes: N positions, D width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """A linear map to the vocabulary, then a scale, then a soft-cap.
+
+    Attributes:
+        weight_VD: The unembedding matrix, in the model's dtype.
+        bias_V: Its bias, where it has one.
+        scale: What the logits are multiplied by (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        softcap: c in `c * tanh(logits / c)` (Gemma 2's `final_logit_softcapping`); none where it is None.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        return self.weight_VD.shape[0]
+
+    @classmethod
+    def of_model(cls, head: Any, config: Any) -> "OutputHead":
+        """Take the head of a model, given its output embedding and its config; the weights are shared, not copied."""
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        return cls(
+            weight_VD=head.weight,
+            bias_V=getattr(head, "bias", None),
+            scale=scale,
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def __call__(self, state_ND: Tensor) -> Tensor:
+        """Give logits [..., V] in float32; the matrix product is in the weights' dtype, as the model does it."""
+        logits = F.linear(state_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits

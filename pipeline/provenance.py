@@ -1,0 +1,78 @@
+"""The record beside every output: the resolved recipe, and where, when and with what it was made."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe, dump_recipe
+
+RECIPE_FILE = "recipe.yaml"
+PROVENANCE_FILE = "provenance.json"
+
+_PACKAGES = (
+    "coldstill",
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "zarr",
+    "numcodecs",
+    "numpy",
+)
+
+
+def write_record(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Write `recipe.yaml` and `provenance.json` into a folder, which is made where it is missing.
+
+    Args:
+        folder: The output that they describe.
+        recipe: What made it.
+        facts: JSON-able fingerprints and figures of this run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / RECIPE_FILE, dump_recipe(recipe))
+    write_whole(folder / PROVENANCE_FILE, json.dumps({**_surroundings(recipe), **facts}, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is never seen half-written."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _surroundings(recipe: Recipe) -> dict[str, Any]:
+    import torch
+
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "seed": recipe.seed,
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cpu_threads": torch.get_num_threads(),
+            "accelerator": accelerator,
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

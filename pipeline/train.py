@@ -1,0 +1,311 @@
+"""Stage two: train the student and its projectors from the store. Neither teacher nor its files are needed."""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from cache.columns import Axis
+from cache.errors import IdentityError, ModelError, RecipeError
+from cache.identity import digest_of
+from cache.manifest import Manifest
+from cache.reader import require_complete
+from pipeline.batches import BatchCollator, BatchColumns, StoredRows
+from pipeline.config import Recipe
+from pipeline.distiller import Distiller, LossWeights
+from pipeline.models import (
+    check_vocabularies,
+    identify,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_dtype,
+    resolve_folder,
+    text_config,
+)
+from pipeline.pairing import layer_map_of
+from pipeline.projectors import create_projectors
+from pipeline.provenance import RECIPE_FILE, write_record, write_whole
+from pipeline.run_index import RunRows, find_run_rows, find_student, trained_student
+from pipeline.targets import columns_of, logsumexp_name
+from pipeline.trainer import UniversalDistillationTrainer
+
+CHECKPOINTS_FOLDER = "checkpoints"
+METRICS_FILE = "train.json"
+
+# Of a recipe, what decides the trained student; the rest may change between an interruption and its continuation.
+_DECISIVE_SECTIONS = ("data", "student", "targets", "mapping", "projector", "loss", "train")
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a run of stage two did.
+
+    Attributes:
+        student: The exported student's folder.
+        num_steps: Optimizer steps of the whole run.
+        trained_steps: Of these, the ones taken now; 0 where the run was complete.
+        losses: The last logged loss and its terms.
+        tokens_per_s: Over the steps taken now.
+        seconds: Time of these steps.
+    """
+
+    student: str
+    num_steps: int
+    trained_steps: int
+    losses: dict[str, float]
+    tokens_per_s: float
+    seconds: float
+
+
+def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
+    """Train the recipe's student, from the last complete checkpoint where there is one, and export it.
+
+    Args:
+        recipe: The recipe.
+        restart: Begin anew, and remove what an earlier run of this output left.
+
+    Raises:
+        StoreError: The store lacks what the recipe needs, or belongs to another teacher.
+        RecipeError: The recipe does not fit the store or the student, or the output holds another run.
+    """
+    output = Path(recipe.output)
+    run = find_run_rows(recipe)
+    _check_teacher(recipe, run)
+    student_folder = find_student(recipe)
+    key = _run_key(recipe, run)
+    if restart:
+        _remove_run(recipe)
+    done = _finished_run(output, key)
+    if done is not None:
+        return done
+    student = _load_student(recipe, run, student_folder)
+    layer_map, columns = _plan(recipe, run, student.config)
+    trainer = _make_trainer(recipe, run, student, layer_map, columns, student_folder)
+    # The key is written before the first checkpoint, so that no checkpoint is ever without it.
+    write_record(output / CHECKPOINTS_FOLDER, recipe, {"run": key})
+    started = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=_last_checkpoint(output))
+    return _finish(recipe, run, trainer, key, result.metrics, time.monotonic() - started)
+
+
+def _check_teacher(recipe: Recipe, run: RunRows) -> None:
+    """Where the teacher's files are at hand, hold them against the store; that they are gone is no fault."""
+    try:
+        folder = resolve_folder(recipe.teacher.path, revision=recipe.teacher.revision, local_only=True)
+        config = load_config(folder, trust_remote_code=recipe.teacher.trust_remote_code)
+        identity = identify(folder, config, dtype=resolve_dtype(config, recipe.teacher.dtype))
+    except ModelError:
+        return
+    for field, stored in run.store.teacher["identity"].items():
+        if identity[field] != stored:
+            raise IdentityError(
+                f"store {run.store.path} was made with another teacher than {recipe.teacher.path}: {field} "
+                f"{stored[:12]} there, {identity[field][:12]} now; run: coldstill precompute"
+            )
+
+
+def _run_key(recipe: Recipe, run: RunRows) -> dict[str, Any]:
+    """Give what decides the trained student, section by section, so that a difference can be named."""
+    sections = recipe.model_dump(include=set(_DECISIVE_SECTIONS))
+    selections = {split: selection.name for split, selection in run.selections.items()}
+    return {**sections, "store": run.store.name, "selections": selections}
+
+
+def _remove_run(recipe: Recipe) -> None:
+    output = Path(recipe.output)
+    (output / METRICS_FILE).unlink(missing_ok=True)
+    for folder in (output / CHECKPOINTS_FOLDER, trained_student(recipe)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _finished_run(output: Path, key: Mapping[str, Any]) -> TrainSummary | None:
+    """Give the summary of a run that is complete; refuse an output that holds another recipe's run."""
+    record = output / CHECKPOINTS_FOLDER / "provenance.json"
+    if record.is_file():
+        earlier = json.loads(record.read_text())["run"]
+        different = [name for name in key if digest_of(earlier.get(name)) != digest_of(key[name])]
+        if different:
+            raise RecipeError(
+                f"{output} holds a run of another recipe ({', '.join(different)} differ; see "
+                f"{record.with_name(RECIPE_FILE)}); choose another output, or begin anew: coldstill train --restart"
+            )
+    metrics = output / METRICS_FILE
+    if not metrics.is_file():
+        return None
+    summary = json.loads(metrics.read_text())["summary"]
+    return TrainSummary(**{**summary, "trained_steps": 0})
+
+
+def _load_student(recipe: Recipe, run: RunRows, folder: Path) -> PreTrainedModel:
+    """Load the student in float32: mixed precision is `train.bf16`, over float32 weights."""
+    config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
+    check_vocabularies(run.store.teacher["vocab_size"], config)
+    return load_model(folder, dtype="float32", trust_remote_code=recipe.student.trust_remote_code)
+
+
+def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict[int, int], BatchColumns]:
+    """Decide the layer map and the columns to read, and check that the store has them."""
+    loss, logits = recipe.loss, recipe.targets.logits
+    layer_map: dict[int, int] = {}
+    if loss.gamma:
+        layer_map = layer_map_of(recipe.mapping, student, num_teacher_blocks=run.store.teacher["num_blocks"])
+        _check_blocks(recipe, layer_map)
+    if loss.beta and loss.temperature not in logits.temperatures:
+        stored = ", ".join(f"{temperature:g}" for temperature in logits.temperatures)
+        raise RecipeError(
+            f"loss.temperature {loss.temperature:g} is not stored; targets.logits.temperatures has {stored}: "
+            "use one of these, or add it there and run: coldstill precompute"
+        )
+    manifest = Manifest(run.store)
+    blocks = list(layer_map.values())
+    selection = run.selections["train"]
+    wanted = columns_of(recipe.targets, blocks=blocks, split="train", manifest=manifest, selection=selection)
+    columns = BatchColumns(
+        topk=wanted.topk if loss.beta else None,
+        logsumexp=logsumexp_name(loss.temperature) if loss.beta else None,
+        hidden=wanted.hidden,
+    )
+    for selection in run.selections.values():
+        require_complete(manifest, selection, columns.names(), store=run.store.path)
+    return layer_map, columns
+
+
+def _check_blocks(recipe: Recipe, layer_map: Mapping[int, int]) -> None:
+    stored = recipe.targets.hidden.blocks
+    if isinstance(stored, list):
+        lacking = sorted(set(layer_map.values()) - set(stored))
+        if lacking:
+            raise RecipeError(
+                f"the mapping needs teacher block {lacking[0]}, but targets.hidden.blocks stores {stored}"
+            )
+
+
+def _make_trainer(
+    recipe: Recipe,
+    run: RunRows,
+    student: PreTrainedModel,
+    layer_map: dict[int, int],
+    columns: BatchColumns,
+    student_folder: Path,
+) -> UniversalDistillationTrainer:
+    loss, projector = recipe.loss, recipe.projector
+    projectors = create_projectors(
+        layer_map,
+        student_width=int(text_config(student.config).hidden_size),
+        teacher_width=run.store.teacher["hidden_size"],
+        kind=projector.kind,
+        learnable=projector.learnable,
+        seed=recipe.seed,
+    )
+    weights = LossWeights(
+        alpha=loss.alpha,
+        beta=loss.beta,
+        gamma=loss.gamma,
+        temperature=loss.temperature,
+        hidden=loss.hidden,
+        k=recipe.targets.logits.k,
+    )
+    datasets = {
+        split: StoredRows(run.store.path, selection.name, columns) for split, selection in run.selections.items()
+    }
+    tokenizer = None
+    with contextlib.suppress(ModelError):
+        tokenizer = load_tokenizer(student_folder, trust_remote_code=recipe.student.trust_remote_code)
+    return UniversalDistillationTrainer(
+        Distiller(student, projectors, layer_map=layer_map, weights=weights),
+        _training_arguments(recipe),
+        data_collator=BatchCollator(columns, _axes(run, columns)),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["eval"],
+        processing_class=tokenizer,
+        projector_learning_rate=projector.learning_rate,
+    )
+
+
+def _training_arguments(recipe: Recipe) -> TrainingArguments:
+    # Without an accelerator there is no memory to pin, and torch would warn of it.
+    defaults = {"logging_steps": 10, "dataloader_pin_memory": torch.accelerator.is_available()}
+    owned = {
+        "output_dir": str(Path(recipe.output) / CHECKPOINTS_FOLDER),
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+    }
+    try:
+        return TrainingArguments(**{**defaults, **recipe.train, **owned})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"train: {' '.join(str(error).split())}") from None
+
+
+def _axes(run: RunRows, columns: BatchColumns) -> dict[str, dict[str, Axis]]:
+    """Read the axis of each array off one committed shard; it is the same in all."""
+    manifest = Manifest(run.store)
+    shard = run.selections["train"].shard_names()[0]
+    records = {name: manifest.record(shard, name) for name in columns.names()}
+    return {
+        name: {array: spec.axis for array, spec in record.column.arrays.items()} for name, record in records.items()
+    }
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    """Give the newest checkpoint that is whole: the Trainer writes its state file last."""
+    folders = (output / CHECKPOINTS_FOLDER).glob("checkpoint-*")
+    whole = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
+    newest = max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[-1]), default=None)
+    return None if newest is None else str(newest)
+
+
+def _finish(
+    recipe: Recipe,
+    run: RunRows,
+    trainer: UniversalDistillationTrainer,
+    key: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    seconds: float,
+) -> TrainSummary:
+    """Export the student and write the metrics, last: they say that the run is complete."""
+    output = Path(recipe.output)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = {name: value for name, value in (logged[-1] if logged else {}).items() if name.startswith("loss")}
+    trained_steps = trainer.state.global_step - trainer._initial_global_step
+    num_tokens = (
+        run.selections["train"].num_tokens * trainer.state.num_train_epochs * trained_steps / trainer.state.max_steps
+    )
+    summary = TrainSummary(
+        student=str(trained_student(recipe)),
+        num_steps=trainer.state.global_step,
+        trained_steps=trained_steps,
+        losses=losses,
+        tokens_per_s=num_tokens / seconds,
+        seconds=seconds,
+    )
+    if trainer.is_world_process_zero():
+        facts = {"run": key, "teacher": run.store.teacher["identity"], "store": run.store.name}
+        _export(trainer, recipe, facts)
+        record = {"summary": summary.__dict__, "metrics": dict(metrics), "log": trainer.state.log_history}
+        write_whole(output / METRICS_FILE, json.dumps(record, indent=1) + "\n")
+    return summary
+
+
+def _export(trainer: UniversalDistillationTrainer, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Write the student alone, so that plain `from_pretrained` loads it; the folder appears whole."""
+    folder = trained_student(recipe)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        student = trainer.accelerator.unwrap_model(trainer.model).student
+        student.save_pretrained(partial)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(partial)
+        write_record(partial, recipe, facts)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,146 @@
+"""The transformers Trainer over a distiller: terms logged, projectors in checkpoints, rows in a reproducible order.
+
+A checkpoint folder is the student as `save_pretrained` writes it, so that plain `from_pretrained` loads any of them,
+with `projectors.safetensors` and the Trainer's own state beside it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from cache.errors import StoreNotFoundError
+from pipeline.batches import EpochOrder
+from pipeline.distiller import Distiller
+from pipeline.models import load_model
+
+PROJECTORS_FILE = "projectors.safetensors"
+
+_STUDENT, _PROJECTORS = "student.", "projectors."
+
+
+class UniversalDistillationTrainer(Trainer):
+    """Train a `Distiller`'s student and projectors from stored targets.
+
+    Takes what `transformers.Trainer` takes, and:
+
+    Args:
+        projector_learning_rate: Of the projectors; the student's own where it is None.
+    """
+
+    # Each term is divided by the positions of the whole accumulated batch already.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, model: Distiller, *args: Any, projector_learning_rate: float | None = None, **kwargs: Any
+    ) -> None:
+        self._projector_learning_rate = projector_learning_rate
+        self._distiller = model
+        self._terms: dict[str, Tensor] = {}
+        self._terms_since_step = 0
+        super().__init__(model, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute alpha * task + beta * logits + gamma * hidden, and note each term for the next log."""
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The count is over all processes, while DDP averages their gradients.
+            outputs = {name: value * self.accelerator.num_processes for name, value in outputs.items()}
+        if model.training:
+            for name, value in outputs.items():
+                if name != "loss":
+                    self._terms[name] = self._terms.get(name, torch.zeros_like(value)) + value.detach()
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,  # noqa: ARG002 - the Trainer's own signature
+        ignore_keys: list[str] | None = None,  # noqa: ARG002
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Give the eval loss of a batch; stored targets are no predictions to gather."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each term, averaged over the steps since the last log, to the Trainer's own loss."""
+        if "loss" in logs and self._terms:
+            num_steps = self.state.global_step - self._terms_since_step
+            for name, total in sorted(self._terms.items()):
+                logs[name] = self.accelerator.gather(total).mean().item() / num_steps
+            self._terms = {}
+            self._terms_since_step = self.state.global_step
+        super().log(logs, start_time)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer over student and projectors; the latter in groups of their own where they have a rate."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._projector_learning_rate is not None:
+            of_projectors = {id(parameter) for parameter in self._distiller.projectors.parameters()}
+            _split_groups(optimizer, of_projectors, self._projector_learning_rate)
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochOrder(len(dataset), seed=seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        state = self._distiller.state_dict() if state_dict is None else state_dict
+        student = {name.removeprefix(_STUDENT): value for name, value in state.items() if name.startswith(_STUDENT)}
+        projectors = {name: value.contiguous() for name, value in state.items() if name.startswith(_PROJECTORS)}
+        self._distiller.student.save_pretrained(folder, state_dict=student, is_main_process=self.args.should_save)
+        if not self.args.should_save:
+            return
+        if projectors:
+            save_file(projectors, folder / PROJECTORS_FILE)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        distiller = self._distiller
+        folder = Path(resume_from_checkpoint)
+        dtype = str(next(distiller.student.parameters()).dtype).removeprefix("torch.")
+        saved = load_model(folder, dtype=dtype)
+        distiller.student.load_state_dict(saved.state_dict())
+        projectors = {name: value for name, value in distiller.state_dict().items() if name.startswith(_PROJECTORS)}
+        if projectors:
+            distiller.projectors.load_state_dict(_read_projectors(folder))
+
+
+def _read_projectors(folder: Path) -> dict[str, Tensor]:
+    try:
+        state = load_file(folder / PROJECTORS_FILE)
+    except FileNotFoundError:
+        raise StoreNotFoundError(
+            f"checkpoint {folder} has no {PROJECTORS_FILE}; run: coldstill train --restart"
+        ) from None
+    return {name.removeprefix(_PROJECTORS): value for name, value in state.items()}
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, chosen: set[int], learning_rate: float) -> None:
+    """Move chosen parameters out of each of the optimizer's groups into a group with another learning rate."""
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+            options = {key: value for key, value in group.items() if key not in ("params", "lr")}
+            optimizer.add_param_group({**options, "params": moved, "lr": learning_rate})
