@@ -1,6 +1,7 @@
 """The `coldstill` command: parse, load the recipe, call one function, print its summary.
 
-Torch and transformers are imported by the commands that need them, so that `--help` answers at once.
+Torch and transformers are imported by the commands that need them, so that `--help` answers at once. What libraries
+print while a stage runs goes to standard error; standard output is the summary's alone.
 """
 
 import contextlib
@@ -66,7 +67,8 @@ def demo(
         _quieten_libraries()
         from pipeline.demo import run_demo
 
-        result = run_demo(folder, say=lambda line: print(line, file=sys.stderr))
+        with contextlib.redirect_stdout(sys.stderr):
+            result = run_demo(folder, say=print)
         if as_json:
             _print_json(result)
             return
@@ -90,7 +92,8 @@ def prune(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
         loaded = _load(recipe, overrides)
         from pipeline.prune import prune as run_stage
 
-        result = run_stage(loaded)
+        with contextlib.redirect_stdout(sys.stderr):
+            result = run_stage(loaded)
         if as_json:
             _print_json(result)
         elif result.was_made:
@@ -106,7 +109,8 @@ def precompute(recipe: RecipeArgument, overrides: OverridesArgument = None, as_j
         loaded = _load(recipe, overrides)
         from pipeline.precompute import precompute as run_stage
 
-        result = run_stage(loaded)
+        with contextlib.redirect_stdout(sys.stderr):
+            result = run_stage(loaded)
         if as_json:
             _print_json(result)
             return
@@ -140,7 +144,8 @@ def train(
         loaded = _load(recipe, overrides)
         from pipeline.train import train as run_stage
 
-        result = run_stage(loaded, restart=restart)
+        with contextlib.redirect_stdout(sys.stderr):
+            result = run_stage(loaded, restart=restart)
         if as_json:
             _print_json(result)
         elif result.trained_steps:
@@ -159,7 +164,8 @@ def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None, as_jso
         loaded = _load(recipe, overrides)
         from pipeline.evaluate import evaluate as run_stage
 
-        result = run_stage(loaded)
+        with contextlib.redirect_stdout(sys.stderr):
+            result = run_stage(loaded)
         if as_json:
             _print_json(result)
         else:

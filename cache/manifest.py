@@ -1,8 +1,8 @@
 """Which (shard, column) pairs are complete, with checksums: the only truth about what a store holds.
 
 A column of a shard exists when its commit record does. A fresh record is one JSON file; `compact` folds all records
-into one Parquet file, so that opening a store costs the same at any size. Records are immutable and the union of all files
-counts, so a reader that meets a compaction half-way sees each record at least once.
+into one Parquet file, so that opening a store costs the same at any size. Records are immutable and the union of all
+files counts, so a reader that meets a compaction half-way sees each record at least once.
 """
 
 import io

@@ -159,16 +159,14 @@ def _lay_into_shards(new: Mapping[bytes, int]) -> pa.Table:
             room = SHARD_TOKENS
         groups[-1].append(row)
         room -= length
-    lines = []
+    columns: dict[str, list[Any]] = {name: [] for name in _ROW_SCHEMA.names}
     for group in groups:
         shard, start = shard_id(group), 0
         for position, row in enumerate(group):
-            lines.append((row, shard, position, start, new[row]))
+            for name, value in zip(columns, (row, shard, position, start, new[row]), strict=True):
+                columns[name].append(value)
             start += new[row]
-    return pa.table(
-        [pa.array(values, field.type) for values, field in zip(zip(*lines, strict=True), _ROW_SCHEMA, strict=True)],
-        schema=_ROW_SCHEMA,
-    )
+    return pa.table(columns, schema=_ROW_SCHEMA)
 
 
 def _known_rows(store: Store) -> pa.Table:

@@ -68,9 +68,9 @@ class Distiller(nn.Module):
         """The student's config, which the Trainer and its integrations read."""
         return self.student.config
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Trade compute for memory in the student's blocks; what the hidden loss reads stays in the graph."""
-        self.student.gradient_checkpointing_enable(**kwargs)
+        self.student.activation_checkpointing_enable(**kwargs)
 
     def forward(
         self,

@@ -39,7 +39,7 @@ def bucketed_kl(
     Merging tokens into a bucket can only lower a KL (data processing inequality), so it is a lower bound of the KL over
     the whole vocabulary; with K = V it is that KL, what `F.kl_div(log_softmax(student / T), softmax(teacher / T))` sums
     to. The factor T^2 keeps the gradient's size when the temperature changes (Hinton et al., arXiv 1503.02531).
-    Never negative, and zero where student and teacher agree.
+    Zero where student and teacher agree, and never negative beyond the rounding of float32.
 
     Args:
         student_logits_NV: Of any floating dtype.

@@ -18,11 +18,12 @@ from pipeline.config import Recipe
 from pipeline.data import Rows, build_rows, tokenizer_digest
 from pipeline.encodings import encode_hidden, to_numpy
 from pipeline.models import ModelParts, load_config, text_config
-from pipeline.pairing import layer_map_of
+from pipeline.pairing import layer_map_between, layer_map_of
 from pipeline.provenance import write_record
 from pipeline.prune import PreparedStudent, check_student, prepare_student
 from pipeline.run_index import RunRows, publish_run_rows
 from pipeline.shard_jobs import ShardComputer, ShardJob, plan_jobs, write_tokens
+from pipeline.students import num_removed
 from pipeline.targets import OUTPUT_HEAD, TargetColumns, columns_of
 from pipeline.teacher import Teacher
 
@@ -64,14 +65,19 @@ def precompute(recipe: Recipe, *, show_progress: bool = True) -> PrecomputeSumma
     teacher = Teacher.locate(recipe.teacher)
     _check_recipe(recipe, teacher)
     check_student(recipe, teacher)
+    _check_mapping(recipe, teacher)
     train_rows, eval_rows = build_rows(recipe.data, teacher.tokenizer)
     rows = {"train": train_rows, "eval": eval_rows}
     student = prepare_student(recipe, teacher, train_rows)
+    blocks = _blocks_to_store(recipe, teacher, student)
     store = create_store(recipe.cache, teacher.describe())
     manifest = Manifest(store)
     run = RunRows(store, _register_rows(recipe, store, manifest, rows, teacher))
     publish_run_rows(recipe, run)
-    targets = _targets(recipe, teacher, student, manifest, run.selections)
+    targets = {
+        split: columns_of(recipe.targets, blocks=blocks, split=split, manifest=manifest, selection=selection)
+        for split, selection in run.selections.items()
+    }
     jobs = _missing(store, manifest, run.selections, targets)
     started = time.monotonic()
     written_bytes = _compute(recipe, teacher, run, manifest, targets, jobs, rows, show_progress=show_progress)
@@ -114,6 +120,13 @@ def _check_recipe(recipe: Recipe, teacher: Teacher) -> None:
             )
 
 
+def _check_mapping(recipe: Recipe, teacher: Teacher) -> None:
+    """Hold the mapping against a student that is yet to be pruned: how many blocks it will have is known."""
+    if recipe.student.prune is not None and recipe.targets.hidden.blocks == "mapped":
+        remaining = teacher.num_blocks - num_removed(recipe.student.prune.layers)
+        layer_map_between(recipe.mapping, remaining, teacher.num_blocks, kept_blocks=range(remaining))
+
+
 def _register_rows(
     recipe: Recipe, store: Store, manifest: Manifest, rows: Mapping[str, Rows], teacher: Teacher
 ) -> dict[str, Selection]:
@@ -141,16 +154,6 @@ def _register_rows(
         }
         selections[split] = write_selection(store, find_rows(store, row_ids), rows[split].loss_starts, provenance)
     return selections
-
-
-def _targets(
-    recipe: Recipe, teacher: Teacher, student: PreparedStudent, manifest: Manifest, selections: Mapping[str, Selection]
-) -> dict[str, TargetColumns]:
-    blocks = _blocks_to_store(recipe, teacher, student)
-    return {
-        split: columns_of(recipe.targets, blocks=blocks, split=split, manifest=manifest, selection=selection)
-        for split, selection in selections.items()
-    }
 
 
 def _blocks_to_store(recipe: Recipe, teacher: Teacher, student: PreparedStudent) -> list[int]:

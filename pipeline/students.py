@@ -30,11 +30,14 @@ def check_prune(layers: PruneLayersConfig, *, num_blocks: int) -> None:
         raise RecipeError(
             f"student.prune.layers.blocks names block {beyond[0]}; the teacher has blocks 0 to {num_blocks - 1}"
         )
-    num_removed = len(layers.blocks) if layers.blocks else layers.remove or 0
-    if num_removed >= num_blocks:
-        raise RecipeError(
-            f"student.prune.layers removes {num_removed} of the teacher's {num_blocks} blocks: none is left"
-        )
+    removed = num_removed(layers)
+    if removed >= num_blocks:
+        raise RecipeError(f"student.prune.layers removes {removed} of the teacher's {num_blocks} blocks: none is left")
+
+
+def num_removed(layers: PruneLayersConfig) -> int:
+    """Give how many blocks go."""
+    return len(layers.blocks) if layers.blocks else layers.remove or 0
 
 
 def choose_kept_blocks(

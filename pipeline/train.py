@@ -232,8 +232,9 @@ def _make_trainer(
 
 
 def _training_arguments(recipe: Recipe) -> TrainingArguments:
-    # Without an accelerator there is no memory to pin, and torch would warn of it.
-    defaults = {"logging_steps": 10, "dataloader_pin_memory": torch.accelerator.is_available()}
+    # Without an accelerator there is no memory to pin, and bf16 has to be asked of the CPU.
+    has_accelerator = torch.accelerator.is_available()
+    defaults = {"logging_steps": 10, "dataloader_pin_memory": has_accelerator, "use_cpu": not has_accelerator}
     owned = {
         "output_dir": str(Path(recipe.output) / CHECKPOINTS_FOLDER),
         "remove_unused_columns": False,

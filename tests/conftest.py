@@ -1,0 +1,139 @@
+"""Tiny real models, a tiny real tokenizer, a text and a recipe that fits them."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import ByteLevelBPETokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+VOCAB_SIZE = 384
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def build_model() -> Callable[..., PreTrainedModel]:
+    """Make a tiny random model of an architecture; keywords change its config."""
+
+    def build(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        config = CONFIG_MAPPING[architecture](**{**COMMON, **changes})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # Random weights of the usual size give near-uniform logits; larger ones make every test sharper.
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.mul_(4.0)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    """Some hundred paragraphs of English that every CPython carries."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics)[:30])
+    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if len(paragraph) > 80][:300]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(corpus, vocab_size=VOCAB_SIZE, special_tokens=["<eos>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def model_folders(
+    tmp_path_factory: pytest.TempPathFactory, build_model: Callable[..., PreTrainedModel], tokenizer: Any
+) -> dict[str, Path]:
+    """A teacher of 4 blocks and width 32, and a student of 2 blocks and width 16."""
+    root = tmp_path_factory.mktemp("models")
+    build_model().save_pretrained(root / "teacher")
+    narrow = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    build_model(seed=1, **narrow).save_pretrained(root / "narrow")
+    for name in ("teacher", "narrow"):
+        tokenizer.save_pretrained(root / name)
+    return {name: root / name for name in ("teacher", "narrow")}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, model_folders: dict[str, Path], corpus: list[str]) -> Path:
+    """A folder with a teacher, a narrow student and a text of its own, which a test may delete."""
+    for name, folder in model_folders.items():
+        shutil.copytree(folder, tmp_path / name)
+    (tmp_path / "text.txt").write_text("\n".join(corpus))
+    return tmp_path
+
+
+@pytest.fixture
+def recipe_data(workplace: Path) -> dict[str, Any]:
+    """A recipe as a map: prune 4 blocks to 3, packed rows of 24 tokens."""
+    source = {"path": "text", "data_files": str(workplace / "text.txt")}
+    return {
+        "output": str(workplace / "run"),
+        "cache": str(workplace / "caches"),
+        "teacher": {"path": str(workplace / "teacher"), "dtype": "float32", "batch_size": 4},
+        "data": {
+            "sequence_length": 24,
+            "train": {**source, "max_rows": 20},
+            "eval": {**source, "max_rows": 6},
+        },
+        "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
+        "targets": {"logits": {"k": 16, "temperatures": [1, 2]}},
+        "mapping": {"strategy": "kept"},
+        "loss": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2.0},
+        "train": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.001, "logging_steps": 2},
+    }
+
+
+@pytest.fixture
+def write_recipe(workplace: Path, recipe_data: dict[str, Any]) -> Callable[..., Path]:
+    """Write the recipe with changes, `section__key=value`, and give its path."""
+
+    def write(**changes: Any) -> Path:
+        data = copy.deepcopy(recipe_data)
+        for dotted, value in changes.items():
+            section = data
+            *parents, last = dotted.split("__")
+            for part in parents:
+                section = section.setdefault(part, {})
+            section[last] = value
+        path = workplace / "recipe.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def coldstill() -> Callable[..., Result]:
+    """Run the command line in this process."""
+    from cli import app
+
+    def run(*arguments: Any, expect: int = 0) -> Result:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == expect, result.output
+        return result
+
+    return run

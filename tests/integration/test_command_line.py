@@ -1,0 +1,268 @@
+"""The commands as a person and a script meet them: summaries, second runs, stage two alone, wrong input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_whole_way_then_a_second_run_that_finds_everything_complete(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
+):
+    recipe = write_recipe()
+    first = coldstill("precompute", recipe).output
+    assert "rows       20 train, 6 eval; 624 tokens in 2 shards" in first
+    assert "computed   624 tokens" in first
+    assert "trained    4 of 4 steps" in coldstill("train", recipe).output
+    table = coldstill("evaluate", recipe).output
+    for word in ("teacher", "pruned", "recovered", "gap closed", "KL to teacher", "Held-out text, 138 tokens"):
+        assert word in table
+    before = files_below(workplace / "caches")
+    assert (
+        "computed   nothing: all columns are complete, no teacher was loaded" in coldstill("precompute", recipe).output
+    )
+    assert "complete already, 4 steps" in coldstill("train", recipe).output
+    assert files_below(workplace / "caches") == before
+    for output in ("precompute", "student", "evaluation"):
+        record = yaml.safe_load((workplace / "run" / output / "recipe.yaml").read_text())
+        assert record["targets"]["logits"] == {"kind": "topk", "k": 16, "values": "float16", "temperatures": [1.0, 2.0]}
+        facts = json.loads((workplace / "run" / output / "provenance.json").read_text())
+        assert {"argv", "seed", "versions", "hardware", "written_at", "store"} <= facts.keys()
+
+
+def test_json_summaries_are_json_and_nothing_else(coldstill: Callable[..., Any], write_recipe: Callable[..., Path]):
+    recipe = write_recipe()
+    assert json.loads(coldstill("prune", recipe, "--json").stdout)["kept_blocks"] == [0, 1, 2]
+    assert json.loads(coldstill("precompute", recipe, "--json").stdout)["computed_tokens"] == 624
+    assert json.loads(coldstill("train", recipe, "--json").stdout)["trained_steps"] == 4
+    models = json.loads(coldstill("evaluate", recipe, "--json").stdout)["models"]
+    assert models["teacher"]["kl"] == 0
+    assert models["pruned"]["kl"] > 0
+
+
+def test_a_new_block_and_more_rows_cost_only_what_is_new(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path]
+):
+    def run(**changes: Any) -> Any:
+        return json.loads(coldstill("precompute", write_recipe(**changes), "--json").stdout)
+
+    run(targets__hidden={"blocks": [0]}, loss__gamma=0.0)
+    other_block = run(targets__hidden={"blocks": [0, 2]}, loss__gamma=0.0)
+    assert other_block["computed_tokens"] == 624
+    one_block_of_int8 = 624 * (32 + 4)
+    assert other_block["written_bytes"] < 1.5 * one_block_of_int8
+    assert run(targets__hidden={"blocks": [2]}, loss__gamma=0.0)["computed_tokens"] == 0
+    more_rows = run(targets__hidden={"blocks": [0, 2]}, loss__gamma=0.0, data__train__max_rows=30)
+    assert more_rows["computed_tokens"] == 10 * 24
+
+
+PROBE = """
+import json, sys
+from cli import app
+from typer.testing import CliRunner
+result = CliRunner().invoke(app, ["train", sys.argv[1]])
+print(result.output, file=sys.stderr)
+watched = ("pipeline.teacher", "pipeline.capture", "pipeline.data", "pipeline.students", "pipeline.precompute")
+print(json.dumps({"exit": result.exit_code, "imported": [name for name in watched if name in sys.modules]}))
+"""
+
+
+def in_new_process(script: str, *arguments: Any) -> Any:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_stage_two_runs_without_teacher_data_or_tokenizer_and_imports_no_teacher_loader(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
+):
+    recipe = write_recipe()
+    coldstill("precompute", recipe)
+    shutil.rmtree(workplace / "teacher")
+    (workplace / "text.txt").unlink()
+    for file in workplace.glob("caches/students/*/token*"):
+        file.unlink()
+    got = in_new_process(PROBE, recipe)
+    assert got == {"exit": 0, "imported": []}
+    assert (workplace / "run/student/model.safetensors").is_file()
+    assert "recovered" in coldstill("evaluate", recipe).output
+
+
+def test_help_answers_without_torch():
+    script = """
+import json, sys
+from typer.testing import CliRunner
+from cli import app
+outputs = [CliRunner().invoke(app, [*command, "--help"]).output for command in ([], ["train"], ["precompute"])]
+print(json.dumps({"torch": "torch" in sys.modules, "said": all("Usage" in output for output in outputs)}))
+"""
+    assert in_new_process(script) == {"torch": False, "said": True}
+
+
+WRONG = {
+    "unknown key": (
+        {"teacher__bacth_size": 3},
+        "unknown key 'teacher.bacth_size' in {recipe}; did you mean 'batch_size'?",
+    ),
+    "wrong type": (
+        {"loss__temperature": "hot"},
+        "loss.temperature in {recipe}: Input should be a valid number, got 'hot'",
+    ),
+    "no teacher": ({"teacher__path": "/nowhere/model"}, "no model folder at /nowhere/model"),
+    "no file": (
+        {"data__train__data_files": "/nowhere.txt"},
+        "cannot load data set 'text': Unable to find '/nowhere.txt'",
+    ),
+    "no rows": ({"data__train__max_rows": 0}, "data.train.max_rows in {recipe}: Input should be greater than 0, got 0"),
+    "no column": ({"data__train__text_column": "body"}, "data set 'text' has no column 'body'; it has text"),
+    "k too large": (
+        {"targets__logits__k": 385},
+        "targets.logits.k is 385, but the teacher's vocabulary has 384 entries",
+    ),
+    "no such block": (
+        {"targets__hidden": {"blocks": [4]}},
+        "targets.hidden.blocks names block 4; the teacher has blocks 0 to 3",
+    ),
+    "no such block to prune": (
+        {"student": {"prune": {"layers": {"method": "explicit", "blocks": [9]}}}},
+        "student.prune.layers.blocks names block 9; the teacher has blocks 0 to 3",
+    ),
+    "nothing left": (
+        {"student": {"prune": {"layers": {"remove": 4}}}},
+        "student.prune.layers removes 4 of the teacher's 4 blocks: none is left",
+    ),
+    "too long": ({"data__sequence_length": 65}, "data.sequence_length is 65, but the teacher reads at most 64 tokens"),
+    "too few pairs": (
+        {"mapping": {"strategy": "last", "num_pairs": 9}},
+        "mapping.num_pairs is 9, but the student has 3",
+    ),
+    "no corpus": ({"data__train__path": "builtin:perl"}, "no built-in corpus 'builtin:perl'"),
+    "no student": ({"student": {"path": "/nowhere/student"}}, "no model folder at /nowhere/student"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_exit_2_and_leaves_nothing(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path, case: str
+):
+    changes, message = WRONG[case]
+    recipe = write_recipe(**changes)
+    before = set(files_below(workplace))
+    result = coldstill("precompute", recipe, expect=2)
+    assert result.stderr.startswith("coldstill: " + message.format(recipe=recipe)), result.stderr
+    assert result.stderr.count("\n") == 1
+    left = {name for name in set(files_below(workplace)) - before if not name.startswith("caches/students/")}
+    assert left == set()
+
+
+def test_an_empty_text_is_refused(coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path):
+    (workplace / "text.txt").write_text("\n \n")
+    result = coldstill("precompute", write_recipe(), expect=2)
+    assert "data.eval gives no row: 0 documents of text read, sequence_length 24; use more text" in result.stderr
+
+
+def test_a_student_of_another_vocabulary_is_refused_before_any_work(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path, build_model: Callable[..., Any]
+):
+    build_model(vocab_size=400).save_pretrained(workplace / "other")
+    result = coldstill("precompute", write_recipe(student={"path": str(workplace / "other")}), expect=2)
+    assert "teacher and student have different vocabularies: 384 entries against 400" in result.stderr
+    assert not (workplace / "caches").exists()
+
+
+def test_projectors_none_between_different_widths_is_refused(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
+):
+    changes = {"student": {"path": str(workplace / "narrow")}, "mapping": {"strategy": "uniform"}}
+    coldstill("precompute", write_recipe(**changes))
+    result = coldstill("train", write_recipe(**changes, projector={"kind": "none"}), expect=2)
+    assert "projector.kind is none, but the student's width 16 is not the teacher's 32; use auto" in result.stderr
+
+
+def test_training_before_precomputing_and_rows_that_are_not_stored_are_refused(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path]
+):
+    result = coldstill("train", write_recipe(), expect=2)
+    assert "holds no rows for this recipe's teacher and data sections; run: coldstill precompute" in result.stderr
+    coldstill("precompute", write_recipe())
+    result = coldstill("train", write_recipe(data__train__max_rows=21), expect=2)
+    assert "holds no rows for this recipe's teacher and data sections" in result.stderr
+
+
+def test_columns_that_are_not_complete_are_counted(coldstill: Callable[..., Any], write_recipe: Callable[..., Path]):
+    coldstill("precompute", write_recipe(targets__hidden={"blocks": [0]}, loss__gamma=0.0))
+    result = coldstill("train", write_recipe(), expect=2)
+    assert (
+        "is incomplete: 0 of 1 shards of hidden/1/int8; 0 of 1 shards of hidden/2/int8; run: coldstill" in result.stderr
+    )
+
+
+def test_a_store_of_another_teacher_is_refused_with_what_differs(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
+):
+    recipe = write_recipe()
+    coldstill("precompute", recipe)
+    file = workplace / "teacher/model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    result = coldstill("train", recipe, expect=2)
+    assert "was made with another teacher than" in result.stderr
+    assert ": weights " in result.stderr
+    coldstill("precompute", recipe)
+    coldstill("train", recipe)
+
+
+def test_a_teacher_with_a_nan_is_named_by_row_block_and_position(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
+):
+    file = workplace / "teacher/model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.2.mlp.down_proj.weight"][:] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    result = coldstill("precompute", write_recipe(), expect=2)
+    assert "teacher gave a non-finite value: eval row 0, block 2, position 0; dtype float32" in result.stderr
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from cache.objects import LocalObjects
+
+    recipe = write_recipe()
+    write = LocalObjects.write
+    calls = 0
+
+    def full_after_thirty(self: LocalObjects, name: str, data: bytes) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 30:
+            raise OSError(28, "No space left on device", name)
+        write(self, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalObjects, "write", full_after_thirty)
+        result = coldstill("precompute", recipe, expect=2)
+    assert "No space left on device; what was committed stays; run the command again to go on" in result.stderr
+    assert not list(workplace.rglob("*.partial"))
+    coldstill("precompute", recipe)
+    resumed = files_below(workplace / "caches/stores")
+    shutil.rmtree(workplace / "caches")
+    coldstill("precompute", recipe)
+    assert files_below(workplace / "caches/stores") == resumed

@@ -1,0 +1,115 @@
+"""Builders that the tests of `cache` share: a store, columns, values and rows."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache.columns import ArraySpec, Column
+from cache.identity import row_id
+from cache.manifest import Manifest
+from cache.rows import Selection, find_rows, lay_rows, publish_rows, shard_rows, write_selection
+from cache.store import Store, create_store
+from cache.writer import write_column
+
+TEACHER = {"identity": {"config": "c0", "weights": "w0", "dtype": "float32"}, "model": "some/teacher"}
+
+Values = dict[str, np.ndarray]
+
+
+@pytest.fixture
+def teacher() -> dict:
+    return TEACHER
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return create_store(str(tmp_path / "caches"), TEACHER)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make chunks so short that a few tokens fill several."""
+    monkeypatch.setattr("cache.columns._CHUNK_TARGET_BYTES", 64)
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a shard hold ten tokens."""
+    monkeypatch.setattr("cache.rows.SHARD_TOKENS", 10)
+
+
+@pytest.fixture
+def every_axis() -> Column:
+    """A column with an array for each axis."""
+    arrays = {
+        "values": ArraySpec("float16", (3,)),
+        "ids": ArraySpec("uint32"),
+        "lengths": ArraySpec("int32", (2,), "row"),
+        "scale": ArraySpec("float32", (5,), "shard"),
+    }
+    return Column("hidden/12/mixed", arrays, {"block": 12})
+
+
+@pytest.fixture
+def fill() -> Callable[..., Values]:
+    """Give values for a column, decided by a seed."""
+
+    def filled(column: Column, *, num_tokens: int, num_rows: int, seed: int = 0) -> Values:
+        generator = np.random.default_rng(seed)
+        values = {}
+        for name, spec in column.arrays.items():
+            shape = spec.full_shape(num_tokens=num_tokens, num_rows=num_rows)
+            values[name] = (generator.standard_normal(shape) * 50 + 60).astype(spec.dtype)
+        return values
+
+    return filled
+
+
+@pytest.fixture
+def make_rows() -> Callable[..., list[np.ndarray]]:
+    """Make rows of the lengths given; no two are equal, whatever their lengths, as each starts with its number."""
+
+    def made(lengths: list[int], *, first: int = 0) -> list[np.ndarray]:
+        return [np.arange(length, dtype=np.int64) * 7 + 1000 * (first + i) for i, length in enumerate(lengths)]
+
+    return made
+
+
+@pytest.fixture
+def lay() -> Callable[..., Selection]:
+    """Lay rows into a store, publish them and select them in their order."""
+
+    def laid(store: Store, rows: list[np.ndarray]) -> Selection:
+        ids = [row_id(row) for row in rows]
+        publish_rows(store, lay_rows(store, ids, [len(row) for row in rows]))
+        return write_selection(store, find_rows(store, ids), [0] * len(rows), {})
+
+    return laid
+
+
+@pytest.fixture
+def write_shards(fill: Callable[..., Values]) -> Callable[..., dict[str, Values]]:
+    """Write a column for some shards and give what was written, by shard."""
+
+    def written(store: Store, manifest: Manifest, shards: list[str], column: Column) -> dict[str, Values]:
+        values = {}
+        for seed, (shard, table) in enumerate(shard_rows(store, shards).items()):
+            size = {"num_tokens": sum(table["length"].to_pylist()), "num_rows": len(table)}
+            values[shard] = fill(column, **size, seed=seed)
+            write_column(store, manifest, shard, column, values[shard], **size)
+        return values
+
+    return written
+
+
+@pytest.fixture
+def tree() -> Callable[[str | Path], dict[str, bytes]]:
+    """Give every file below a folder: relative path -> bytes."""
+
+    def files(folder: str | Path) -> dict[str, bytes]:
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+    return files

@@ -1,0 +1,111 @@
+"""The recipe: overrides, numbers as people write them, and one helpful line for each mistake."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cache.errors import RecipeError
+from pipeline.config import dump_recipe, load_recipe, parse_recipe, parse_yaml
+
+ROOT = Path(__file__).parents[3]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def data() -> dict[str, Any]:
+    return {
+        "output": "runs/x",
+        "teacher": {"path": "somewhere"},
+        "data": {"train": {"path": "text"}, "eval": {"path": "json"}},
+        "student": {"prune": {"layers": {"remove": 2}}},
+    }
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_recipe_loads_and_reads_back_from_its_resolved_form(path: Path, tmp_path: Path):
+    recipe = load_recipe(path)
+    resolved = tmp_path / "recipe.yaml"
+    resolved.write_text(dump_recipe(recipe))
+    assert load_recipe(resolved) == recipe
+
+
+def test_the_recipes_for_real_runs_are_shipped():
+    assert {"cosmopedia.yaml", "demo.yaml", "slimpajama.yaml", "wikitext2.yaml"} <= {path.name for path in SHIPPED}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("2E5", 2e5), ("-1.5e+3", -1500.0), ("1e", "1e"), ("3", 3)]
+)
+def test_numbers_are_numbers_as_a_person_writes_them(text, value):
+    assert parse_yaml(f"x: {text}") == {"x": value}
+
+
+def test_overrides_change_nested_keys_and_make_missing_sections(data, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(data))
+    recipe = load_recipe(path, ["loss.temperature=3", "train.learning_rate=1e-4", "targets.logits.temperatures=[1, 3]"])
+    assert recipe.loss.temperature == 3.0
+    assert recipe.train == {"learning_rate": 1e-4}
+    assert recipe.targets.logits.temperatures == [1.0, 3.0]
+
+
+WRONG = [
+    ({"zzz": 1}, "unknown key 'zzz' in r; known keys: output, cache, teacher"),
+    ({"teacher.bacth_size": 1}, "unknown key 'teacher.bacth_size' in r; did you mean 'batch_size'?"),
+    ({"student.prune.layers.metod": "x"}, "unknown key 'student.prune.layers.metod' in r; did you mean 'method'?"),
+    ({"teacher.path": None}, "teacher.path in r: Input should be a valid string, got None"),
+    ({"teacher": {}}, "missing key 'teacher.path' in r"),
+    ({"loss.alpha": -1}, "loss.alpha in r: Input should be greater than or equal to 0, got -1"),
+    ({"loss": {"alpha": 0, "beta": 0, "gamma": 0}}, "loss in r: alpha, beta and gamma are all 0"),
+    ({"student.path": "x"}, "student in r: student takes either path"),
+    ({"student.prune.layers": {"method": "explicit"}}, "student.prune.layers in r: method explicit takes blocks"),
+    ({"student.prune.layers": {"method": "last"}}, "student.prune.layers in r: method last takes remove"),
+    ({"mapping.strategy": "pairs"}, "mapping in r: pairs, a map from student block to teacher block"),
+    ({"targets.logits.kind": "none"}, "r: loss.beta is above 0 but targets.logits.kind is none"),
+    ({"targets.hidden.blocks": "none"}, "r: loss.gamma is above 0 but targets.hidden.blocks is none"),
+    ({"targets.hidden.blocks": [-1]}, "targets.hidden.blocks in r: Input should be 'mapped' or 'none', got [-1]"),
+    ({"targets.logits.temperatures": [2, 2]}, "targets.logits.temperatures in r: needs at least one temperature"),
+    ({"data.eval.path": "text"}, "data in r: train and eval read the same source, so eval.max_rows must say"),
+    ({"data.train.prompt_column": "q"}, "data in r: prompt_column needs one document a row: set data.packing to false"),
+    ({"train.lerning_rate": 1}, "train in r: unknown key 'train.lerning_rate': transformers' Training"),
+    ({"train.output_dir": "x"}, "train in r: train.output_dir is decided by the recipe's output; remove it"),
+    ({"train.bf16": "yes"}, "train in r: train.bf16 must be of type bool, got 'yes'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), WRONG, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
+def test_each_mistake_is_one_line_that_names_the_key(data, changes, message):
+    for dotted, value in changes.items():
+        section = data
+        *parents, last = dotted.split(".")
+        for part in parents:
+            section = section.setdefault(part, {})
+        section[last] = value
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(data, name="r")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "is not YAML"), ("- 1", "must be a map of sections, got list"), (None, "no recipe at")],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
+    path = tmp_path / "r.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("override", ["loss", "loss.=3", "output.x=3"])
+def test_an_override_of_another_form_is_refused(data, tmp_path, override):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(RecipeError, match="override '"):
+        load_recipe(path, [override])

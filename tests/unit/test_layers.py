@@ -1,0 +1,108 @@
+"""Each module imports only from those above it: the order of the layers is written here, and nowhere else."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+LAYERS = [
+    "cache.errors",
+    "cache.identity",
+    "cache.objects",
+    "cache.columns",
+    "cache.array_object",
+    "cache.store",
+    "cache.rows",
+    "cache.index",
+    "cache.manifest",
+    "cache.writer",
+    "cache.reader",
+    "pipeline.training_keys",
+    "pipeline.config",
+    "pipeline.provenance",
+    "pipeline.builtin_corpus",
+    "pipeline.data",
+    "pipeline.output_head",
+    "pipeline.models",
+    "pipeline.teacher",
+    "pipeline.forward",
+    "pipeline.students",
+    "pipeline.encodings",
+    "pipeline.targets",
+    "pipeline.capture",
+    "pipeline.layer_map",
+    "pipeline.pairing",
+    "pipeline.projectors",
+    "pipeline.losses",
+    "pipeline.distiller",
+    "pipeline.batches",
+    "pipeline.trainer",
+    "pipeline.run_index",
+    "pipeline.shard_jobs",
+    "pipeline.prune",
+    "pipeline.precompute",
+    "pipeline.train",
+    "pipeline.evaluate",
+    "pipeline.demo",
+    "cli",
+]
+
+# The stages know nothing of each other; only prune serves precompute, which makes a student that is not there yet.
+STAGES = {"pipeline.precompute", "pipeline.train", "pipeline.evaluate"}
+
+
+def modules() -> dict[str, Path]:
+    files = [*ROOT.glob("cache/*.py"), *ROOT.glob("pipeline/*.py"), ROOT / "cli.py"]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files if file.stem != "__init__"}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_every_module_has_a_layer_and_every_layer_a_module():
+    assert sorted(modules()) == sorted(LAYERS)
+
+
+def test_each_module_imports_only_from_layers_above_it():
+    for name, file in modules().items():
+        below = set(LAYERS[LAYERS.index(name) :])
+        assert not imports(file) & below, f"{name} imports from its own layer or one below"
+
+
+def test_no_stage_imports_another():
+    for stage in STAGES:
+        assert not imports(modules()[stage]) & (STAGES - {stage})
+
+
+def test_the_store_knows_neither_torch_nor_transformers():
+    for name, file in modules().items():
+        if name.startswith("cache."):
+            roots = {found.partition(".")[0] for found in imports(file)}
+            assert not roots & {"torch", "transformers", "datasets", "pipeline"}, name
+
+
+def test_stage_two_imports_no_teacher_no_capture_and_no_data():
+    reached, pending = set(), ["pipeline.train"]
+    while pending:
+        name = pending.pop()
+        reached.add(name)
+        pending += [found for found in imports(modules()[name]) if found in modules() and found not in reached]
+    assert not reached & {
+        "pipeline.teacher",
+        "pipeline.capture",
+        "pipeline.data",
+        "pipeline.students",
+        "pipeline.prune",
+    }
+
+
+def test_no_file_grows_beyond_what_one_reads_at_a_sitting():
+    for name, file in modules().items():
+        assert len(file.read_text().splitlines()) <= 360, name
