@@ -93,6 +93,7 @@ def build_recipe(options: argparse.Namespace, teacher: str, source: dict[str, An
             "num_train_epochs": 1,
             "per_device_train_batch_size": 4,
             "learning_rate": options.learning_rate,
+            "lr_scheduler_type": "constant",
             "save_strategy": "no",
             "logging_steps": 4,
         },

@@ -131,7 +131,7 @@ class ArrayObject:
         return body
 
     def _corrupt(self, what: str) -> CorruptError:
-        return CorruptError(f"{self._label} is corrupt: {what}; delete its commit record and run precompute again")
+        return CorruptError(f"{self._label} is corrupt: {what}; delete the store and run precompute again")
 
 
 def _num_chunks(length: int, chunk: int) -> int:

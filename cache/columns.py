@@ -15,7 +15,7 @@ Axis = Literal["token", "row", "shard"]
 
 DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "float32", "float64")
 
-_NAME = re.compile(r"[a-z0-9_.]+(/[a-z0-9_.]+)*")
+_NAME = re.compile(r"[a-z0-9_][a-z0-9_.]*(/[a-z0-9_][a-z0-9_.]*)*")
 _CHUNK_TARGET_BYTES = 1 << 18
 
 

@@ -8,7 +8,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,6 +22,7 @@ _VOLATILE_CONFIG_KEYS = frozenset(
     {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 )
 _HASH_BLOCK_BYTES = 1 << 22
+_LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
 def digest_of(value: Any) -> str:
@@ -34,6 +35,10 @@ def row_id(token_ids_T: np.ndarray) -> bytes:
     """Identify one row of token ids, shape [T], by content: 16 bytes, the same for every integer dtype."""
     if token_ids_T.ndim != 1:
         raise ValueError(f"a row is one-dimensional, got shape {token_ids_T.shape}")
+    if token_ids_T.dtype.kind not in "iu" or (
+        len(token_ids_T) and not 0 <= token_ids_T.min() <= token_ids_T.max() < 2**32
+    ):
+        raise ValueError(f"token ids are whole numbers from 0 to 2**32 - 1, got {token_ids_T.dtype}: {token_ids_T}")
     little_endian = np.ascontiguousarray(token_ids_T, dtype="<u4")
     return hashlib.sha256(b"coldstill row 1\0" + little_endian.tobytes()).digest()[:ROW_ID_BYTES]
 
@@ -83,20 +88,30 @@ def _tensor_digests(file: Path) -> dict[str, list[Any]]:
     digests: dict[str, list[Any]] = {}
     with file.open("rb") as stream:
         try:
-            (header_bytes,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(header_bytes))
-        except (struct.error, ValueError, MemoryError, OverflowError) as error:
-            raise ModelError(f"{file} is not a safetensors file: {error}") from None
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
-            stream.seek(8 + header_bytes + start)
-            digests[name] = [entry["dtype"], entry["shape"], _hash_stream(stream, end - start, file)]
+            data_start, entries = _read_header(stream)
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{file} is not a safetensors file: {type(error).__name__}: {error}") from None
+        for name, dtype, shape, start, end in entries:
+            stream.seek(data_start + start)
+            digests[name] = [dtype, shape, _hash_stream(stream, end - start, file)]
     return digests
 
 
-def _hash_stream(stream: Any, num_bytes: int, file: Path) -> str:
+def _read_header(stream: BinaryIO) -> tuple[int, list[tuple[str, str, list[int], int, int]]]:
+    """Give where a safetensors file's data starts, and each tensor's name, dtype, shape, start and end within it."""
+    (header_bytes,) = struct.unpack("<Q", stream.read(8))
+    header = json.loads(stream.read(min(header_bytes, _LARGEST_HEADER_BYTES)))
+    header.pop("__metadata__", None)
+    entries = []
+    for name, entry in header.items():
+        start, end = map(int, entry["data_offsets"])
+        if not 0 <= start <= end:
+            raise ValueError(f"tensor {name} has data_offsets {start} to {end}")
+        entries.append((name, entry["dtype"], entry["shape"], start, end))
+    return 8 + header_bytes, entries
+
+
+def _hash_stream(stream: BinaryIO, num_bytes: int, file: Path) -> str:
     hasher = hashlib.sha256()
     while num_bytes:
         block = stream.read(min(num_bytes, _HASH_BLOCK_BYTES))

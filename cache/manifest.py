@@ -6,6 +6,7 @@ files counts, so a reader that meets a compaction half-way sees each record at l
 """
 
 import io
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -61,16 +62,16 @@ class Manifest:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._lines: dict[tuple[str, str], dict[str, str]] = {}
+        self._lines: dict[str, dict[str, dict[str, str]]] = {}
         self._files: list[str] = []
         self._load()
 
     def __contains__(self, key: tuple[str, str]) -> bool:
-        return key in self._lines
+        return key[1] in self._lines.get(key[0], {})
 
     def columns(self, shard: str) -> list[str]:
         """Name the complete columns of a shard, sorted."""
-        return sorted(column for key, column in self._lines if key == shard)
+        return sorted(self._lines.get(shard, {}))
 
     def record(self, shard: str, column: str) -> CommitRecord:
         """Give the commit record of a column that is complete.
@@ -79,7 +80,7 @@ class Manifest:
             KeyError: It is not.
             CorruptError: The record is damaged.
         """
-        line = self._lines[shard, column]
+        line = self._lines[shard][column]
         if digest_of([line["shard"], line["column"], line["spec"], line["body"]]) != line["check"]:
             raise CorruptError(f"the commit record of column {column}, shard {shard}, in {self._store.path} is corrupt")
         body = json.loads(line["body"])
@@ -95,16 +96,20 @@ class Manifest:
             "body": json.dumps(body, sort_keys=True),
         }
         line["check"] = digest_of(list(line.values()))
-        name = f"{_FOLDER}/{record.shard}~{record.column.name.replace('/', '~')}.json"
+        name = _record_name(record.shard, record.column.name)
         self._store.objects.write(name, json.dumps(line, indent=1).encode())
-        self._lines[record.shard, record.column.name] = line
+        self._add(line)
         self._files.append(name)
+
+    def is_published(self, shard: str, column: str) -> bool:
+        """Whether the column's own record lies in the store, whatever this manifest knows of it."""
+        return self._store.objects.exists(_record_name(shard, column))
 
     def compact(self) -> None:
         """Fold all records into one file, then remove those it came from; nothing happens with fewer than two."""
         if len(self._files) < 2:
             return
-        lines = [self._lines[key] for key in sorted(self._lines)]
+        lines = [self._lines[shard][column] for shard in sorted(self._lines) for column in self.columns(shard)]
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(lines, schema=_SCHEMA), sink, compression="zstd")
         name = f"{_FOLDER}/{digest_of(lines)[:FINGERPRINT_CHARS]}.parquet"
@@ -122,9 +127,14 @@ class Manifest:
             except FileNotFoundError:
                 continue  # a compaction removed it after the listing: list again
             self._files = names
-            self._lines = {(line["shard"], line["column"]): line for lines in tables for line in lines}
+            self._lines = {}
+            for line in itertools.chain.from_iterable(tables):
+                self._add(line)
             return
         raise CorruptError(f"the commit records of store {self._store.path} change faster than they can be read")
+
+    def _add(self, line: dict[str, str]) -> None:
+        self._lines.setdefault(line["shard"], {})[line["column"]] = line
 
     def _read(self, name: str) -> Iterable[dict[str, str]]:
         data = self._store.objects.read(name)
@@ -132,8 +142,12 @@ class Manifest:
             if name.endswith(".json"):
                 line = json.loads(data)
                 return [{field: line[field] for field in _SCHEMA.names}]
-            return list(pq.read_table(io.BytesIO(data), schema=_SCHEMA).to_pylist())
+            return list(pq.read_table(pa.BufferReader(data), schema=_SCHEMA).to_pylist())
         except (ValueError, KeyError, TypeError, pa.ArrowException, OSError) as error:
             raise CorruptError(
-                f"{name} of store {self._store.path} is corrupt: {error}; delete it and run precompute again"
+                f"{name} of store {self._store.path} is corrupt: {error}; delete the store and run precompute again"
             ) from None
+
+
+def _record_name(shard: str, column: str) -> str:
+    return f"{_FOLDER}/{shard}~{column.replace('/', '~')}.json"

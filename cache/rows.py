@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from cache.identity import FINGERPRINT_CHARS, ROW_ID_BYTES, shard_id
 from cache.store import Store
 
 SHARD_TOKENS = 32_768
+
+_PROVENANCE = b"provenance"
 
 _ROW_SCHEMA = pa.schema(
     [
@@ -114,7 +117,7 @@ def write_selection(
 ) -> Selection:
     """Publish the rows of one run, as `find_rows` found them, and give the selection."""
     table = found.append_column(_SELECTION_SCHEMA.field("loss_start"), pa.array(loss_starts, pa.int32()))
-    table = table.replace_schema_metadata({"provenance": json.dumps(dict(provenance))})
+    table = table.replace_schema_metadata({_PROVENANCE: json.dumps(dict(provenance), sort_keys=True)})
     return read_selection(store, _publish(store, "selections", table))
 
 
@@ -127,8 +130,6 @@ def read_selection(store: Store, name: str) -> Selection:
     """
     table = _read_table(store, f"selections/{name}.parquet", _SELECTION_SCHEMA)
     column = {field: table[field].combine_chunks().to_numpy(zero_copy_only=False) for field in table.column_names}
-    if _digest(table) != name:
-        raise CorruptError(f"selection {name} of store {store.path} is corrupt: its rows are not those it is named by")
     return Selection(
         name=name,
         shards=column["shard"],
@@ -136,7 +137,7 @@ def read_selection(store: Store, name: str) -> Selection:
         starts=column["start"],
         lengths=column["length"],
         loss_starts=column["loss_start"],
-        provenance=json.loads((table.schema.metadata or {}).get(b"provenance", b"{}")),
+        provenance=json.loads((table.schema.metadata or {}).get(_PROVENANCE, b"{}")),
     )
 
 
@@ -151,6 +152,8 @@ def shard_rows(store: Store, shards: Sequence[str]) -> dict[str, pa.Table]:
 
 def _lay_into_shards(new: Mapping[bytes, int]) -> pa.Table:
     """Fill shards greedily, in order, up to `SHARD_TOKENS`; a longer row has a shard of its own."""
+    if new and min(new.values()) < 1:
+        raise ValueError("a row needs at least one token")
     groups: list[list[bytes]] = []
     room = 0
     for row, length in new.items():
@@ -185,20 +188,33 @@ def _publish(store: Store, folder: str, table: pa.Table) -> str:
 
 
 def _read_table(store: Store, name: str, schema: pa.Schema) -> pa.Table:
+    """Read a table that is named by its content, and hold it against its name."""
     try:
-        table = pq.read_table(io.BytesIO(store.objects.read(name)))
+        # Not `io.BytesIO`: Arrow would call back into Python from a thread of its own, and a fork then can deadlock.
+        table = pq.read_table(pa.BufferReader(store.objects.read(name)))
+        is_whole = table.schema.names == schema.names and _digest(table) == PurePosixPath(name).stem
+        reason = "its content is not what it is named by"
     except FileNotFoundError:
         raise StoreNotFoundError(f"store {store.path} has no {name}; run: coldstill precompute") from None
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptError(f"{name} of store {store.path} is corrupt: {error}") from None
-    if table.schema.names != schema.names:
-        raise CorruptError(f"{name} of store {store.path} has columns {table.schema.names}, expected {schema.names}")
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        is_whole, reason = False, str(error)
+    if not is_whole:
+        raise CorruptError(
+            f"{name} of store {store.path} is corrupt: {reason}; delete the store and run precompute again"
+        )
     return table
 
 
 def _digest(table: pa.Table) -> str:
     hasher = hashlib.sha256(b"coldstill rows 1\0")
+    hasher.update((table.schema.metadata or {}).get(_PROVENANCE, b""))
     for name in table.column_names:
-        values = table[name].combine_chunks().to_pylist()
-        hasher.update(name.encode() + b"\0" + repr(values).encode())
+        values = table[name].combine_chunks()
+        hasher.update(b"\0" + name.encode() + b"\0")
+        if pa.types.is_integer(values.type):
+            hasher.update(values.to_numpy().astype("<i4").tobytes())
+        elif pa.types.is_string(values.type):
+            hasher.update("\n".join(values.to_pylist()).encode())
+        else:
+            hasher.update(b"".join(values.to_pylist()))
     return hasher.hexdigest()[:FINGERPRINT_CHARS]

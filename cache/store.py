@@ -86,17 +86,15 @@ def open_store(path: str) -> Store:
     """
     objects = open_objects(path)
     try:
-        metadata = json.loads(objects.read(_ROOT_METADATA))
-        attributes = metadata["attributes"][_NAMESPACE]
+        attributes = json.loads(objects.read(_ROOT_METADATA))["attributes"][_NAMESPACE]
+        version, teacher = attributes["format"], attributes["teacher"]
     except FileNotFoundError:
         raise StoreNotFoundError(f"no store at {path}; run: coldstill precompute") from None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise FormatError(f"{path}/{_ROOT_METADATA} is not the metadata of a Coldstill store") from None
-    if attributes["format"] != FORMAT_VERSION:
-        raise FormatError(
-            f"store {path} has format {attributes['format']}, this version of Coldstill reads format {FORMAT_VERSION}"
-        )
-    return Store(objects, attributes["teacher"])
+    if version != FORMAT_VERSION:
+        raise FormatError(f"store {path} has format {version}, this version of Coldstill reads format {FORMAT_VERSION}")
+    return Store(objects, teacher)
 
 
 def shard_folder(shard: str) -> str:

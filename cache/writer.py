@@ -35,9 +35,10 @@ def write_column(
         num_rows: Rows of the shard.
 
     Raises:
-        ValueError: An array is missing, or its dtype or shape is not the column's.
+        ValueError: An array is missing, its dtype or shape is not the column's, or the column is there already.
     """
     shapes = _checked_shapes(column, arrays, num_tokens=num_tokens, num_rows=num_rows)
+    _check_place(manifest, shard, column)
     folder = f"{shard_folder(shard)}/{column.name}"
     store.objects.remove_folder(folder)
     try:
@@ -51,9 +52,18 @@ def write_column(
         record = CommitRecord(shard=shard, column=column, num_tokens=num_tokens, num_rows=num_rows, objects=objects)
         manifest.commit(record)
     except BaseException:
-        store.objects.remove_folder(folder)
+        # The record may be out although publishing it raised, by a signal or a sync that failed: then the arrays stay.
+        if not manifest.is_published(shard, column.name):
+            store.objects.remove_folder(folder)
         raise
     return record
+
+
+def _check_place(manifest: Manifest, shard: str, column: Column) -> None:
+    """Refuse to write over a committed column, or into the folder of one."""
+    for committed in manifest.columns(shard):
+        if f"{committed}/".startswith(f"{column.name}/") or f"{column.name}/".startswith(f"{committed}/"):
+            raise ValueError(f"column {column.name} cannot be written: shard {shard} has {committed} already")
 
 
 def _checked_shapes(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 NAME = "builtin:python-docs"
 
-_SHORTEST_CHARACTERS = 200
+_SHORTEST_CHARACTERS = 80
 _SHUFFLE_SEED = 0
 _EXCLUDED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}

@@ -26,7 +26,7 @@ from pipeline.precompute import precompute
 from pipeline.provenance import write_whole
 from pipeline.train import train
 
-_VOCAB_SIZE = 2048
+_VOCAB_SIZE = 1024
 _END_OF_TEXT = "<|endoftext|>"
 _SEED = 0
 
@@ -117,11 +117,11 @@ def _train_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, scratch:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=8,
-            num_attention_heads=6,
-            num_key_value_heads=3,
+            hidden_size=128,
+            intermediate_size=336,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             max_position_embeddings=recipe.data.sequence_length,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.eos_token_id,
@@ -131,13 +131,13 @@ def _train_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, scratch:
     )
     arguments = TrainingArguments(
         output_dir=str(scratch),
-        max_steps=450,
+        max_steps=1600,
         per_device_train_batch_size=8,
-        learning_rate=3e-3,
+        learning_rate=4e-3,
         lr_scheduler_type="cosine",
         warmup_steps=40,
         weight_decay=0.1,
-        logging_steps=50,
+        logging_steps=200,
         save_strategy="no",
         seed=_SEED,
         dataloader_pin_memory=torch.accelerator.is_available(),

@@ -18,6 +18,12 @@ TEACHER = {"identity": {"config": "c0", "weights": "w0", "dtype": "float32"}, "m
 Values = dict[str, np.ndarray]
 
 
+@pytest.fixture(autouse=True)
+def _without_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save the time of syncs: no test here outlives its machine."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def teacher() -> dict:
     return TEACHER

@@ -16,7 +16,7 @@ from cache.store import Store
 from cache.writer import write_column
 
 SIZE = {"num_tokens": 37, "num_rows": 5}
-DAMAGE = r"column logits/topk, array values, shard s0, in .* is corrupt: .*; delete its commit record"
+DAMAGE = r"column logits/topk, array values, shard s0, in .* is corrupt: .*; delete the store and run precompute again"
 
 
 @dataclass(frozen=True)

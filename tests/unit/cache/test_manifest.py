@@ -201,7 +201,9 @@ def test_a_record_that_is_no_record_is_corrupt_by_file(store: Store, data: bytes
     Manifest(store).commit(record_of("s0", "tokens"))
     (file,) = commit_files(store)
     file.write_bytes(data)
-    with pytest.raises(CorruptError, match=r"commits/s0~tokens\.json of store .* is corrupt: .*; delete it and run"):
+    with pytest.raises(
+        CorruptError, match=r"commits/s0~tokens\.json of store .* is corrupt: .*; delete the store and run"
+    ):
         Manifest(store)
 
 
