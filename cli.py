@@ -7,10 +7,12 @@ print while a stage runs goes to standard error; standard output is the summary'
 import contextlib
 import dataclasses
 import errno
+import importlib
 import json
 import signal
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +23,6 @@ from rich.table import Table
 from cache.errors import ColdstillError
 
 if TYPE_CHECKING:
-    from pipeline.config import Recipe
     from pipeline.evaluate import Evaluation
 
 USER_ERROR = 2
@@ -42,7 +43,6 @@ _DISK_ERRORS = {
 
 app = typer.Typer(
     name="coldstill",
-    help="Recover pruned language models from a teacher that runs once: precompute, train, evaluate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -55,6 +55,21 @@ OverridesArgument = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, such as loss.temperature=3.", show_default=False),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"coldstill {version('coldstill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def coldstill(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Recover pruned language models from a teacher that runs once: precompute, train, evaluate."""
 
 
 @app.command()
@@ -89,11 +104,7 @@ def demo(
 def prune(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
     """Make the recipe's student from its teacher."""
     with _one_line_errors():
-        loaded = _load(recipe, overrides)
-        from pipeline.prune import prune as run_stage
-
-        with contextlib.redirect_stdout(sys.stderr):
-            result = run_stage(loaded)
+        result = _run_stage("prune", recipe, overrides)
         if as_json:
             _print_json(result)
         elif result.was_made:
@@ -106,11 +117,7 @@ def prune(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
 def precompute(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
     """Run the teacher once: make the recipe's columns complete for its rows."""
     with _one_line_errors():
-        loaded = _load(recipe, overrides)
-        from pipeline.precompute import precompute as run_stage
-
-        with contextlib.redirect_stdout(sys.stderr):
-            result = run_stage(loaded)
+        result = _run_stage("precompute", recipe, overrides)
         if as_json:
             _print_json(result)
             return
@@ -141,11 +148,7 @@ def train(
 ) -> None:
     """Train the student from the store, or go on where it was interrupted."""
     with _one_line_errors():
-        loaded = _load(recipe, overrides)
-        from pipeline.train import train as run_stage
-
-        with contextlib.redirect_stdout(sys.stderr):
-            result = run_stage(loaded, restart=restart)
+        result = _run_stage("train", recipe, overrides, restart=restart)
         if as_json:
             _print_json(result)
         elif result.trained_steps:
@@ -161,11 +164,7 @@ def train(
 def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
     """Judge teacher, pruned and recovered student on the eval rows."""
     with _one_line_errors():
-        loaded = _load(recipe, overrides)
-        from pipeline.evaluate import evaluate as run_stage
-
-        with contextlib.redirect_stdout(sys.stderr):
-            result = run_stage(loaded)
+        result = _run_stage("evaluate", recipe, overrides)
         if as_json:
             _print_json(result)
         else:
@@ -177,11 +176,15 @@ def main() -> None:
     app()
 
 
-def _load(recipe: Path, overrides: list[str] | None) -> "Recipe":
+def _run_stage(name: str, recipe: Path, overrides: list[str] | None, **options: Any) -> Any:
+    """Load the recipe and call the stage's function; what libraries print meanwhile goes to standard error."""
     _quieten_libraries()
-    from pipeline.config import load_recipe
+    from pipeline.recipe_file import load_recipe
 
-    return load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [])
+    stage = getattr(importlib.import_module(f"pipeline.{name}"), name)
+    with contextlib.redirect_stdout(sys.stderr):
+        return stage(loaded, **options)
 
 
 def _quieten_libraries() -> None:

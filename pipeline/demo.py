@@ -19,11 +19,12 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
 from pipeline.builtin_corpus import documents
-from pipeline.config import Recipe, dump_recipe, parse_recipe, parse_yaml
+from pipeline.config import Recipe
 from pipeline.data import build_rows
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.precompute import precompute
 from pipeline.provenance import write_whole
+from pipeline.recipe_file import dump_recipe, parse_recipe, parse_yaml
 from pipeline.train import train
 
 _VOCAB_SIZE = 1024

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from cache.reader import Reader, RowArrays, read_constants
+from cache.reader import Reader, read_constants
 from pipeline.config import Recipe
 from pipeline.encodings import decode_hidden
 from pipeline.forward import pad_rows
@@ -85,27 +85,25 @@ class _StoredTeacher:
     """The teacher's distribution over the eval rows, rebuilt from the store."""
 
     def __init__(self, run: RunRows, device: torch.device) -> None:
-        columns = [TOKENS, LABEL_LOGIT, logsumexp_name(LOSS_TEMPERATURE), FINAL_STATE]
-        self._reader = Reader(run.store, run.selections["eval"], columns)
-        self._loss_starts = run.selections["eval"].loss_starts.tolist()
+        self._run = run
+        self._selection = run.selections["eval"]
+        self._reader = Reader(run.store, self._selection, [TOKENS, FINAL_STATE])
         self.head = _load_head(run, device)
         self.device = device
-        self.num_positions = sum(len(self._counted(index, row)) for index, row in enumerate(self.rows()))
+        self.num_positions = sum(len(self._counted(index)) for index in range(len(self)))
 
     def __len__(self) -> int:
-        return len(self._reader)
-
-    def rows(self) -> Iterator[RowArrays]:
-        return (self._reader.row(index) for index in range(len(self)))
+        return len(self._selection)
 
     def quality(self) -> Quality:
         """Judge the teacher by its own stored numbers: no logits are needed."""
+        normaliser_name = logsumexp_name(LOSS_TEMPERATURE)
+        reader = Reader(self._run.store, self._selection, [LABEL_LOGIT, normaliser_name])
         total = 0.0
-        for index, row in enumerate(self.rows()):
-            counted = self._counted(index, row)
-            label_logit = row[LABEL_LOGIT]["values"][counted.numpy()].astype("float64")
-            normaliser = row[logsumexp_name(LOSS_TEMPERATURE)]["values"][counted.numpy()].astype("float64")
-            total += float((normaliser - label_logit).sum())
+        for index in range(len(self)):
+            row, counted = reader.row(index), self._counted(index).numpy()
+            label_logit = row[LABEL_LOGIT]["values"][counted].astype("float64")
+            total += float((row[normaliser_name]["values"][counted].astype("float64") - label_logit).sum())
         return _quality(total, 0.0, self.num_positions, self.num_positions)
 
     def batches(self, size: int) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
@@ -116,11 +114,13 @@ class _StoredTeacher:
                 row = self._reader.row(index)
                 ids = torch.from_numpy(row[TOKENS]["ids"].astype("int64"))
                 state = decode_hidden({"values": torch.from_numpy(row[FINAL_STATE]["values"].copy())})
-                batch.append((ids, self._counted(index, row), state))
+                batch.append((ids, self._counted(index), state))
             yield batch
 
-    def _counted(self, index: int, row: RowArrays) -> Tensor:
-        return torch.arange(max(self._loss_starts[index] - 1, 0), len(row[TOKENS]["ids"]) - 1)
+    def _counted(self, index: int) -> Tensor:
+        """Give the positions of a row whose next token counts."""
+        first = max(int(self._selection.loss_starts[index]) - 1, 0)
+        return torch.arange(first, int(self._selection.lengths[index]) - 1)
 
 
 def _load_head(run: RunRows, device: torch.device) -> OutputHead:

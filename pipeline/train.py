@@ -1,12 +1,9 @@
 """Stage two: train the student and its projectors from the store. Neither teacher nor its files are needed."""
 
 import contextlib
-import json
-import os
-import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from cache.columns import Axis
 from cache.errors import IdentityError, ModelError, RecipeError
-from cache.identity import digest_of
 from cache.manifest import Manifest
 from cache.reader import require_complete
 from pipeline.batches import BatchCollator, BatchColumns, StoredRows
@@ -33,16 +29,20 @@ from pipeline.models import (
 )
 from pipeline.pairing import layer_map_of
 from pipeline.projectors import create_projectors
-from pipeline.provenance import RECIPE_FILE, write_record, write_whole
+from pipeline.run_folder import (
+    check_claim,
+    checkpoints_folder,
+    claim,
+    export_student,
+    finished_summary,
+    last_checkpoint,
+    remove_run,
+    run_key,
+    write_metrics,
+)
 from pipeline.run_index import RunRows, find_run_rows, find_student, trained_student
 from pipeline.targets import columns_of, logsumexp_name
 from pipeline.trainer import UniversalDistillationTrainer
-
-CHECKPOINTS_FOLDER = "checkpoints"
-METRICS_FILE = "train.json"
-
-# Of a recipe, what decides the trained student; the rest may change between an interruption and its continuation.
-_DECISIVE_SECTIONS = ("data", "student", "targets", "mapping", "projector", "loss", "train")
 
 
 @dataclass(frozen=True)
@@ -77,24 +77,24 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
         StoreError: The store lacks what the recipe needs, or belongs to another teacher.
         RecipeError: The recipe does not fit the store or the student, or the output holds another run.
     """
-    output = Path(recipe.output)
     run = find_run_rows(recipe)
     _check_teacher(recipe, run)
     student_folder = find_student(recipe)
-    key = _run_key(recipe, run)
+    key = run_key(recipe, run)
     if restart:
-        _remove_run(recipe)
-    done = _finished_run(output, key)
-    if done is not None:
-        return done
+        remove_run(recipe)
+    check_claim(recipe, key)
+    finished = finished_summary(recipe)
+    if finished is not None:
+        return TrainSummary(**{**finished, "trained_steps": 0})
     student = _load_student(recipe, run, student_folder)
     layer_map, columns = _plan(recipe, run, student.config)
     trainer = _make_trainer(recipe, run, student, layer_map, columns, student_folder)
-    # The key is written before the first checkpoint, so that no checkpoint is ever without it.
-    write_record(output / CHECKPOINTS_FOLDER, recipe, {"run": key})
+    claim(recipe, key)
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=_last_checkpoint(output))
-    return _finish(recipe, run, trainer, key, result.metrics, time.monotonic() - started)
+    first_step, checkpoint = last_checkpoint(recipe)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return _finish(recipe, run, trainer, key, first_step=first_step, seconds=time.monotonic() - started)
 
 
 def _check_teacher(recipe: Recipe, run: RunRows) -> None:
@@ -111,38 +111,6 @@ def _check_teacher(recipe: Recipe, run: RunRows) -> None:
                 f"store {run.store.path} was made with another teacher than {recipe.teacher.path}: {field} "
                 f"{stored[:12]} there, {identity[field][:12]} now; run: coldstill precompute"
             )
-
-
-def _run_key(recipe: Recipe, run: RunRows) -> dict[str, Any]:
-    """Give what decides the trained student, section by section, so that a difference can be named."""
-    sections = recipe.model_dump(include=set(_DECISIVE_SECTIONS))
-    selections = {split: selection.name for split, selection in run.selections.items()}
-    return {**sections, "store": run.store.name, "selections": selections}
-
-
-def _remove_run(recipe: Recipe) -> None:
-    output = Path(recipe.output)
-    (output / METRICS_FILE).unlink(missing_ok=True)
-    for folder in (output / CHECKPOINTS_FOLDER, trained_student(recipe)):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _finished_run(output: Path, key: Mapping[str, Any]) -> TrainSummary | None:
-    """Give the summary of a run that is complete; refuse an output that holds another recipe's run."""
-    record = output / CHECKPOINTS_FOLDER / "provenance.json"
-    if record.is_file():
-        earlier = json.loads(record.read_text())["run"]
-        different = [name for name in key if digest_of(earlier.get(name)) != digest_of(key[name])]
-        if different:
-            raise RecipeError(
-                f"{output} holds a run of another recipe ({', '.join(different)} differ; see "
-                f"{record.with_name(RECIPE_FILE)}); choose another output, or begin anew: coldstill train --restart"
-            )
-    metrics = output / METRICS_FILE
-    if not metrics.is_file():
-        return None
-    summary = json.loads(metrics.read_text())["summary"]
-    return TrainSummary(**{**summary, "trained_steps": 0})
 
 
 def _load_student(recipe: Recipe, run: RunRows, folder: Path) -> PreTrainedModel:
@@ -220,15 +188,20 @@ def _make_trainer(
     tokenizer = None
     with contextlib.suppress(ModelError):
         tokenizer = load_tokenizer(student_folder, trust_remote_code=recipe.student.trust_remote_code)
-    return UniversalDistillationTrainer(
-        Distiller(student, projectors, layer_map=layer_map, weights=weights),
-        _training_arguments(recipe),
-        data_collator=BatchCollator(columns, _axes(run, columns)),
-        train_dataset=datasets["train"],
-        eval_dataset=datasets["eval"],
-        processing_class=tokenizer,
-        projector_learning_rate=projector.learning_rate,
-    )
+    distiller = Distiller(student, projectors, layer_map=layer_map, weights=weights)
+    try:
+        return UniversalDistillationTrainer(
+            distiller,
+            _training_arguments(recipe),
+            data_collator=BatchCollator(columns, _axes(run, columns)),
+            train_dataset=datasets["train"],
+            eval_dataset=datasets["eval"],
+            processing_class=tokenizer,
+            projector_learning_rate=projector.learning_rate,
+        )
+    except (ImportError, RuntimeError) as error:
+        # What `report_to`, `deepspeed` and their like need and do not find.
+        raise RecipeError(f"train: {' '.join(str(error).split())}") from None
 
 
 def _training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -236,7 +209,7 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
     has_accelerator = torch.accelerator.is_available()
     defaults = {"logging_steps": 10, "dataloader_pin_memory": has_accelerator, "use_cpu": not has_accelerator}
     owned = {
-        "output_dir": str(Path(recipe.output) / CHECKPOINTS_FOLDER),
+        "output_dir": str(checkpoints_folder(recipe)),
         "remove_unused_columns": False,
         "label_names": ["labels"],
     }
@@ -256,57 +229,30 @@ def _axes(run: RunRows, columns: BatchColumns) -> dict[str, dict[str, Axis]]:
     }
 
 
-def _last_checkpoint(output: Path) -> str | None:
-    """Give the newest checkpoint that is whole: the Trainer writes its state file last."""
-    folders = (output / CHECKPOINTS_FOLDER).glob("checkpoint-*")
-    whole = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
-    newest = max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[-1]), default=None)
-    return None if newest is None else str(newest)
-
-
 def _finish(
     recipe: Recipe,
     run: RunRows,
     trainer: UniversalDistillationTrainer,
     key: Mapping[str, Any],
-    metrics: Mapping[str, float],
+    *,
+    first_step: int,
     seconds: float,
 ) -> TrainSummary:
     """Export the student and write the metrics, last: they say that the run is complete."""
-    output = Path(recipe.output)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = {name: value for name, value in (logged[-1] if logged else {}).items() if name.startswith("loss")}
-    trained_steps = trainer.state.global_step - trainer._initial_global_step
-    num_tokens = (
-        run.selections["train"].num_tokens * trainer.state.num_train_epochs * trained_steps / trainer.state.max_steps
-    )
+    num_steps = trainer.state.global_step
+    trained_epochs = (trainer.state.epoch or 0.0) * (num_steps - first_step) / max(num_steps, 1)
     summary = TrainSummary(
         student=str(trained_student(recipe)),
-        num_steps=trainer.state.global_step,
-        trained_steps=trained_steps,
+        num_steps=num_steps,
+        trained_steps=num_steps - first_step,
         losses=losses,
-        tokens_per_s=num_tokens / seconds,
+        tokens_per_s=run.selections["train"].num_tokens * trained_epochs / seconds,
         seconds=seconds,
     )
     if trainer.is_world_process_zero():
         facts = {"run": key, "teacher": run.store.teacher["identity"], "store": run.store.name}
-        _export(trainer, recipe, facts)
-        record = {"summary": summary.__dict__, "metrics": dict(metrics), "log": trainer.state.log_history}
-        write_whole(output / METRICS_FILE, json.dumps(record, indent=1) + "\n")
+        export_student(trainer, recipe, facts)
+        write_metrics(recipe, {"summary": asdict(summary), "log": trainer.state.log_history})
     return summary
-
-
-def _export(trainer: UniversalDistillationTrainer, recipe: Recipe, facts: Mapping[str, Any]) -> None:
-    """Write the student alone, so that plain `from_pretrained` loads it; the folder appears whole."""
-    folder = trained_student(recipe)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        student = trainer.accelerator.unwrap_model(trainer.model).student
-        student.save_pretrained(partial)
-        if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(partial)
-        write_record(partial, recipe, facts)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -58,6 +58,8 @@ class UniversalDistillationTrainer(Trainer):
             # The count is over all processes, while DDP averages their gradients.
             outputs = {name: value * self.accelerator.num_processes for name, value in outputs.items()}
         if model.training:
+            if not self._terms:
+                self._terms_since_step = self.state.global_step
             for name, value in outputs.items():
                 if name != "loss":
                     self._terms[name] = self._terms.get(name, torch.zeros_like(value)) + value.detach()
@@ -82,7 +84,6 @@ class UniversalDistillationTrainer(Trainer):
             for name, total in sorted(self._terms.items()):
                 logs[name] = self.accelerator.gather(total).mean().item() / num_steps
             self._terms = {}
-            self._terms_since_step = self.state.global_step
         super().log(logs, start_time)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cache.manifest import Manifest
 from cache.reader import Reader
 from pipeline.capture import CaptureRequest, capture, logsumexp_at
-from pipeline.config import load_recipe
 from pipeline.encodings import decode_hidden, decode_topk
 from pipeline.forward import pad_rows
 from pipeline.models import take_apart
 from pipeline.precompute import precompute
+from pipeline.recipe_file import load_recipe
 from pipeline.run_index import find_run_rows
 
 ARCHITECTURES = {

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cache.errors import RecipeError
-from pipeline.config import Recipe, load_recipe
+from pipeline.config import Recipe
 from pipeline.precompute import precompute
+from pipeline.recipe_file import load_recipe
 from pipeline.run_index import find_run_rows, find_student
 from pipeline.train import _load_student, _make_trainer, _plan, train
 

@@ -11,14 +11,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cache.errors import RecipeError
-from pipeline.config import load_recipe
 from pipeline.precompute import precompute
+from pipeline.recipe_file import load_recipe
 from pipeline.run_index import find_run_rows, find_student
 from pipeline.train import _load_student, _make_trainer, _plan, train
 
 
 def weights(folder: Path) -> dict[str, bytes]:
     return {name: value.numpy().tobytes() for name, value in load_file(folder / "model.safetensors").items()}
+
+
+def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in entry.items() if "runtime" not in key and "per_second" not in key}
+        for entry in log
+    ]
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8])
@@ -31,6 +38,7 @@ def test_ten_steps_equal_some_then_resume_then_the_rest_byte_for_byte(
         "mapping": {"strategy": "uniform"},
         "train__max_steps": 10,
         "train__save_steps": stop,
+        "train__logging_steps": 1,
         "projector__learning_rate": 0.01,
     }
     precompute(load_recipe(write_recipe(**changes)), show_progress=False)
@@ -57,6 +65,8 @@ def test_ten_steps_equal_some_then_resume_then_the_rest_byte_for_byte(
     summary = train(broken)
     assert summary.trained_steps == 10 - stop
     assert weights(workplace / "broken/student") == weights(workplace / "whole/student")
+    logs = [json.loads((workplace / name / "train.json").read_text())["log"][:-1] for name in ("whole", "broken")]
+    assert without_times(logs[0]) == without_times(logs[1])
     last = "checkpoints/checkpoint-10/projectors.safetensors"
     assert (workplace / "broken" / last).read_bytes() == (workplace / "whole" / last).read_bytes()
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from cache.errors import RecipeError
-from pipeline.config import dump_recipe, load_recipe, parse_recipe, parse_yaml
+from pipeline.recipe_file import dump_recipe, load_recipe, parse_recipe, parse_yaml
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))

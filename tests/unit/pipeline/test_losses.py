@@ -111,6 +111,22 @@ def test_cross_entropy_is_torchs_and_divides_by_the_count_it_is_given(logits):
     assert torch.allclose(cross_entropy(student, labels, num_positions=10.0), F.cross_entropy(student, labels) * N / 10)
 
 
+def test_the_gradient_of_cross_entropy_is_that_of_finite_differences(logits):
+    student, _ = logits
+    labels = torch.arange(N)
+    point = student.clone().requires_grad_()
+    cross_entropy(point, labels, num_positions=N).backward()
+    step = 1e-2
+    shifted = [student.clone(), student.clone()]
+    shifted[0][1, 1] += step
+    shifted[1][1, 1] -= step
+    slope = (
+        cross_entropy(shifted[0], labels, num_positions=N) - cross_entropy(shifted[1], labels, num_positions=N)
+    ) / (2 * step)
+    assert point.grad is not None
+    assert math.isclose(point.grad[1, 1].item(), slope.item(), rel_tol=2e-2, abs_tol=2e-4)
+
+
 @pytest.mark.parametrize("name", sorted(HIDDEN_LOSSES))
 def test_each_hidden_loss_is_zero_at_the_teacher_and_has_the_gradient_of_finite_differences(name):
     generator = torch.Generator().manual_seed(1)

@@ -1,0 +1,121 @@
+"""What stage two keeps in a recipe's output folder: whose run it is, its checkpoints, its metrics, its student.
+
+<output>/
+    checkpoints/        the Trainer's, with the run's key in provenance.json
+    student/            the trained student, a plain transformers model
+    train.json          summary and log; written last: it says that the run is complete
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cache.errors import RecipeError
+from cache.identity import digest_of
+from pipeline.config import Recipe
+from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE, write_record, write_whole
+from pipeline.run_index import RunRows, trained_student
+from pipeline.trainer import UniversalDistillationTrainer
+
+_METRICS_FILE = "train.json"
+
+# Of a recipe, what decides the trained student. The data is in the selections' names.
+_DECISIVE_SECTIONS = ("student", "targets", "mapping", "projector", "loss", "train")
+# Of `train`, what changes nothing but what is seen and kept of it.
+_IDLE_PREFIXES = (
+    "logging_",
+    "log_",
+    "save_",
+    "eval_",
+    "dataloader_",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "push_",
+    "hub_",
+)
+
+
+def run_key(recipe: Recipe, run: RunRows) -> dict[str, Any]:
+    """Give what decides the trained student, section by section, so that a difference can be named."""
+    # In JSON mode, so that it compares with the record that was read back from a file.
+    sections = recipe.model_dump(mode="json", include=set(_DECISIVE_SECTIONS))
+    sections["train"] = {key: value for key, value in sections["train"].items() if not key.startswith(_IDLE_PREFIXES)}
+    selections = {split: selection.name for split, selection in run.selections.items()}
+    return {**sections, "store": run.store.name, "selections": selections}
+
+
+def checkpoints_folder(recipe: Recipe) -> Path:
+    """Give the folder that the Trainer writes to."""
+    return Path(recipe.output) / "checkpoints"
+
+
+def claim(recipe: Recipe, key: Mapping[str, Any]) -> None:
+    """Make the output this run's: no checkpoint is ever without the key of its run."""
+    write_record(checkpoints_folder(recipe), recipe, {"run": key})
+
+
+def check_claim(recipe: Recipe, key: Mapping[str, Any]) -> None:
+    """Refuse an output that holds another recipe's run.
+
+    Raises:
+        RecipeError: It does; names the sections that differ.
+    """
+    record = checkpoints_folder(recipe) / PROVENANCE_FILE
+    if not record.is_file():
+        return
+    earlier = json.loads(record.read_text())["run"]
+    different = [name for name in key if digest_of(earlier.get(name)) != digest_of(key[name])]
+    if different:
+        raise RecipeError(
+            f"{recipe.output} holds a run of another recipe ({', '.join(different)} differ; see "
+            f"{record.with_name(RECIPE_FILE)}); choose another output, or begin anew: coldstill train --restart"
+        )
+
+
+def finished_summary(recipe: Recipe) -> dict[str, Any] | None:
+    """Give the summary of a run that is complete, None where it is not."""
+    metrics = Path(recipe.output) / _METRICS_FILE
+    if not metrics.is_file() or not (trained_student(recipe) / "config.json").is_file():
+        return None
+    return dict(json.loads(metrics.read_text())["summary"])
+
+
+def last_checkpoint(recipe: Recipe) -> tuple[int, str | None]:
+    """Give step and folder of the newest checkpoint that is whole: the Trainer writes its state file last."""
+    folders = checkpoints_folder(recipe).glob("checkpoint-*")
+    whole = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
+    by_step = {int(folder.name.rsplit("-", 1)[-1]): str(folder) for folder in whole}
+    newest = max(by_step, default=0)
+    return newest, by_step.get(newest)
+
+
+def export_student(trainer: UniversalDistillationTrainer, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Write the student alone, so that plain `from_pretrained` loads it; the folder appears whole."""
+    folder = trained_student(recipe)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        student = trainer.accelerator.unwrap_model(trainer.model).student
+        student.save_pretrained(partial)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(partial)
+        write_record(partial, recipe, facts)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_metrics(recipe: Recipe, record: Mapping[str, Any]) -> None:
+    """Write the run's `summary` and `log`, and so call it complete."""
+    write_whole(Path(recipe.output) / _METRICS_FILE, json.dumps(dict(record), indent=1) + "\n")
+
+
+def remove_run(recipe: Recipe) -> None:
+    """Remove what an earlier run left, the word that it was complete first."""
+    (Path(recipe.output) / _METRICS_FILE).unlink(missing_ok=True)
+    for folder in (checkpoints_folder(recipe), trained_student(recipe)):
+        shutil.rmtree(folder, ignore_errors=True)
