@@ -52,7 +52,7 @@ app = typer.Typer(
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, such as loss.temperature=3.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Changes to it, such as loss.temperature=3.", show_default=False),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 

@@ -81,9 +81,8 @@ def resolve_folder(path: str, *, revision: str | None = None, local_only: bool =
             f"no model {path!r} (revision {revision or 'main'}), neither a folder nor on the hub"
         ) from None
     except (LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"no folder {path!r}, and the hub cannot be asked for a model of that name: {reason}"
+            f"no folder {path!r}, and the hub cannot be asked for a model of that name: {_first_line(error)}"
         ) from None
     return Path(found)
 
