@@ -114,7 +114,7 @@ def test_student_equal_to_teacher_is_a_fixed_point(
             student={"path": str(workplace / "teacher")},
             mapping={"strategy": "uniform"},
             targets={"logits": {"k": k, "values": values, "temperatures": [1, 2]}, "hidden": {"encoding": "int8"}},
-            loss={"alpha": 0.0, "beta": 1.0, "gamma": 1e-9, "temperature": temperature},
+            loss={"alpha": 0.0, "beta": 1.0, "gamma": 1e-9, "temperature": temperature, "hidden": "normalised_mse"},
         )
     )
     precompute(recipe, show_progress=False)
