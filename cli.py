@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import importlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -149,6 +150,8 @@ def train(
     """Train the student from the store, or go on where it was interrupted."""
     with _one_line_errors():
         result = _run_stage("train", recipe, overrides, restart=restart)
+        if os.environ.get("RANK", "0") != "0":
+            return  # under torchrun or accelerate launch, the first process speaks for all
         if as_json:
             _print_json(result)
         elif result.trained_steps:

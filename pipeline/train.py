@@ -207,7 +207,13 @@ def _make_trainer(
 def _training_arguments(recipe: Recipe) -> TrainingArguments:
     # Without an accelerator there is no memory to pin, and bf16 has to be asked of the CPU.
     has_accelerator = torch.accelerator.is_available()
-    defaults = {"logging_steps": 10, "dataloader_pin_memory": has_accelerator, "use_cpu": not has_accelerator}
+    defaults = {
+        "logging_steps": 10,
+        "dataloader_pin_memory": has_accelerator,
+        "use_cpu": not has_accelerator,
+        # With the hidden term alone the student's output head gets no gradient, and DDP must be told to look.
+        "ddp_find_unused_parameters": not (recipe.loss.alpha or recipe.loss.beta),
+    }
     owned = {
         "output_dir": str(checkpoints_folder(recipe)),
         "remove_unused_columns": False,
