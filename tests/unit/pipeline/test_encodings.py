@@ -30,6 +30,7 @@ def test_stored_arrays_have_the_dtypes_and_shapes_of_their_column(states, encodi
 
 def test_int8_is_within_half_a_step_of_each_channel_and_position(states):
     arrays = encode_hidden(states, encoding="int8")
+    assert (arrays["values"].abs().amax(dim=1) == 127).all()
     step = arrays["scale"].unsqueeze(1) * arrays["spread"]
     error = (decode_hidden(arrays) - states).abs()
     assert (error <= 0.5 * step + 1e-5 * states.abs() + 1e-6).all()

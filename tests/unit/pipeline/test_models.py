@@ -9,6 +9,7 @@ from torch import nn
 
 from cache.errors import ModelError, RecipeError
 from pipeline.config import PruneLayersConfig
+from pipeline.forward import block_outputs
 from pipeline.models import (
     check_tokenizers,
     check_vocabularies,
@@ -55,7 +56,7 @@ def test_parts_are_found_by_structure(architecture):
 def test_a_cut_model_computes_what_the_original_computes_with_blocks_skipped(architecture, tmp_path):
     model, _, _ = architecture
     parts = take_apart(model)
-    student = cut_blocks(parts, [0, 1, 3])
+    student = cut_blocks(parts, [0, 2, 3])
     student.save_pretrained(tmp_path)
     reloaded = load_model(tmp_path, dtype="float32")
     ids = torch.arange(1, 25).reshape(2, 12)
@@ -65,18 +66,18 @@ def test_a_cut_model_computes_what_the_original_computes_with_blocks_skipped(arc
             return hidden_states
 
     skipped = Skipped()
-    attention_type = getattr(parts.blocks[2], "attention_type", None)
+    attention_type = getattr(parts.blocks[1], "attention_type", None)
     if attention_type is not None:
         skipped.attention_type = attention_type
-    parts.blocks[2] = skipped
+    parts.blocks[1] = skipped
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
         assert torch.allclose(reloaded(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
-    assert reloaded.config.kept_blocks == [0, 1, 3]
+    assert reloaded.config.kept_blocks == [0, 2, 3]
     assert reloaded.config.num_hidden_layers == 3
     if getattr(reloaded.config, "layer_types", None):
         kinds = model.config.layer_types
-        assert reloaded.config.layer_types == [kinds[0], kinds[1], kinds[3]]
+        assert reloaded.config.layer_types == [kinds[0], kinds[2], kinds[3]]
 
 
 def test_a_head_that_does_something_unknown_is_refused(build_model):
@@ -132,6 +133,19 @@ def test_vocabularies_of_other_size_or_other_ids_are_refused(build_model, model_
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(ModelError, match="give tokens different ids"):
         check_tokenizers(model_folders["teacher"], tmp_path)
+
+
+def test_hooks_are_there_while_the_context_is_open_and_gone_after_an_error(build_model):
+    blocks = take_apart(build_model()).blocks
+
+    def fail_inside() -> None:
+        with block_outputs(blocks, [0, 2]):
+            assert blocks[0]._forward_hooks
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert not any(block._forward_hooks for block in blocks)
 
 
 def test_what_is_no_model_is_refused_with_its_folder(tmp_path: Path, model_folders):
