@@ -6,41 +6,20 @@ print while a stage runs goes to standard error; standard output is the summary'
 
 import contextlib
 import dataclasses
-import errno
 import importlib
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from cache.errors import ColdstillError
-
-if TYPE_CHECKING:
-    from pipeline.evaluate import Evaluation
-
-USER_ERROR = 2
-INTERRUPTED = 130
-TERMINATED = 143
-
-# What the operating system says when the user's disk, and not this program, is at fault.
-_DISK_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ENOTDIR,
-    errno.EEXIST,
-}
+from pipeline.endings import DAMAGED, one_line_errors
 
 app = typer.Typer(
     name="coldstill",
@@ -50,6 +29,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+cache_app = typer.Typer(name="cache", no_args_is_help=True, help="List, check, repair and remove stores.")
+app.add_typer(cache_app)
+
+RecipesArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="RECIPE|KEY=VALUE", help="Recipes, and changes to all of them.", show_default=False),
+]
+RootArgument = Annotated[str, typer.Argument(help="What recipes name as `cache`: a folder or a URL.")]
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", help="Its name, or the beginning of it, where there are several.", show_default=False),
+]
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 OverridesArgument = Annotated[
     list[str] | None,
@@ -79,8 +70,9 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Recover a small pruned model from start to end: no network, two cores, a few minutes."""
-    with _one_line_errors():
+    with one_line_errors():
         _quieten_libraries()
+        from pipeline import summaries
         from pipeline.demo import run_demo
 
         with contextlib.redirect_stdout(sys.stderr):
@@ -88,7 +80,7 @@ def demo(
         if as_json:
             _print_json(result)
             return
-        _print_evaluation(result.evaluation)
+        summaries.print_evaluation(result.evaluation)
         console = Console(soft_wrap=True)
         console.print(f"teacher    {result.teacher}")
         console.print(f"store      {result.store}")
@@ -104,7 +96,7 @@ def demo(
 @app.command()
 def prune(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
     """Make the recipe's student from its teacher."""
-    with _one_line_errors():
+    with one_line_errors():
         result = _run_stage("prune", recipe, overrides)
         if as_json:
             _print_json(result)
@@ -115,29 +107,43 @@ def prune(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
 
 
 @app.command()
-def precompute(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
-    """Run the teacher once: make the recipe's columns complete for its rows."""
-    with _one_line_errors():
-        result = _run_stage("precompute", recipe, overrides)
+def precompute(
+    arguments: RecipesArgument,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is missing and what it costs; do nothing.")
+    ] = False,
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            "--worker", metavar="I/N", help="Compute the I-th of N shares: one process for each.", show_default=False
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the teacher once: make the recipe's columns complete for its rows.
+
+    Several recipes of one teacher are served by one pass.
+    """
+    with one_line_errors():
+        from pipeline import summaries
+        from pipeline.workers import parse_share
+
+        recipes = _load_recipes(arguments)
+        if dry_run:
+            planned = _call("dry_run", *recipes)
+            if as_json:
+                _print_json(planned)
+                return
+            summaries.console().print(summaries.dry_run_table(planned))
+            _print_lines(summaries.dry_run_lines(planned))
+            return
+        result = _call("precompute", *recipes, share=parse_share(worker) if worker else None)
+        if not _speaks():
+            return
         if as_json:
             _print_json(result)
-            return
-        rows = ", ".join(f"{count} {split}" for split, count in sorted(result.num_rows.items(), reverse=True))
-        print(f"store      {result.store}")
-        print(f"student    {result.student}")
-        print(f"rows       {rows}; {result.num_tokens:,} tokens in {result.num_shards} shards")
-        if result.computed_tokens:
-            rate = result.computed_tokens / result.seconds
-            per_token = result.written_bytes / result.computed_tokens
-            print(
-                f"computed   {result.computed_tokens:,} tokens in {result.seconds:.0f} s ({rate:,.0f} tokens/s), "
-                f"{result.written_bytes / 1e6:,.1f} MB, {per_token:,.0f} bytes a token"
-            )
         else:
-            loaded_note = (
-                "the teacher was loaded to make the student" if result.teacher_was_loaded else "no teacher was loaded"
-            )
-            print(f"computed   nothing: all columns are complete, {loaded_note}")
+            _print_lines(summaries.precompute_lines(result))
 
 
 @app.command()
@@ -148,10 +154,10 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train the student from the store, or go on where it was interrupted."""
-    with _one_line_errors():
+    with one_line_errors():
         result = _run_stage("train", recipe, overrides, restart=restart)
-        if os.environ.get("RANK", "0") != "0":
-            return  # under torchrun or accelerate launch, the first process speaks for all
+        if not _speaks():
+            return
         if as_json:
             _print_json(result)
         elif result.trained_steps:
@@ -166,12 +172,105 @@ def train(
 @app.command()
 def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
     """Judge teacher, pruned and recovered student on the eval rows."""
-    with _one_line_errors():
+    with one_line_errors():
         result = _run_stage("evaluate", recipe, overrides)
         if as_json:
             _print_json(result)
         else:
-            _print_evaluation(result)
+            from pipeline import summaries
+
+            summaries.print_evaluation(result)
+
+
+@cache_app.command("ls")
+def list_stores(root: RootArgument = "caches", as_json: JsonOption = False) -> None:
+    """List the stores of a root."""
+    with one_line_errors():
+        from cache.inventory import describe_store, list_stores
+        from pipeline import summaries
+
+        stores = [describe_store(root, name) for name in list_stores(root)]
+        if as_json:
+            _print_json(stores)
+        else:
+            summaries.console().print(summaries.store_table(stores))
+
+
+@cache_app.command("info")
+def show_store(root: RootArgument = "caches", store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Show columns, share complete, size, age, teacher and selections of a store, or of all in a root."""
+    with one_line_errors():
+        from cache.inventory import choose_stores, describe_store
+        from pipeline import summaries
+
+        described = [describe_store(root, name) for name in choose_stores(root, store)]
+        if as_json:
+            _print_json(described)
+            return
+        for summary in described:
+            _print_lines(summaries.store_lines(summary))
+            summaries.console().print(summaries.column_table(summary))
+            summaries.console().print(summaries.selection_table(summary))
+
+
+@cache_app.command("verify")
+def verify_root(root: RootArgument = "caches", as_json: JsonOption = False) -> None:
+    """Read every byte of a root and hold it against its checksum; exit code 1 where anything is wrong."""
+    with one_line_errors():
+        from cache.root_audit import verify
+        from pipeline import summaries
+
+        audit = verify(root)
+        if as_json:
+            _print_json({**dataclasses.asdict(audit), "is_clean": audit.is_clean})
+        else:
+            _print_lines(summaries.verify_lines(audit))
+        if not audit.is_clean:
+            raise typer.Exit(DAMAGED)
+
+
+@cache_app.command("repair")
+def repair_store(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+    """Drop exactly what is damaged in the store of a recipe's teacher, and compute it again."""
+    with one_line_errors():
+        from pipeline import summaries
+
+        _quieten_libraries()
+        loaded = _load_recipes([str(recipe), *(overrides or [])])[0]
+        result = _call("repair", loaded, module="repair")
+        if as_json:
+            _print_json(result)
+        else:
+            _print_lines(summaries.repair_lines(result))
+
+
+@cache_app.command("rm")
+def remove(
+    root: RootArgument = "caches",
+    store: StoreOption = None,
+    column: Annotated[str | None, typer.Option(help="Remove only this column.", show_default=False)] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove a store, or one column of it."""
+    with one_line_errors():
+        from cache.inventory import choose_stores, describe_store, remove_column, remove_store
+        from cache.store import open_store, store_path
+        from pipeline import summaries
+
+        (name,) = choose_stores(root, store, just_one=True)
+        path = store_path(root, name)
+        what = f"column {column} of {path}" if column else path
+        if not column:
+            # What cannot be opened can still be removed.
+            with contextlib.suppress(ColdstillError):
+                what = f"{path}: {summaries.what_is_lost(describe_store(root, name))}"
+        if not yes:
+            typer.confirm(f"remove {what}?", abort=True, err=True)
+        if column:
+            remove_column(open_store(path), column)
+        else:
+            remove_store(root, name)
+        print(f"removed {what}")
 
 
 def main() -> None:
@@ -180,14 +279,41 @@ def main() -> None:
 
 
 def _run_stage(name: str, recipe: Path, overrides: list[str] | None, **options: Any) -> Any:
-    """Load the recipe and call the stage's function; what libraries print meanwhile goes to standard error."""
+    """Load the recipe and call the stage's function."""
     _quieten_libraries()
     from pipeline.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    stage = getattr(importlib.import_module(f"pipeline.{name}"), name)
+    return _call(name, load_recipe(recipe, overrides or []), **options)
+
+
+def _call(function: str, *arguments: Any, module: str | None = None, **options: Any) -> Any:
+    """Call a stage; what libraries print meanwhile goes to standard error."""
+    stage = getattr(importlib.import_module(f"pipeline.{module or function}"), function)
     with contextlib.redirect_stdout(sys.stderr):
-        return stage(loaded, **options)
+        return stage(*arguments, **options)
+
+
+def _load_recipes(arguments: list[str]) -> list[Any]:
+    """Load recipes, each with all the overrides: an argument with `=` that is no file is an override."""
+    _quieten_libraries()
+    from cache.errors import RecipeError
+    from pipeline.recipe_file import load_recipe
+
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
+    files = [argument for argument in arguments if argument not in overrides]
+    if not files:
+        raise RecipeError(f"no recipe among {' '.join(arguments)}; the first argument is a YAML file")
+    return [load_recipe(Path(file), overrides) for file in files]
+
+
+def _speaks() -> bool:
+    """Whether this process prints: under torchrun or accelerate launch, the first one speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 def _quieten_libraries() -> None:
@@ -199,73 +325,14 @@ def _quieten_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn what is the user's to mend into one line and exit code 2, and an interruption into a word of comfort."""
-    previous = signal.signal(signal.SIGTERM, _raise_terminated)
-    try:
-        yield
-    except ColdstillError as error:
-        _fail(str(error))
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        _fail(f"{error.filename or 'disk'}: {error.strerror}; what was committed stays; run the command again to go on")
-    except _Terminated:
-        _say_interrupted()
-        raise typer.Exit(TERMINATED) from None
-    except KeyboardInterrupt:
-        _say_interrupted()
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-class _Terminated(BaseException):
-    """SIGTERM, as an exception, so that what is half-made is removed on the way out."""
-
-
-def _raise_terminated(_signal: int, _frame: Any) -> None:
-    raise _Terminated
-
-
-def _say_interrupted() -> None:
-    print("\ninterrupted; what was committed stays, run the same command again to go on", file=sys.stderr)
-
-
-def _fail(message: str) -> None:
-    print(f"coldstill: {message}", file=sys.stderr)
-    raise typer.Exit(USER_ERROR) from None
-
-
 def _print_json(result: Any) -> None:
-    print(json.dumps(dataclasses.asdict(result), indent=1, default=str))
+    print(json.dumps(result, indent=1, default=_json_default))
 
 
-def _print_evaluation(result: "Evaluation") -> None:
-    """Print one line a model and measure, and the share of each gap that training closed."""
-    table = Table(title=f"Held-out text, {result.num_tokens:,} tokens", title_justify="left")
-    table.add_column("model")
-    measures = {
-        "loss": "loss (nats)",
-        "perplexity": "perplexity",
-        "kl": "KL to teacher (nats)",
-        "agreement": "top-1 agreement",
-    }
-    for heading in measures.values():
-        table.add_column(heading, justify="right")
-    for name, quality in result.models.items():
-        values = dataclasses.asdict(quality)
-        table.add_row(name, *(_measure(measure, values[measure]) for measure in measures))
-    if result.gap_closed:
-        shares = [result.gap_closed[measure] for measure in measures]
-        table.add_section()
-        table.add_row("gap closed", *("-" if share is None else f"{share:.1%}" for share in shares))
-    Console().print(table)
-
-
-def _measure(name: str, value: float) -> str:
-    return f"{value:.1%}" if name == "agreement" else f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"
+def _json_default(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 if __name__ == "__main__":

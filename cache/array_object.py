@@ -6,14 +6,11 @@ itself because Zarr reads a missing object as zeros and costs several times the 
 """
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import google_crc32c
 import numpy as np
-import zarr
 from numcodecs.zstd import Zstd
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from cache.columns import ArraySpec
 from cache.errors import CorruptError
@@ -21,39 +18,55 @@ from cache.errors import CorruptError
 ZSTD_LEVEL = 3
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
+REPAIR_HINT = "run: coldstill cache repair"
 
-ReadRange = Callable[[int, int], bytes]
+_ZSTD = Zstd(level=ZSTD_LEVEL)
+_ZSTD_MAGIC = bytes.fromhex("28b52ffd")
+
+# An object of at most this size is read at once, index and chunks together.
+_SMALL_OBJECT_BYTES = 1 << 15
 
 
 def object_name(spec: ArraySpec) -> str:
     """Name the array's only object within its Zarr array."""
     num_dimensions = len(spec.shape) + (spec.axis != "shard")
-    return "c/" + "/".join("0" * num_dimensions)
+    return ".".join(["c", *"0" * num_dimensions])
 
 
 def zarr_metadata(spec: ArraySpec, shape: tuple[int, ...]) -> bytes:
-    """Give the array's `zarr.json`."""
+    """Give the array's `zarr.json`; the same bytes whatever release of Zarr is installed."""
     chunk = spec.chunk_length(shape[0])
-    num_chunks = _num_chunks(shape[0], chunk)
-    memory: dict[str, Any] = {}
-    zarr.create_array(
-        memory,
-        shape=shape,
-        dtype=spec.dtype,
-        chunks=(chunk, *shape[1:]),
-        shards=(chunk * num_chunks, *shape[1:]),
-        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
-        fill_value=0,
-        dimension_names=spec.dimension_names(),
-    )
-    return json.dumps(json.loads(memory["zarr.json"].to_bytes()), indent=1).encode()
+    bytes_codec: dict[str, Any] = {"name": "bytes"}
+    if np.dtype(spec.dtype).itemsize > 1:
+        bytes_codec["configuration"] = {"endian": "little"}
+    index_codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    zstd = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
+    sharding = {
+        "chunk_shape": [chunk, *shape[1:]],
+        "codecs": [bytes_codec, zstd, {"name": "crc32c"}],
+        "index_codecs": index_codecs,
+        "index_location": "end",
+    }
+    grid_shape = [chunk * _num_chunks(shape[0], chunk), *shape[1:]]
+    metadata = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": spec.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": grid_shape}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": 0.0 if spec.dtype.startswith("float") else 0,
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "dimension_names": list(spec.dimension_names()),
+        "attributes": {},
+    }
+    return json.dumps(metadata, indent=1).encode()
 
 
 def encode(array: np.ndarray, spec: ArraySpec) -> bytes:
     """Encode a whole array, of the spec's dtype and full shape, as its object."""
     little_endian = np.ascontiguousarray(array, dtype=np.dtype(spec.dtype).newbyteorder("<"))
     length = spec.chunk_length(len(array))
-    codec = Zstd(level=ZSTD_LEVEL)
     parts: list[bytes] = []
     index: list[int] = []
     offset = 0
@@ -61,7 +74,7 @@ def encode(array: np.ndarray, spec: ArraySpec) -> bytes:
         chunk = little_endian[start : start + length]
         if len(chunk) < length:
             chunk = np.concatenate([chunk, np.zeros((length - len(chunk), *chunk.shape[1:]), chunk.dtype)])
-        compressed = codec.encode(chunk)
+        compressed = _ZSTD.encode(chunk)
         parts += [compressed, _crc(compressed)]
         index += [offset, len(compressed) + CRC_BYTES]
         offset += len(compressed) + CRC_BYTES
@@ -70,72 +83,117 @@ def encode(array: np.ndarray, spec: ArraySpec) -> bytes:
 
 
 class ArrayObject:
-    """Read parts of one encoded array, each chunk checked against its crc32c.
+    """Decode parts of one encoded array, each checked against its crc32c. Reads nothing itself.
+
+    Ask for `index_range`, hand the bytes to `take_index`; then for each chunk ask for `chunk_range` and hand its bytes
+    to `decode`. So a reader can fetch the ranges of many arrays at once.
 
     Args:
-        read_range: Gives `num_bytes` from `start` of the object; a negative start counts from the object's end.
         spec: What the array is.
         shape: Its full shape in this shard.
+        num_bytes: Size of the object.
         label: How errors name it: column, array and shard.
-
-    Raises:
-        CorruptError: The object is missing, cut short or altered.
+        advice: What errors tell the user to do.
     """
 
-    def __init__(self, read_range: ReadRange, *, spec: ArraySpec, shape: tuple[int, ...], label: str) -> None:
-        self._read_range = read_range
+    def __init__(
+        self, *, spec: ArraySpec, shape: tuple[int, ...], num_bytes: int, label: str, advice: str = REPAIR_HINT
+    ) -> None:
         self.shape = shape
+        self.chunk_length = spec.chunk_length(shape[0])
+        self.num_chunks = _num_chunks(shape[0], self.chunk_length)
+        self._num_bytes = num_bytes
         self._dtype = np.dtype(spec.dtype).newbyteorder("<")
-        self._chunk_shape = (spec.chunk_length(shape[0]), *shape[1:])
+        self._chunk_shape = (self.chunk_length, *shape[1:])
         self._label = label
-        self._offsets = self._read_index()
+        self._advice = advice
+        self._offsets: list[tuple[int, int]] = []
+        self._whole: bytes | None = None
 
     @property
-    def chunk_length(self) -> int:
-        """How many indices of the first dimension each chunk holds."""
-        return self._chunk_shape[0]
+    def index_range(self) -> tuple[int, int]:
+        """Start and number of bytes of the index; of all of a small object."""
+        if self._num_bytes <= _SMALL_OBJECT_BYTES:
+            return 0, self._num_bytes
+        num_bytes = self.num_chunks * INDEX_ENTRY_BYTES + CRC_BYTES
+        return max(self._num_bytes - num_bytes, 0), num_bytes
 
-    def chunk(self, number: int) -> np.ndarray:
-        """Decode one chunk; the last one is cut to the array's own length."""
-        start, num_bytes = (int(value) for value in self._offsets[number])
-        compressed = self._checked(self._read(start, num_bytes), f"chunk {number}")
-        try:
-            decoded = Zstd().decode(compressed)
-        except (RuntimeError, ValueError) as error:
-            raise self._corrupt(f"chunk {number} does not decompress ({error})") from None
-        values = np.frombuffer(decoded, self._dtype)
-        if values.size != np.prod(self._chunk_shape):
-            raise self._corrupt(f"chunk {number} holds {values.size} values, expected {np.prod(self._chunk_shape)}")
-        first = number * self._chunk_shape[0]
-        return values.reshape(self._chunk_shape)[: self.shape[0] - first]
+    def take_index(self, data: bytes) -> None:
+        """Take what lies in `index_range`.
 
-    def _read_index(self) -> np.ndarray:
-        num_chunks = _num_chunks(self.shape[0], self._chunk_shape[0])
-        num_bytes = num_chunks * INDEX_ENTRY_BYTES + CRC_BYTES
-        index = self._checked(self._read(-num_bytes, num_bytes), "the index")
-        return np.frombuffer(index, "<u8").reshape(num_chunks, 2)
+        Raises:
+            CorruptError: It is cut short or altered.
+        """
+        if len(data) != self.index_range[1]:
+            raise self.corrupt("its object is cut short")
+        if self.index_range == (0, self._num_bytes):
+            self._whole = data
+        index = self._checked(data[-(self.num_chunks * INDEX_ENTRY_BYTES + CRC_BYTES) :], "the index")
+        if len(index) != self.num_chunks * INDEX_ENTRY_BYTES:
+            raise self.corrupt("its object is cut short")
+        numbers = np.frombuffer(index, "<u8").tolist()
+        self._offsets = list(zip(numbers[::2], numbers[1::2], strict=True))
 
-    def _read(self, start: int, num_bytes: int) -> bytes:
-        try:
-            data = self._read_range(start, num_bytes)
-        except FileNotFoundError:
-            raise self._corrupt("its object is missing") from None
+    def chunk_range(self, number: int) -> tuple[int, int]:
+        """Start and number of bytes of a chunk; (0, 0) where its bytes came with the index."""
+        return (0, 0) if self._whole is not None else self._offsets[number]
+
+    def empty(self, num_chunks: int) -> np.ndarray:
+        """Make room for some chunks one behind the other."""
+        return np.empty((num_chunks * self.chunk_length, *self._chunk_shape[1:]), self._dtype)
+
+    def decode(self, number: int, data: bytes, out: np.ndarray) -> None:
+        """Decode one chunk from what lies in `chunk_range`; the last one is filled up behind the array's end.
+
+        Args:
+            number: Of the chunk.
+            data: Its bytes.
+            out: Where its values go; a contiguous part of what `empty` gave.
+
+        Raises:
+            CorruptError: It is cut short or altered.
+        """
+        start, num_bytes = self._offsets[number]
+        if self._whole is not None:
+            data = self._whole[start : start + num_bytes]
         if len(data) != num_bytes:
-            raise self._corrupt("its object is cut short")
-        return data
+            raise self.corrupt("its object is cut short")
+        compressed = self._checked(data, f"chunk {number}")
+        if _content_bytes(compressed) != out.nbytes:
+            raise self.corrupt(f"chunk {number} does not hold {out.size} values")
+        try:
+            _ZSTD.decode(compressed, out=out)
+        except (RuntimeError, ValueError) as error:
+            raise self.corrupt(f"chunk {number} does not decompress ({error})") from None
+
+    def corrupt(self, what: str) -> CorruptError:
+        """Give the error that names this array and what is wrong with it."""
+        return CorruptError(f"{self._label} is corrupt: {what}; {self._advice}")
 
     def _checked(self, data: bytes, what: str) -> bytes:
         body = data[:-CRC_BYTES]
         if _crc(body) != data[-CRC_BYTES:]:
-            raise self._corrupt(f"{what} fails its crc32c")
+            raise self.corrupt(f"{what} fails its crc32c")
         return body
-
-    def _corrupt(self, what: str) -> CorruptError:
-        return CorruptError(f"{self._label} is corrupt: {what}; delete the store and run precompute again")
 
 
 def _num_chunks(length: int, chunk: int) -> int:
     return -(-length // chunk)
+
+
+def _content_bytes(frame: bytes) -> int | None:
+    """Give the decompressed size that a zstd frame's header names (RFC 8878, section 3.1.1.1); None where it does not.
+
+    The decompressor itself does not mind a frame that fills only a part of where it goes.
+    """
+    if len(frame) < 6 or frame[:4] != _ZSTD_MAGIC:
+        return None
+    descriptor = frame[4]
+    is_single_segment = bool(descriptor & 0x20)
+    num_bytes = (int(is_single_segment), 2, 4, 8)[descriptor >> 6]
+    start = 5 + (not is_single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    size = int.from_bytes(frame[start : start + num_bytes], "little")
+    return None if num_bytes == 0 else size + 256 * (num_bytes == 2)
 
 
 def _crc(data: bytes) -> bytes:

@@ -17,6 +17,10 @@ DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "flo
 
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_.]*(/[a-z0-9_][a-z0-9_.]*)*")
 _CHUNK_TARGET_BYTES = 1 << 18
+# A row is read by its chunks, so a chunk should not hold many rows: no more than so many tokens, but in a narrow array,
+# where the work for a chunk outweighs its bytes.
+_LONGEST_CHUNK = 512
+_SMALLEST_CHUNK_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,13 @@ class ArraySpec:
         return (num_tokens if self.axis == "token" else num_rows, *self.shape)
 
     def chunk_length(self, length: int) -> int:
-        """Give how many indices of the first dimension one chunk holds: a power of two near 256 KiB, or all of them."""
+        """Give how many indices of the first dimension one chunk holds: a power of two, or all of a shorter array."""
         itemsize = np.dtype(self.dtype).itemsize
         trailing = self.shape[1:] if self.axis == "shard" else self.shape
         bytes_per_index = itemsize * int(np.prod(trailing, dtype=np.int64))
         fitting = max(_CHUNK_TARGET_BYTES // bytes_per_index, 1)
+        if self.axis != "shard":
+            fitting = min(fitting, max(_LONGEST_CHUNK, _SMALLEST_CHUNK_BYTES // bytes_per_index))
         return min(1 << (fitting.bit_length() - 1), length)
 
     def dimension_names(self) -> tuple[str | None, ...]:

@@ -10,7 +10,9 @@
         ├── FormatError                     written by another version of the format
         ├── IdentityError                   made from another teacher than the one at hand
         ├── IncompleteError                 columns that a run needs are not all there
-        └── CorruptError                    bytes that are not the bytes that were written
+        ├── CorruptError                    bytes that are not the bytes that were written
+        ├── InUseError                      another process writes what this one wants to write
+        └── RemoteError                     object storage that does not do what it was asked to
 
 Each message is one line: what, where, got against expected, what to do. The library raises; only the command line
 prints and exits.
@@ -59,3 +61,11 @@ class IncompleteError(StoreError):
 
 class CorruptError(StoreError):
     """Stored bytes are not the bytes that were committed."""
+
+
+class InUseError(StoreError):
+    """Another living process writes the same shards."""
+
+
+class RemoteError(StoreError):
+    """A request to object storage failed, and failed again."""

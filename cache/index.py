@@ -11,7 +11,7 @@ from cache.errors import CorruptError, StoreNotFoundError
 from cache.identity import FINGERPRINT_CHARS, digest_of
 from cache.objects import open_objects
 
-_FOLDER = "index"
+INDEX = "index"
 
 
 def write_entry(root: str, kind: str, key: Any, value: Mapping[str, Any]) -> None:
@@ -24,6 +24,7 @@ def write_entry(root: str, kind: str, key: Any, value: Mapping[str, Any]) -> Non
         value: JSON-able.
     """
     entry = {"key": key, "value": dict(value)}
+    entry["check"] = digest_of(entry)
     open_objects(root).write(_entry_name(kind, key), json.dumps(entry, indent=1).encode())
 
 
@@ -35,7 +36,7 @@ def read_entry(root: str, kind: str, key: Any) -> dict[str, Any]:
     """
     name = _entry_name(kind, key)
     try:
-        return dict(json.loads(open_objects(root).read(name))["value"])
+        return parse_entry(name.rsplit("/", 1)[-1], open_objects(root).read(name))
     except FileNotFoundError:
         raise StoreNotFoundError(
             f"{root} holds no {kind} for this recipe's teacher and data sections; run: coldstill precompute"
@@ -44,5 +45,18 @@ def read_entry(root: str, kind: str, key: Any) -> dict[str, Any]:
         raise CorruptError(f"{root}/{name} is corrupt; run: coldstill precompute") from None
 
 
+def parse_entry(name: str, data: bytes) -> dict[str, Any]:
+    """Give the value of an entry's file, held against its check and its name.
+
+    Raises:
+        ValueError: It is not what was written; KeyError and TypeError mean the same.
+    """
+    entry = dict(json.loads(data))
+    check = entry.pop("check")
+    if digest_of(entry) != check or digest_of(entry["key"])[:FINGERPRINT_CHARS] not in name:
+        raise ValueError("its content does not have the checksum that it names")
+    return dict(entry["value"])
+
+
 def _entry_name(kind: str, key: Any) -> str:
-    return f"{_FOLDER}/{kind}-{digest_of(key)[:FINGERPRINT_CHARS]}.json"
+    return f"{INDEX}/{kind}-{digest_of(key)[:FINGERPRINT_CHARS]}.json"

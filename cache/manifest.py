@@ -1,36 +1,39 @@
 """Which (shard, column) pairs are complete, with checksums: the only truth about what a store holds.
 
-A column of a shard exists when its commit record does. A fresh record is one JSON file; `compact` folds all records
-into one Parquet file, so that opening a store costs the same at any size. Records are immutable and the union of all
-files counts, so a reader that meets a compaction half-way sees each record at least once.
+A column of a shard exists when its commit record does. A fresh record is one JSON file; many of them are folded into
+one Parquet file, so that opening a store costs little at any size. Records are immutable and the union of all files
+counts.
 """
 
-import io
-import itertools
+import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from cache.columns import Column
-from cache.errors import CorruptError
-from cache.identity import FINGERPRINT_CHARS, digest_of
+from cache.identity import digest_of
 from cache.store import Store
+from cache.tables import SUFFIX, fold, parse_table, read_folder
 
-_FOLDER = "commits"
+COMMITS = "commits"
+
+_FOLD_EVERY = 1024
 _SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
         ("column", pa.string()),
-        ("spec", pa.string()),
-        ("body", pa.string()),
-        ("check", pa.string()),
+        ("spec", pa.dictionary(pa.int32(), pa.string())),
+        ("num_tokens", pa.int64()),
+        ("num_rows", pa.int64()),
+        ("objects", pa.string()),
     ]
 )
-_MAX_LISTINGS = 5
+
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,98 +59,195 @@ class CommitRecord:
         """Bytes on disk of the column's arrays."""
         return sum(entry["bytes"] for entry in self.objects.values())
 
+    def to_line(self) -> Line:
+        """Give the record as flat JSON-able data, as both kinds of file keep it."""
+        return {
+            "shard": self.shard,
+            "column": self.column.name,
+            "spec": json.dumps(self.column.to_json(), sort_keys=True),
+            "num_tokens": self.num_tokens,
+            "num_rows": self.num_rows,
+            "objects": json.dumps(self.objects, sort_keys=True),
+        }
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> "CommitRecord":
+        """Rebuild a record from what `to_line` gave."""
+        return cls(
+            shard=line["shard"],
+            column=_column(line["spec"]),
+            num_tokens=line["num_tokens"],
+            num_rows=line["num_rows"],
+            objects=json.loads(line["objects"]),
+        )
+
 
 class Manifest:
-    """The committed columns of a store, as they were when it was loaded, and what this process adds."""
+    """The committed columns of a store, as they were when it was loaded, and what this process adds.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        store: The store.
+        columns: The columns to know of; all where it is None.
+        damaged: Gains the names of damaged files, which are then left out; without it they are an error.
+
+    Raises:
+        CorruptError: A file of records is damaged.
+    """
+
+    def __init__(
+        self, store: Store, *, columns: Collection[str] | None = None, damaged: list[str] | None = None
+    ) -> None:
         self._store = store
-        self._lines: dict[str, dict[str, dict[str, str]]] = {}
-        self._files: list[str] = []
-        self._load()
+        self._columns = None if columns is None else sorted(set(columns))
+        self._damaged = damaged
+        self.reload()
 
     def __contains__(self, key: tuple[str, str]) -> bool:
-        return key[1] in self._lines.get(key[0], {})
+        shard, column = key
+        return shard in self._places.get(column, {})
 
-    def columns(self, shard: str) -> list[str]:
-        """Name the complete columns of a shard, sorted."""
-        return sorted(self._lines.get(shard, {}))
+    def reload(self) -> None:
+        """Read again what is committed, by other processes too."""
+        parsed = read_folder(self._store.objects, COMMITS, _parse, damaged=self._damaged)
+        self._folded = [name for name in parsed if name.endswith(SUFFIX)]
+        self._loose = [name for name in parsed if not name.endswith(SUFFIX)]
+        self._fresh: list[str] = []
+        tables = [parsed[name] for name in self._folded]
+        loose = [parsed[name] for name in self._loose]
+        table = pa.concat_tables([_SCHEMA.empty_table(), *tables, pa.Table.from_pylist(loose, schema=_SCHEMA)])
+        if self._columns is not None:
+            table = table.filter(pc.is_in(table["column"], pa.array(self._columns, pa.string())))
+        self._table = table.combine_chunks()
+        self._places: dict[str, dict[str, int | CommitRecord]] = _places(self._table)
+
+    def columns(self) -> list[str]:
+        """Name every column that is complete in some shard, sorted."""
+        return sorted(name for name, places in self._places.items() if places)
+
+    def shards(self, column: str) -> Collection[str]:
+        """Name the shards in which a column is complete."""
+        return self._places.get(column, {}).keys()
 
     def record(self, shard: str, column: str) -> CommitRecord:
         """Give the commit record of a column that is complete.
 
         Raises:
             KeyError: It is not.
-            CorruptError: The record is damaged.
         """
-        line = self._lines[shard][column]
-        if digest_of([line["shard"], line["column"], line["spec"], line["body"]]) != line["check"]:
-            raise CorruptError(f"the commit record of column {column}, shard {shard}, in {self._store.path} is corrupt")
-        body = json.loads(line["body"])
-        return CommitRecord(shard=shard, column=Column.from_json(json.loads(line["spec"])), **body)
+        place = self._places[column][shard]
+        if isinstance(place, CommitRecord):
+            return place
+        return CommitRecord.from_line({name: self._table[name][place].as_py() for name in _SCHEMA.names})
+
+    def records(self) -> Iterator[CommitRecord]:
+        """Give every record, by shard and then by column."""
+        keys = sorted((shard, column) for column, places in self._places.items() for shard in places)
+        for shard, column in keys:
+            yield self.record(shard, column)
 
     def commit(self, record: CommitRecord) -> None:
         """Publish a record: from here on the column exists."""
-        body = {"num_tokens": record.num_tokens, "num_rows": record.num_rows, "objects": record.objects}
-        line = {
-            "shard": record.shard,
-            "column": record.column.name,
-            "spec": json.dumps(record.column.to_json(), sort_keys=True),
-            "body": json.dumps(body, sort_keys=True),
-        }
-        line["check"] = digest_of(list(line.values()))
-        name = _record_name(record.shard, record.column.name)
-        self._store.objects.write(name, json.dumps(line, indent=1).encode())
-        self._add(line)
-        self._files.append(name)
+        name = record_name(record.shard, record.column.name)
+        line = record.to_line()
+        data = json.dumps({**line, "check": digest_of(line)}, indent=1).encode()
+        self._store.objects.write(f"{COMMITS}/{name}", data)
+        self._places.setdefault(record.column.name, {})[record.shard] = record
+        self._fresh.append(name)
+        if len(self._fresh) >= _FOLD_EVERY:
+            self._fold_fresh()
 
     def is_published(self, shard: str, column: str) -> bool:
-        """Whether the column's own record lies in the store, whatever this manifest knows of it."""
-        return self._store.objects.exists(_record_name(shard, column))
+        """Whether the column's record lies in the store, even where publishing it raised."""
+        return (shard, column) in self or self._store.objects.exists(f"{COMMITS}/{record_name(shard, column)}")
 
     def compact(self) -> None:
-        """Fold all records into one file, then remove those it came from; nothing happens with fewer than two."""
-        if len(self._files) < 2:
-            return
-        lines = [self._lines[shard][column] for shard in sorted(self._lines) for column in self.columns(shard)]
-        sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(lines, schema=_SCHEMA), sink, compression="zstd")
-        name = f"{_FOLDER}/{digest_of(lines)[:FINGERPRINT_CHARS]}.parquet"
-        self._store.objects.write(name, sink.getvalue())
-        for file in self._files:
-            if file != name:
-                self._store.objects.remove(file)
-        self._files = [name]
+        """Fold all records into one file, those of other processes too; nothing happens where there is one."""
+        self._require_all_columns()
+        self.reload()
+        names = [*self._folded, *self._loose]
+        if self._loose or len(names) > 1:
+            self._folded = [fold(self._store.objects, COMMITS, _sorted(self._table), names)]
+            self._loose = []
 
-    def _load(self) -> None:
-        for _ in range(_MAX_LISTINGS):
-            names = [f"{_FOLDER}/{name}" for name in self._store.objects.list(_FOLDER)]
-            try:
-                tables = [self._read(name) for name in names]
-            except FileNotFoundError:
-                continue  # a compaction removed it after the listing: list again
-            self._files = names
-            self._lines = {}
-            for line in itertools.chain.from_iterable(tables):
-                self._add(line)
-            return
-        raise CorruptError(f"the commit records of store {self._store.path} change faster than they can be read")
+    def drop(self, keys: Collection[tuple[str, str]]) -> None:
+        """Take back the records of some (shard, column) pairs: the rest is published first, in one file."""
+        self._require_all_columns()
+        kept = [record for record in self.records() if (record.shard, record.column.name) not in keys]
+        names = [*self._folded, *self._loose, *self._fresh]
+        lines = pa.Table.from_pylist([record.to_line() for record in kept], schema=_SCHEMA)
+        fold(self._store.objects, COMMITS, _sorted(lines), names)
+        self.reload()
 
-    def _add(self, line: dict[str, str]) -> None:
-        self._lines.setdefault(line["shard"], {})[line["column"]] = line
+    def _require_all_columns(self) -> None:
+        if self._columns is not None:
+            raise ValueError("a manifest of some columns cannot rewrite the records: it would lose those of the others")
 
-    def _read(self, name: str) -> Iterable[dict[str, str]]:
-        data = self._store.objects.read(name)
-        try:
-            if name.endswith(".json"):
-                line = json.loads(data)
-                return [{field: line[field] for field in _SCHEMA.names}]
-            return list(pq.read_table(pa.BufferReader(data), schema=_SCHEMA).to_pylist())
-        except (ValueError, KeyError, TypeError, pa.ArrowException, OSError) as error:
-            raise CorruptError(
-                f"{name} of store {self._store.path} is corrupt: {error}; delete the store and run precompute again"
-            ) from None
+    def _fold_fresh(self) -> None:
+        """Fold this process's own loose records, so that neither a death nor a reader meets very many files."""
+        lines = []
+        for name in self._fresh:
+            shard, column = parse_record_name(name)
+            lines.append(self.record(shard, column).to_line())
+        table = _sorted(pa.Table.from_pylist(lines, schema=_SCHEMA))
+        self._folded.append(fold(self._store.objects, COMMITS, table, self._fresh))
+        self._fresh = []
 
 
-def _record_name(shard: str, column: str) -> str:
-    return f"{_FOLDER}/{shard}~{column.replace('/', '~')}.json"
+@functools.lru_cache(maxsize=4096)
+def _column(spec: str) -> Column:
+    return Column.from_json(json.loads(spec))
+
+
+def record_name(shard: str, column: str) -> str:
+    """Name the file of one fresh record."""
+    return f"{shard}~{column.replace('/', '~')}.json"
+
+
+def parse_record_name(name: str) -> tuple[str, str]:
+    """Give the shard and column of a fresh record's file."""
+    shard, _, column = name.removesuffix(".json").partition("~")
+    return shard, column.replace("~", "/")
+
+
+def parse_line(data: bytes) -> Line:
+    """Read one record of JSON and hold it against its check.
+
+    Raises:
+        ValueError: It is not what was written; KeyError and TypeError mean the same.
+    """
+    entry = json.loads(data)
+    line = {name: entry[name] for name in _SCHEMA.names}
+    if digest_of(line) != entry["check"]:
+        raise ValueError("its content does not have the checksum that it names")
+    return line
+
+
+def _parse(name: str, data: bytes) -> pa.Table | Line:
+    if name.endswith(SUFFIX):
+        return parse_table(name, data, _SCHEMA)
+    line = parse_line(data)
+    if record_name(line["shard"], line["column"]) != name:
+        raise ValueError("it is the record of another column or shard")
+    return line
+
+
+def _places(table: pa.Table) -> dict[str, dict[str, int | CommitRecord]]:
+    """Map column -> shard -> line of the table."""
+    columns = table["column"].combine_chunks().dictionary_encode()
+    shards = table["shard"].combine_chunks()
+    places: dict[str, dict[str, int | CommitRecord]] = {}
+    for code, column in enumerate(columns.dictionary.to_pylist()):
+        lines = pc.indices_nonzero(pc.equal(columns.indices, code))
+        places[column] = dict(zip(shards.take(lines).to_pylist(), lines.to_pylist(), strict=True))
+    return places
+
+
+def _sorted(table: pa.Table) -> pa.Table:
+    """Order the records by shard and column, each once: the same records always make the same file."""
+    keys = table.append_column("line", pa.array(range(len(table)), pa.int64()))
+    keys = keys.select(["shard", "column", "line"]).group_by(["shard", "column"]).aggregate([("line", "max")])
+    keys = keys.sort_by([("shard", "ascending"), ("column", "ascending")])
+    ordered = table.take(keys["line_max"].combine_chunks())
+    # A dictionary in the order of the lines: built anew, not as the files happened to be joined.
+    spec = ordered["spec"].cast(pa.string()).combine_chunks().dictionary_encode()
+    return ordered.set_column(ordered.schema.get_field_index("spec"), _SCHEMA.field("spec"), spec).combine_chunks()

@@ -1,20 +1,25 @@
 """Rows by selection and index; refuses an incomplete or corrupt store before the first row is given."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from cache.array_object import ArrayObject, object_name
+from cache.arrays import ArraySource, OpenArray, decode_chunks, open_column, read_column, read_index
 from cache.errors import IncompleteError
 from cache.manifest import CommitRecord, Manifest
-from cache.rows import Selection
-from cache.store import CONSTANTS, Store, shard_folder
+from cache.selections import Selection
+from cache.store import CONSTANTS, Store
+from cache.tokens import LENGTHS, TOKENS
 
 RowArrays = dict[str, dict[str, np.ndarray]]
 
 _CHUNK_CACHE_BYTES = 64 << 20
-_OPEN_ARRAYS = 4096
+_OPEN_COLUMNS = 1024
+
+_Span = tuple[int, int]
+_ChunkKey = tuple[str, int]
 
 
 def require_complete(manifest: Manifest, selection: Selection, columns: Sequence[str], *, store: str) -> None:
@@ -23,10 +28,10 @@ def require_complete(manifest: Manifest, selection: Selection, columns: Sequence
     Raises:
         IncompleteError: One has not; the message counts the shards of each incomplete column.
     """
-    shards = selection.shard_names()
+    shards = set(selection.shard_names)
     problems = []
     for column in columns:
-        complete = sum((shard, column) in manifest for shard in shards)
+        complete = len(shards.intersection(manifest.shards(column)))
         if complete < len(shards):
             problems.append(f"{complete} of {len(shards)} shards of {column}")
     if problems:
@@ -36,34 +41,43 @@ def require_complete(manifest: Manifest, selection: Selection, columns: Sequence
 class Reader:
     """Read rows of a selection: each array of each column, cut to the row.
 
-    Memory is bounded whatever the store's size: 64 MiB of decoded chunks and the indices of recently used arrays.
-    A reader is not to be shared between processes or threads: make one in each.
+    Memory is bounded whatever the store's size: 64 MiB of decoded chunks, the indices of recently used arrays, and the
+    commit records of the columns that are read. A reader is not to be shared between processes or threads: make one in
+    each.
 
     Args:
         store: The store.
         selection: Which rows, in which order.
-        columns: Names of the columns to read.
+        columns: Names of the columns to read. Of the tokens only the ids are read: the lengths are the selection's.
+        local_copy: A folder that keeps copies of the arrays, for a store on object storage; None to read in place.
 
     Raises:
         IncompleteError: A column is not complete for all rows.
     """
 
-    def __init__(self, store: Store, selection: Selection, columns: Sequence[str]) -> None:
+    def __init__(
+        self, store: Store, selection: Selection, columns: Sequence[str], *, local_copy: str | None = None
+    ) -> None:
         self.columns = tuple(columns)
         self.selection = selection
         self._store = store
-        self._manifest = Manifest(store)
+        self._local_copy = local_copy
+        self._source = ArraySource(store, local_copy=local_copy)
+        self._manifest = Manifest(store, columns=self.columns)
         require_complete(self._manifest, selection, columns, store=store.path)
-        self._records: dict[tuple[str, str], CommitRecord] = {}
-        self._arrays: OrderedDict[tuple[str, str, str], ArrayObject] = OrderedDict()
-        self._chunks: OrderedDict[tuple[str, str, str, int], np.ndarray] = OrderedDict()
+        self._open: OrderedDict[tuple[str, str], list[OpenArray]] = OrderedDict()
+        self._chunks: OrderedDict[_ChunkKey, _Chunk] = OrderedDict()
         self._chunk_bytes = 0
 
     def __len__(self) -> int:
         return len(self.selection)
 
     def row(self, index: int) -> RowArrays:
-        """Give one row: column name -> array name -> values.
+        """Give one row; see `rows`."""
+        return self.rows([index])[0]
+
+    def rows(self, indices: Sequence[int]) -> list[RowArrays]:
+        """Give rows, each as column name -> array name -> values; what they need is fetched together.
 
         Arrays of tokens are cut to the row's tokens, `[T, ...]`; arrays of rows to the row's own entry; arrays of the
         shard come whole. The values are read-only views where that saves a copy.
@@ -72,84 +86,77 @@ class Reader:
             IndexError: The selection has no such row.
             CorruptError: Stored bytes are not those that were written.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of a selection of {len(self)} rows")
-        shard = str(self.selection.shards[index])
-        return {column: self._row_of_column(shard, column, index) for column in self.columns}
+        places = [self._place(index) for index in indices]
+        opened = self._opened(dict.fromkeys(shard for shard, _, _ in places))
+        wanted = {
+            (array.stored.name, number): array
+            for shard, tokens, rows in places
+            for column in self.columns
+            for array in opened[shard, column]
+            for number in _chunk_numbers(array, _span(array, tokens, rows))
+        }
+        chunks = self._loaded(wanted)
+        return [
+            {
+                column: {array.name: _cut(array, chunks, tokens, rows) for array in opened[shard, column]}
+                for column in self.columns
+            }
+            for shard, tokens, rows in places
+        ]
 
-    def _row_of_column(self, shard: str, column: str, index: int) -> dict[str, np.ndarray]:
-        record = self._record(shard, column)
-        start = int(self.selection.starts[index])
-        position = int(self.selection.positions[index])
-        values = {}
-        for name, spec in record.column.arrays.items():
-            if spec.axis == "token":
-                values[name] = self._slice(record, name, start, start + int(self.selection.lengths[index]))
-            elif spec.axis == "row":
-                values[name] = self._slice(record, name, position, position + 1)[0]
+    def _place(self, index: int) -> tuple[str, _Span, _Span]:
+        """Give a row's shard and its spans on the axes of tokens and of rows."""
+        selection = self.selection
+        if not 0 <= index < len(selection):
+            raise IndexError(f"row {index} of a selection of {len(selection)} rows")
+        start, position = int(selection.starts[index]), int(selection.positions[index])
+        shard = selection.shard_names[selection.shard_numbers[index]]
+        return shard, (start, start + int(selection.lengths[index])), (position, position + 1)
+
+    def _opened(self, shards: Iterable[str]) -> dict[tuple[str, str], list[OpenArray]]:
+        """Give the open arrays of all columns in some shards."""
+        opened: dict[tuple[str, str], list[OpenArray]] = {}
+        fresh: dict[tuple[str, str], list[OpenArray]] = {}
+        for key in [(shard, column) for shard in shards for column in self.columns]:
+            if key in self._open:
+                self._open.move_to_end(key)
+                opened[key] = self._open[key]
             else:
-                values[name] = self._slice(record, name, 0, spec.shape[0])
-        return values
+                opened[key] = fresh[key] = self._arrays(self._manifest.record(*key))
+        if fresh:
+            read_index(self._source, [array for arrays in fresh.values() for array in arrays])
+            self._open |= fresh
+            while len(self._open) > _OPEN_COLUMNS:
+                self._open.popitem(last=False)
+        return opened
 
-    def _record(self, shard: str, column: str) -> CommitRecord:
-        key = (shard, column)
-        if key not in self._records:
-            self._records[key] = self._manifest.record(shard, column)
-        return self._records[key]
+    def _arrays(self, record: CommitRecord) -> list[OpenArray]:
+        arrays = open_column(self._store, record, local_copy=self._local_copy)
+        return [array for array in arrays if (record.column.name, array.name) != (TOKENS, LENGTHS)]
 
-    def _slice(self, record: CommitRecord, name: str, start: int, stop: int) -> np.ndarray:
-        array = self._array(record, name)
-        length = array.chunk_length
-        first, last = start // length, (stop - 1) // length
-        if first == last:
-            return self._chunk(record, name, array, first)[start - first * length : stop - first * length]
-        chunks = np.concatenate([self._chunk(record, name, array, number) for number in range(first, last + 1)])
-        return chunks[start - first * length : stop - first * length]
-
-    def _array(self, record: CommitRecord, name: str) -> ArrayObject:
-        key = (record.shard, record.column.name, name)
-        if key not in self._arrays:
-            self._arrays[key] = open_array(self._store, record, name)
-            if len(self._arrays) > _OPEN_ARRAYS:
-                self._arrays.popitem(last=False)
-        self._arrays.move_to_end(key)
-        return self._arrays[key]
-
-    def _chunk(self, record: CommitRecord, name: str, array: ArrayObject, number: int) -> np.ndarray:
-        key = (record.shard, record.column.name, name, number)
-        if key not in self._chunks:
-            self._chunks[key] = array.chunk(number)
-            self._chunk_bytes += self._chunks[key].nbytes
+    def _loaded(self, wanted: dict[_ChunkKey, OpenArray]) -> dict[_ChunkKey, "_Chunk"]:
+        """Give the wanted chunks, from memory or from the store."""
+        chunks = {}
+        missing = []
+        for key in wanted:
+            if key in self._chunks:
+                self._chunks.move_to_end(key)
+                chunks[key] = self._chunks[key]
+            else:
+                missing.append(key)
+        if missing:
+            parts = iter(self._source.read([(wanted[key], *wanted[key].object.chunk_range(key[1])) for key in missing]))
+            for name, numbers in _runs(missing):
+                array = wanted[name, numbers[0]]
+                block = decode_chunks(array, numbers, [next(parts) for _ in numbers])
+                block.flags.writeable = False  # rows are views of it
+                for index, number in enumerate(numbers):
+                    chunk = _Chunk(block, index * array.object.chunk_length, block.nbytes // len(numbers))
+                    chunks[name, number] = self._chunks[name, number] = chunk
+                self._chunk_bytes += block.nbytes
             while self._chunk_bytes > _CHUNK_CACHE_BYTES and len(self._chunks) > 1:
                 self._chunk_bytes -= self._chunks.popitem(last=False)[1].nbytes
-        self._chunks.move_to_end(key)
-        return self._chunks[key]
-
-
-def open_array(store: Store, record: CommitRecord, name: str) -> ArrayObject:
-    """Open one array of a committed column.
-
-    Raises:
-        CorruptError: Its object is missing or damaged.
-    """
-    spec = record.column.arrays[name]
-    path = f"{shard_folder(record.shard)}/{record.column.name}/{name}/{object_name(spec)}"
-    return ArrayObject(
-        lambda start, num_bytes: store.objects.read_range(path, start, num_bytes),
-        spec=spec,
-        shape=spec.full_shape(num_tokens=record.num_tokens, num_rows=record.num_rows),
-        label=f"column {record.column.name}, array {name}, shard {record.shard}, in {store.path}",
-    )
-
-
-def read_column(store: Store, record: CommitRecord) -> dict[str, np.ndarray]:
-    """Read a committed column whole: array name -> values of the full shape in its shard."""
-    values = {}
-    for name in record.column.arrays:
-        array = open_array(store, record, name)
-        num_chunks = -(-array.shape[0] // array.chunk_length)
-        values[name] = np.concatenate([array.chunk(number) for number in range(num_chunks)])
-    return values
+        return chunks
 
 
 def read_constants(store: Store, column: str) -> tuple[dict[str, np.ndarray], CommitRecord]:
@@ -158,8 +165,60 @@ def read_constants(store: Store, column: str) -> tuple[dict[str, np.ndarray], Co
     Raises:
         IncompleteError: It was never committed.
     """
-    manifest = Manifest(store)
+    manifest = Manifest(store, columns=[column])
     if (CONSTANTS, column) not in manifest:
         raise IncompleteError(f"store {store.path} has no {column}; run: coldstill precompute")
     record = manifest.record(CONSTANTS, column)
     return read_column(store, record), record
+
+
+def _span(array: OpenArray, tokens: _Span, rows: _Span) -> _Span:
+    if array.axis == "shard":
+        return 0, array.object.shape[0]
+    return tokens if array.axis == "token" else rows
+
+
+def _chunk_numbers(array: OpenArray, span: _Span) -> range:
+    length = array.object.chunk_length
+    return range(span[0] // length, (span[1] - 1) // length + 1)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A decoded chunk, as a part of the block of neighbours that were decoded with it.
+
+    Attributes:
+        block: Their values, one chunk behind the other.
+        start: Where this chunk begins in it.
+        nbytes: Of this chunk.
+    """
+
+    block: np.ndarray
+    start: int
+    nbytes: int
+
+
+def _runs(keys: Sequence[_ChunkKey]) -> Iterator[tuple[str, range]]:
+    """Give the runs of consecutive chunks of one array, in the order of the keys."""
+    first = 0
+    for index in range(1, len(keys) + 1):
+        name, number = keys[first]
+        if index == len(keys) or keys[index] != (name, number + index - first):
+            yield name, range(number, number + index - first)
+            first = index
+
+
+def _cut(array: OpenArray, chunks: dict[_ChunkKey, _Chunk], tokens: _Span, rows: _Span) -> np.ndarray:
+    """Cut one row's values out of its chunks; without a copy where these are neighbours in memory."""
+    start, stop = _span(array, tokens, rows)
+    numbers = _chunk_numbers(array, (start, stop))
+    parts = [chunks[array.stored.name, number] for number in numbers]
+    length = array.object.chunk_length
+    offset = start - numbers[0] * length
+    if all(part.block is parts[0].block and part.start == parts[0].start + i * length for i, part in enumerate(parts)):
+        offset += parts[0].start
+        values = parts[0].block[offset : offset + stop - start]
+    else:
+        joined = np.concatenate([part.block[part.start : part.start + length] for part in parts])
+        values = joined[offset : offset + stop - start]
+    return values[0] if array.axis == "row" else values

@@ -1,159 +1,156 @@
-"""Which rows a store knows, which shard holds each, and the selections of them that runs read.
+"""Which rows a store knows, and which shard holds each.
 
 Rows are laid into shards once, before anything is computed for them, and never move: a run that was cut off finds the
-same shards again and so writes the same bytes.
+same shards again and so writes the same bytes. A row is known when its shard's tokens are committed.
 """
 
-import hashlib
-import io
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from cache.errors import CorruptError, StoreNotFoundError
-from cache.identity import FINGERPRINT_CHARS, ROW_ID_BYTES, shard_id
+from cache.errors import StoreNotFoundError
+from cache.identity import ROW_ID_BYTES, shard_id
 from cache.store import Store
+from cache.tables import fold, parse_table, read_folder, write_table
 
+ROWS = "rows"
 SHARD_TOKENS = 32_768
 
-_PROVENANCE = b"provenance"
-
-_ROW_SCHEMA = pa.schema(
+ROW_SCHEMA = pa.schema(
     [
         ("row", pa.binary(ROW_ID_BYTES)),
-        ("shard", pa.string()),
+        ("shard", pa.dictionary(pa.int32(), pa.string())),
         ("position", pa.int32()),
         ("start", pa.int32()),
         ("length", pa.int32()),
     ]
 )
-_SELECTION_SCHEMA = _ROW_SCHEMA.append(pa.field("loss_start", pa.int32()))
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The rows of one run and split, in order; one array entry a row.
-
-    Attributes:
-        name: Its digest, which is its file's name.
-        shards: The shard of each row.
-        positions: The row's number within its shard.
-        starts: Its first token's index on the shard's token axis.
-        lengths: Its number of tokens.
-        loss_starts: The first token that counts in a loss; those before it are a prompt.
-        provenance: Where the rows came from: tokenizer, source, what was dropped.
-    """
-
-    name: str
-    shards: np.ndarray
-    positions: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    loss_starts: np.ndarray
-    provenance: Mapping[str, Any]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all rows; a row that occurs twice counts twice."""
-        return int(self.lengths.sum())
-
-    def shard_names(self) -> list[str]:
-        """Name each shard once, in the order of its first row."""
-        return list(dict.fromkeys(self.shards.tolist()))
-
-
-def lay_rows(store: Store, row_ids: Sequence[bytes], lengths: Sequence[int]) -> pa.Table:
-    """Lay rows that the store has never seen into new shards; nothing is published yet.
-
-    The caller commits the new shards' token ids and then calls `publish_rows`: every row that is known can be read.
+def read_rows(store: Store, *, damaged: list[str] | None = None) -> pa.Table:
+    """Give every row that was ever laid: row, shard, position, start, length; by shard and position, each once.
 
     Args:
         store: The store.
+        damaged: Gains the names of damaged files, which are then left out; without it they are an error.
+
+    Raises:
+        CorruptError: A file of rows is damaged.
+    """
+    return sorted_rows(_read_files(store, damaged).values())
+
+
+def lay_rows(known: pa.Table, shards: Collection[str], row_ids: Sequence[bytes], lengths: Sequence[int]) -> pa.Table:
+    """Lay rows that the store does not know into shards; nothing is published yet.
+
+    The caller commits the new shards' tokens and then calls `publish_rows`. A shard whose tokens were lost is laid
+    again as it was, where all of its rows are asked for.
+
+    Args:
+        known: What `read_rows` gave.
+        shards: The shards whose tokens are committed.
         row_ids: What `cache.identity.row_id` gave, in the order of the run; a row may occur more than once.
         lengths: The number of tokens of each.
 
     Returns:
-        A table with one line for each new row: row, shard, position, start, length; in the order of the shards.
+        A table with one line for each new row, shard after shard.
     """
-    requested = pa.array(row_ids, pa.binary(ROW_ID_BYTES))
-    unknown = pc.index_in(requested, value_set=_known_rows(store)["row"].combine_chunks()).is_null().to_pylist()
-    new = {row: length for row, length, is_new in zip(row_ids, lengths, unknown, strict=True) if is_new}
-    return _lay_into_shards(new)
+    wanted = dict(zip(row_ids, lengths, strict=True))
+    if wanted and min(wanted.values()) < 1:
+        raise ValueError("a row needs at least one token")
+    has_tokens = _has_tokens(known, shards)
+    for row in _present(wanted, known.filter(has_tokens)):
+        del wanted[row]
+    restored = []
+    for table in split_shards(known.filter(pc.invert(has_tokens))).values():
+        members = table["row"].to_pylist()
+        if all(row in wanted for row in members):
+            restored.append(table)
+            for row in members:
+                del wanted[row]
+    return pa.concat_tables([*restored, _lay_into_shards(wanted)])
 
 
 def publish_rows(store: Store, laid: pa.Table) -> None:
     """Make new rows known to the store; nothing happens where there are none."""
     if len(laid):
-        _publish(store, "rows", laid)
+        write_table(store.objects, ROWS, sorted_rows([laid]))
 
 
-def find_rows(store: Store, row_ids: Sequence[bytes]) -> pa.Table:
-    """Find the place of each of some rows that the store knows: row, shard, position, start, length, one line for each.
+def compact_rows(store: Store) -> None:
+    """Fold all files of rows into one; nothing happens where there is one."""
+    files = _read_files(store, None)
+    if len(files) > 1:
+        fold(store.objects, ROWS, sorted_rows(files.values()), list(files))
+
+
+def find_rows(store: Store, known: pa.Table, shards: Collection[str], row_ids: Sequence[bytes]) -> pa.Table:
+    """Find the place of each of some rows: row, shard, position, start, length, one line for each.
 
     Raises:
         StoreNotFoundError: The store does not know one of them.
     """
-    known = _known_rows(store)
-    indices = pc.index_in(pa.array(row_ids, pa.binary(ROW_ID_BYTES)), value_set=known["row"].combine_chunks())
+    readable = known.filter(_has_tokens(known, shards))
+    indices = pc.index_in(_ids(row_ids), value_set=readable["row"].combine_chunks())
     if indices.null_count:
         raise StoreNotFoundError(
             f"store {store.path} lacks {indices.null_count} of {len(row_ids)} rows; run: coldstill precompute"
         )
-    return known.take(indices)
+    return readable.take(indices)
 
 
-def write_selection(
-    store: Store, found: pa.Table, loss_starts: Sequence[int], provenance: Mapping[str, Any]
-) -> Selection:
-    """Publish the rows of one run, as `find_rows` found them, and give the selection."""
-    table = found.append_column(_SELECTION_SCHEMA.field("loss_start"), pa.array(loss_starts, pa.int32()))
-    table = table.replace_schema_metadata({_PROVENANCE: json.dumps(dict(provenance), sort_keys=True)})
-    return read_selection(store, _publish(store, "selections", table))
-
-
-def read_selection(store: Store, name: str) -> Selection:
-    """Read a selection by name.
-
-    Raises:
-        StoreNotFoundError: The store has no such selection.
-        CorruptError: Its file is damaged.
-    """
-    table = _read_table(store, f"selections/{name}.parquet", _SELECTION_SCHEMA)
-    column = {field: table[field].combine_chunks().to_numpy(zero_copy_only=False) for field in table.column_names}
-    return Selection(
-        name=name,
-        shards=column["shard"],
-        positions=column["position"],
-        starts=column["start"],
-        lengths=column["length"],
-        loss_starts=column["loss_start"],
-        provenance=json.loads((table.schema.metadata or {}).get(_PROVENANCE, b"{}")),
-    )
-
-
-def shard_rows(store: Store, shards: Sequence[str]) -> dict[str, pa.Table]:
+def shard_rows(known: pa.Table, shards: Sequence[str]) -> dict[str, pa.Table]:
     """Give all rows of each shard, in their order on its token axis."""
-    known = _known_rows(store)
-    tables = {}
-    for shard in shards:
-        tables[shard] = known.filter(pc.equal(known["shard"], shard)).sort_by("position")
-    return tables
+    chosen = known.filter(pc.is_in(known["shard"].cast(pa.string()), pa.array(shards, pa.string())))
+    tables = split_shards(chosen)
+    return {shard: tables[shard] for shard in shards}
+
+
+def split_shards(rows: pa.Table) -> dict[str, pa.Table]:
+    """Split a table of rows in which each shard's lines lie together."""
+    if not len(rows):
+        return {}
+    shards = rows["shard"].cast(pa.string()).combine_chunks().dictionary_encode()
+    starts = [0, *(np.flatnonzero(np.diff(shards.indices.to_numpy())) + 1).tolist()]
+    stops = [*starts[1:], len(rows)]
+    parts = [rows.slice(start, stop - start) for start, stop in zip(starts, stops, strict=True)]
+    return dict(zip(shards.dictionary.to_pylist(), parts, strict=True))
+
+
+def rows_table(shard: str, row_ids: Sequence[bytes], lengths: Sequence[int]) -> pa.Table:
+    """Give the lines of one shard's rows."""
+    starts = np.cumsum([0, *lengths])[:-1]
+    columns: dict[str, Any] = {
+        "row": _ids(row_ids),
+        "shard": pa.array([shard] * len(row_ids), pa.string()).dictionary_encode(),
+        "position": np.arange(len(row_ids), dtype=np.int32),
+        "start": starts.astype(np.int32),
+        "length": np.array(lengths, np.int32),
+    }
+    return pa.table(columns, schema=ROW_SCHEMA)
+
+
+def sorted_rows(tables: Iterable[pa.Table]) -> pa.Table:
+    """Join tables of rows by shard and position, each line once: the same rows always make the same table."""
+    joined = pa.concat_tables([ROW_SCHEMA.empty_table(), *tables])
+    plain = joined.set_column(1, "shard", joined["shard"].cast(pa.string()))
+    ordered = plain.sort_by([("shard", "ascending"), ("position", "ascending")]).combine_chunks()
+    if len(ordered) > 1:
+        shard, position = ordered["shard"].combine_chunks(), ordered["position"].combine_chunks()
+        is_new = pc.or_(
+            pc.not_equal(shard.slice(1), shard.slice(0, len(shard) - 1)),
+            pc.not_equal(position.slice(1), position.slice(0, len(position) - 1)),
+        )
+        ordered = ordered.filter(pa.concat_arrays([pa.array([True]), is_new]))
+    shards = ordered["shard"].combine_chunks().dictionary_encode()
+    return ordered.set_column(1, ROW_SCHEMA.field("shard"), shards).combine_chunks()
 
 
 def _lay_into_shards(new: Mapping[bytes, int]) -> pa.Table:
     """Fill shards greedily, in order, up to `SHARD_TOKENS`; a longer row has a shard of its own."""
-    if new and min(new.values()) < 1:
-        raise ValueError("a row needs at least one token")
     groups: list[list[bytes]] = []
     room = 0
     for row, length in new.items():
@@ -162,59 +159,28 @@ def _lay_into_shards(new: Mapping[bytes, int]) -> pa.Table:
             room = SHARD_TOKENS
         groups[-1].append(row)
         room -= length
-    columns: dict[str, list[Any]] = {name: [] for name in _ROW_SCHEMA.names}
-    for group in groups:
-        shard, start = shard_id(group), 0
-        for position, row in enumerate(group):
-            for name, value in zip(columns, (row, shard, position, start, new[row]), strict=True):
-                columns[name].append(value)
-            start += new[row]
-    return pa.table(columns, schema=_ROW_SCHEMA)
+    tables = [rows_table(shard_id(group), group, [new[row] for row in group]) for group in groups]
+    return pa.concat_tables([ROW_SCHEMA.empty_table(), *tables])
 
 
-def _known_rows(store: Store) -> pa.Table:
-    names = store.objects.list("rows")
-    tables = [_read_table(store, f"rows/{name}", _ROW_SCHEMA) for name in names]
-    return pa.concat_tables([_ROW_SCHEMA.empty_table(), *tables])
+def _read_files(store: Store, damaged: list[str] | None) -> dict[str, pa.Table]:
+    def parse(name: str, data: bytes) -> pa.Table:
+        return parse_table(name, data, ROW_SCHEMA)
+
+    return read_folder(store.objects, ROWS, parse, damaged=damaged)
 
 
-def _publish(store: Store, folder: str, table: pa.Table) -> str:
-    name = _digest(table)
-    if not store.objects.exists(f"{folder}/{name}.parquet"):
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        store.objects.write(f"{folder}/{name}.parquet", sink.getvalue())
-    return name
+def _has_tokens(known: pa.Table, shards: Collection[str]) -> pa.Array:
+    return pc.is_in(known["shard"].cast(pa.string()), value_set=pa.array(sorted(shards), pa.string()))
 
 
-def _read_table(store: Store, name: str, schema: pa.Schema) -> pa.Table:
-    """Read a table that is named by its content, and hold it against its name."""
-    try:
-        # Not `io.BytesIO`: Arrow would call back into Python from a thread of its own, and a fork then can deadlock.
-        table = pq.read_table(pa.BufferReader(store.objects.read(name)))
-        is_whole = table.schema.names == schema.names and _digest(table) == PurePosixPath(name).stem
-        reason = "its content is not what it is named by"
-    except FileNotFoundError:
-        raise StoreNotFoundError(f"store {store.path} has no {name}; run: coldstill precompute") from None
-    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        is_whole, reason = False, str(error)
-    if not is_whole:
-        raise CorruptError(
-            f"{name} of store {store.path} is corrupt: {reason}; delete the store and run precompute again"
-        )
-    return table
+def _present(wanted: Collection[bytes], known: pa.Table) -> list[bytes]:
+    if not len(wanted):
+        return []
+    requested = _ids(list(wanted))
+    is_known = pc.is_in(requested, value_set=known["row"].combine_chunks())
+    return list(requested.filter(is_known).to_pylist())
 
 
-def _digest(table: pa.Table) -> str:
-    hasher = hashlib.sha256(b"coldstill rows 1\0")
-    hasher.update((table.schema.metadata or {}).get(_PROVENANCE, b""))
-    for name in table.column_names:
-        values = table[name].combine_chunks()
-        hasher.update(b"\0" + name.encode() + b"\0")
-        if pa.types.is_integer(values.type):
-            hasher.update(values.to_numpy().astype("<i4").tobytes())
-        elif pa.types.is_string(values.type):
-            hasher.update("\n".join(values.to_pylist()).encode())
-        else:
-            hasher.update(b"".join(values.to_pylist()))
-    return hasher.hexdigest()[:FINGERPRINT_CHARS]
+def _ids(row_ids: Sequence[bytes]) -> pa.Array:
+    return pa.array(row_ids, pa.binary(ROW_ID_BYTES))

@@ -8,8 +8,10 @@
         rows/*.parquet                              which shard holds which row
         selections/<selection>.parquet              the rows of a run, in order
         commits/*                                   what is complete: see `cache.manifest`
+        writers/*                                   who writes what at the moment: see `cache.leases`
 
 A root (`caches/`) holds any number of stores, the index that leads from a recipe to its store, and pruned students.
+The whole format is specified in docs/format.md.
 """
 
 import json
@@ -17,17 +19,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cache.errors import FormatError, StoreNotFoundError
-from cache.identity import fingerprint
+from cache.array_object import REPAIR_HINT
+from cache.errors import CorruptError, FormatError, StoreNotFoundError
+from cache.identity import digest_of, fingerprint
 from cache.objects import Objects, open_objects
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONSTANTS = "constants"
+HIERARCHY = "arrays.zarr"
+NAMESPACE = "coldstill"
+STORES = "stores"
 
-_HIERARCHY = "arrays.zarr"
 _METADATA = "zarr.json"
-_ROOT_METADATA = f"{_HIERARCHY}/{_METADATA}"
-_NAMESPACE = "coldstill"
+_FORMAT_WITHOUT_CHECK = 1
+ROOT_METADATA = f"{HIERARCHY}/{_METADATA}"
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Store:
 
 def store_path(root: str, name: str) -> str:
     """Give the folder or URL of a store below its root."""
-    return f"{root.rstrip('/')}/stores/{name}"
+    return f"{root.rstrip('/')}/{STORES}/{name}"
 
 
 def create_store(root: str, teacher: Mapping[str, Any]) -> Store:
@@ -67,13 +72,11 @@ def create_store(root: str, teacher: Mapping[str, Any]) -> Store:
     """
     path = store_path(root, fingerprint(teacher["identity"]))
     objects = open_objects(path)
-    if objects.exists(_ROOT_METADATA):
+    if objects.exists(ROOT_METADATA):
         return open_store(path)
-    for folder in ("shards", CONSTANTS):
-        ensure_group(objects, f"{_HIERARCHY}/{folder}")
+    objects.write_all(missing_groups(objects, [f"{HIERARCHY}/shards", f"{HIERARCHY}/{CONSTANTS}"]))
     # The root's metadata comes last: a store without it was never created.
-    attributes = {_NAMESPACE: {"format": FORMAT_VERSION, "teacher": dict(teacher)}}
-    objects.write(_ROOT_METADATA, _group_metadata(attributes))
+    objects.write(ROOT_METADATA, root_metadata(teacher))
     return Store(objects, teacher)
 
 
@@ -83,31 +86,70 @@ def open_store(path: str) -> Store:
     Raises:
         StoreNotFoundError: There is none.
         FormatError: It was written by a version of the format that this version does not read.
+        CorruptError: What it says of its teacher is not what was written.
     """
     objects = open_objects(path)
     try:
-        attributes = json.loads(objects.read(_ROOT_METADATA))["attributes"][_NAMESPACE]
+        attributes = dict(json.loads(objects.read(ROOT_METADATA))["attributes"][NAMESPACE])
         version, teacher = attributes["format"], attributes["teacher"]
+        is_whole = version == _FORMAT_WITHOUT_CHECK or attributes.pop("check") == digest_of(attributes)
+        is_whole = is_whole and fingerprint(teacher["identity"]) == path.rsplit("/", 1)[-1]
     except FileNotFoundError:
         raise StoreNotFoundError(f"no store at {path}; run: coldstill precompute") from None
-    except (ValueError, KeyError, TypeError):
-        raise FormatError(f"{path}/{_ROOT_METADATA} is not the metadata of a Coldstill store") from None
-    if version != FORMAT_VERSION:
-        raise FormatError(f"store {path} has format {version}, this version of Coldstill reads format {FORMAT_VERSION}")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise CorruptError(f"{path}/{ROOT_METADATA} is corrupt: it is not what was written; {REPAIR_HINT}")
+    _check_version(path, version)
     return Store(objects, teacher)
 
 
 def shard_folder(shard: str) -> str:
     """Give the Zarr group of a shard, or of the store's constants."""
-    return f"{_HIERARCHY}/{CONSTANTS}" if shard == CONSTANTS else f"{_HIERARCHY}/shards/{shard}"
+    return f"{HIERARCHY}/{CONSTANTS}" if shard == CONSTANTS else f"{HIERARCHY}/shards/{shard}"
 
 
-def ensure_group(objects: Objects, folder: str, attributes: Mapping[str, Any] | None = None) -> None:
-    """Make a folder a Zarr group, where it is none yet."""
-    name = f"{folder}/{_METADATA}"
-    if not objects.exists(name):
-        objects.write(name, _group_metadata(attributes or {}))
+def metadata_name(folder: str) -> str:
+    """Name the Zarr metadata of a group or array."""
+    return f"{folder}/{_METADATA}"
 
 
-def _group_metadata(attributes: Mapping[str, Any]) -> bytes:
-    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=1).encode()
+def group_metadata(attributes: Mapping[str, Any] | None = None) -> bytes:
+    """Give the `zarr.json` of a group."""
+    metadata = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})}
+    return json.dumps(metadata, indent=1, sort_keys=True).encode()
+
+
+def root_metadata(teacher: Mapping[str, Any]) -> bytes:
+    """Give the `zarr.json` of a store's root group."""
+    facts = {"format": FORMAT_VERSION, "teacher": dict(teacher)}
+    return group_metadata({NAMESPACE: {**facts, "check": digest_of(facts)}})
+
+
+def parent_groups(shard: str, column: str) -> list[str]:
+    """Name the folders from the shard's own down to the one above the column, which must all be Zarr groups."""
+    folders = [shard_folder(shard)]
+    for part in column.split("/")[:-1]:
+        folders.append(f"{folders[-1]}/{part}")
+    return folders
+
+
+def missing_groups(objects: Objects, folders: list[str]) -> dict[str, bytes]:
+    """Give the metadata, by name, of folders that are no Zarr groups yet."""
+    missing = [folder for folder in folders if not objects.exists(metadata_name(folder))]
+    return {metadata_name(folder): group_metadata() for folder in missing}
+
+
+def _check_version(path: str, version: Any) -> None:
+    if version == FORMAT_VERSION:
+        return
+    age = "an older" if version < FORMAT_VERSION else "a newer"
+    advice = (
+        "remove it with coldstill cache rm and run precompute again"
+        if version < FORMAT_VERSION
+        else "install a newer Coldstill"
+    )
+    raise FormatError(
+        f"store {path} has format {version}, {age} one than format {FORMAT_VERSION}, which this version of Coldstill "
+        f"reads; {advice}"
+    )

@@ -15,10 +15,10 @@ from torch.utils.data import Dataset, Sampler
 
 from cache.columns import Axis
 from cache.reader import Reader, RowArrays
-from cache.rows import read_selection
+from cache.selections import Selection
 from cache.store import open_store
+from cache.tokens import TOKENS
 from pipeline.distiller import IGNORED
-from pipeline.targets import TOKENS
 
 
 @dataclass(frozen=True)
@@ -55,23 +55,34 @@ class StoredRows(Dataset[StoredRow]):
 
     Args:
         path: The store's folder or URL.
-        selection: The selection's name.
+        selection: Which rows, in which order.
         columns: What to read of each row.
+        local_copy: A folder that keeps copies of what is read; None to read the store in place.
     """
 
-    def __init__(self, path: str, selection: str, columns: BatchColumns) -> None:
+    def __init__(
+        self, path: str, selection: Selection, columns: BatchColumns, *, local_copy: str | None = None
+    ) -> None:
         self._path = path
         self._columns = columns
-        self._selection = read_selection(open_store(path), selection)
+        self._selection = selection
+        self._local_copy = local_copy
         self._reader: Reader | None = None
 
     def __len__(self) -> int:
         return len(self._selection)
 
     def __getitem__(self, index: int) -> StoredRow:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[StoredRow]:
+        """Give the rows of a batch, fetched together; a DataLoader asks for them this way."""
         if self._reader is None:
-            self._reader = Reader(open_store(self._path), self._selection, self._columns.names())
-        return StoredRow(self._reader.row(index), int(self._selection.loss_starts[index]))
+            names = self._columns.names()
+            self._reader = Reader(open_store(self._path), self._selection, names, local_copy=self._local_copy)
+        loss_starts = self._selection.loss_starts
+        rows = self._reader.rows(indices)
+        return [StoredRow(row, int(loss_starts[index])) for row, index in zip(rows, indices, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None}
@@ -86,7 +97,7 @@ class BatchCollator:
     """
 
     def __init__(self, columns: BatchColumns, axes: dict[str, dict[str, Axis]]) -> None:
-        self._columns = columns
+        self.columns = columns
         self._axes = axes
 
     def __call__(self, rows: Sequence[StoredRow]) -> dict[str, Any]:
@@ -98,12 +109,12 @@ class BatchCollator:
         }
         if (lengths < lengths.max()).any():
             batch["attention_mask"] = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]).long()
-        if self._columns.topk:
-            batch["topk"] = self._column(rows, self._columns.topk)
-        if self._columns.logsumexp:
-            batch["logsumexp"] = self._stack(rows, self._columns.logsumexp, "values")
-        if self._columns.hidden:
-            batch["hidden"] = {str(block): self._column(rows, name) for block, name in self._columns.hidden.items()}
+        if self.columns.topk:
+            batch["topk"] = self._column(rows, self.columns.topk)
+        if self.columns.logsumexp:
+            batch["logsumexp"] = self._stack(rows, self.columns.logsumexp, "values")
+        if self.columns.hidden:
+            batch["hidden"] = {str(block): self._column(rows, name) for block, name in self.columns.hidden.items()}
         return batch
 
     def _column(self, rows: Sequence[StoredRow], column: str) -> dict[str, Tensor]:

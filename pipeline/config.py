@@ -206,6 +206,7 @@ class Recipe(_Section):
 
     output: str
     cache: str = "caches"
+    local_copy: str | None = None
     teacher: TeacherConfig
     data: DataConfig
     student: StudentConfig

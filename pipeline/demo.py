@@ -4,7 +4,6 @@ A small tokenizer and a small Llama are trained on the built-in corpus, once, an
 stages on `configs/demo.yaml`, as anybody would run them.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -23,9 +22,9 @@ from pipeline.config import Recipe
 from pipeline.data import build_rows
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.precompute import precompute
-from pipeline.provenance import write_whole
 from pipeline.recipe_file import dump_recipe, parse_recipe, parse_yaml
 from pipeline.train import train
+from pipeline.whole import whole_folder, write_whole
 
 _VOCAB_SIZE = 1024
 _END_OF_TEXT = "<|endoftext|>"
@@ -91,17 +90,12 @@ def demo_recipe(folder: Path) -> Recipe:
 
 
 def _make_teacher(recipe: Recipe, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
+    with whole_folder(folder) as partial:
         tokenizer = _train_tokenizer()
         model = _train_model(recipe, tokenizer, scratch=partial / "trainer")
-        shutil.rmtree(partial)
+        shutil.rmtree(partial / "trainer", ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _train_tokenizer() -> PreTrainedTokenizerFast:

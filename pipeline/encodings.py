@@ -108,11 +108,6 @@ def state_column(name: str, *, width: int) -> Column:
     )
 
 
-def token_column(*, vocab_size: int) -> Column:
-    """Describe the column of token ids."""
-    return Column("tokens", {"ids": ArraySpec("uint16" if vocab_size <= _UINT16_IDS else "uint32")})
-
-
 def to_numpy(tensor: Tensor) -> np.ndarray:
     """Bring an encoded tensor to the host, bit for bit."""
     return tensor.contiguous().cpu().numpy()

@@ -15,14 +15,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cache.reader import Reader, read_constants
+from cache.tokens import TOKENS
 from pipeline.config import Recipe
 from pipeline.encodings import decode_hidden
 from pipeline.forward import pad_rows
 from pipeline.models import check_vocabularies, load_config, load_model, resolve_device, take_apart
 from pipeline.output_head import OutputHead
 from pipeline.provenance import write_record
-from pipeline.run_index import RunRows, find_run_rows, find_student, trained_student
-from pipeline.targets import FINAL_STATE, LABEL_LOGIT, LOSS_TEMPERATURE, OUTPUT_HEAD, TOKENS, logsumexp_name
+from pipeline.run_index import RunRows, find_run_rows, trained_student
+from pipeline.student_folders import find_student
+from pipeline.targets import FINAL_STATE, LABEL_LOGIT, LOSS_TEMPERATURE, OUTPUT_HEAD, logsumexp_name
 
 _CHUNK_POSITIONS = 256
 
@@ -67,7 +69,7 @@ def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
         ModelError: A student cannot be loaded.
     """
     run = find_run_rows(recipe)
-    teacher = _StoredTeacher(run, resolve_device(recipe.evaluate.device))
+    teacher = _StoredTeacher(run, resolve_device(recipe.evaluate.device), recipe.local_copy)
     folders = {"pruned": find_student(recipe)}
     trained = trained_student(recipe)
     if (trained / "config.json").is_file():
@@ -84,10 +86,11 @@ def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
 class _StoredTeacher:
     """The teacher's distribution over the eval rows, rebuilt from the store."""
 
-    def __init__(self, run: RunRows, device: torch.device) -> None:
+    def __init__(self, run: RunRows, device: torch.device, local_copy: str | None) -> None:
         self._run = run
+        self._local_copy = local_copy
         self._selection = run.selections["eval"]
-        self._reader = Reader(run.store, self._selection, [TOKENS, FINAL_STATE])
+        self._reader = Reader(run.store, self._selection, [TOKENS, FINAL_STATE], local_copy=local_copy)
         self.head = _load_head(run, device)
         self.device = device
         self.num_positions = sum(len(self._counted(index)) for index in range(len(self)))
@@ -98,7 +101,7 @@ class _StoredTeacher:
     def quality(self) -> Quality:
         """Judge the teacher by its own stored numbers: no logits are needed."""
         normaliser_name = logsumexp_name(LOSS_TEMPERATURE)
-        reader = Reader(self._run.store, self._selection, [LABEL_LOGIT, normaliser_name])
+        reader = Reader(self._run.store, self._selection, [LABEL_LOGIT, normaliser_name], local_copy=self._local_copy)
         total = 0.0
         for index in range(len(self)):
             row, counted = reader.row(index), self._counted(index).numpy()

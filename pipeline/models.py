@@ -5,6 +5,7 @@ equal blocks as long as its config says, a norm behind them, and an output embed
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,14 +120,16 @@ def resolve_dtype(config: PreTrainedConfig, dtype: str) -> str:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turn `auto` into the first accelerator, or the CPU where there is none."""
+    """Turn `auto` into this process's accelerator, the first one unless torchrun said another, or into the CPU."""
     if device != "auto":
         try:
             return torch.device(device)
         except RuntimeError as error:
             raise ModelError(f"device {device!r} is unknown: {_first_line(error)}") from None
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
 
 
 def load_model(folder: Path, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -1,31 +1,41 @@
-"""Stage one: make a recipe's columns complete for its rows. Where all are, no model is loaded."""
+"""Stage one: make the columns that recipes ask for complete for their rows. Where all are, no model is loaded."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from cache.columns import ArraySpec, Column
-from cache.errors import DataError, RecipeError
-from cache.identity import row_id
+from cache.leases import LAYOUT, Lease, hold, living_writers
 from cache.manifest import Manifest
-from cache.rows import Selection, find_rows, lay_rows, publish_rows, shard_rows, write_selection
+from cache.objects import open_objects
+from cache.rows import compact_rows
+from cache.selections import Selection
 from cache.store import CONSTANTS, Store, create_store
-from cache.writer import write_column
 from pipeline.config import Recipe
-from pipeline.data import Rows, build_rows, tokenizer_digest
-from pipeline.encodings import encode_hidden, to_numpy
-from pipeline.models import ModelParts, load_config, text_config
-from pipeline.pairing import layer_map_between, layer_map_of
-from pipeline.provenance import write_record
-from pipeline.prune import PreparedStudent, check_student, prepare_student
+from pipeline.data import tokenizer_digest
+from pipeline.models import text_config
+from pipeline.provenance import PROVENANCE_FILE, write_record
+from pipeline.prune import PreparedStudent, prepare_student
+from pipeline.requests import (
+    SPLITS,
+    Demand,
+    Request,
+    RowRegistry,
+    blocks_to_store,
+    build_requested_rows,
+    demand_of,
+    locate_teacher,
+    missing_jobs,
+    needed_columns,
+    row_names,
+)
 from pipeline.run_index import RunRows, publish_run_rows
-from pipeline.shard_jobs import ShardComputer, ShardJob, plan_jobs, write_tokens
-from pipeline.students import num_removed
-from pipeline.targets import OUTPUT_HEAD, TargetColumns, columns_of
+from pipeline.shard_jobs import ShardComputer, ShardJob, write_output_head
+from pipeline.targets import OUTPUT_HEAD
 from pipeline.teacher import Teacher
+from pipeline.workers import Share, first_process_first, launched_share, sum_over_processes, wait_for_everyone
 
 
 @dataclass(frozen=True)
@@ -34,174 +44,147 @@ class PrecomputeSummary:
 
     Attributes:
         store: The store's folder or URL.
-        student: The student's folder.
-        num_rows: Rows of each split.
+        students: The folder of each recipe's student.
+        num_rows: Rows of each split, of all recipes.
         num_tokens: Tokens of all rows.
         num_shards: Shards that hold them.
         computed_tokens: Tokens that the teacher ran over; 0 where everything was complete.
         written_bytes: Bytes written for them.
+        missing_shards: Shards that other workers have yet to complete.
         teacher_was_loaded: Whether the teacher's weights were needed.
         seconds: Time of the teacher's pass over the rows, encoding and writing included.
     """
 
     store: str
-    student: str
+    students: list[str]
     num_rows: dict[str, int]
     num_tokens: int
     num_shards: int
     computed_tokens: int
     written_bytes: int
+    missing_shards: int
     teacher_was_loaded: bool
     seconds: float
 
 
-def precompute(recipe: Recipe, *, show_progress: bool = True) -> PrecomputeSummary:
-    """Make the recipe's columns complete for its train and eval rows, and its student if it is to be pruned.
+def precompute(*recipes: Recipe, share: Share | None = None, show_progress: bool = True) -> PrecomputeSummary:
+    """Make the recipes' columns complete for their rows, and their students if they are to be pruned.
+
+    All recipes name the same teacher and cache: it is loaded once for all of them, if it is needed at all, and reads
+    each shard once for all that the shard lacks.
+
+    Args:
+        recipes: One or more.
+        share: Which shards to compute, where several processes compute them; under torchrun or accelerate launch it
+            follows from the rank.
+        show_progress: Whether to show a progress bar.
 
     Raises:
-        ColdstillError: Something in the recipe cannot be carried out; what was committed stays.
+        ColdstillError: Something in a recipe cannot be carried out; what was committed stays.
         OSError: The disk refuses; what was committed stays.
     """
-    teacher = Teacher.locate(recipe.teacher)
-    _check_recipe(recipe, teacher)
-    check_student(recipe, teacher)
-    _check_mapping(recipe, teacher)
-    train_rows, eval_rows = build_rows(recipe.data, teacher.tokenizer)
-    rows = {"train": train_rows, "eval": eval_rows}
-    student = prepare_student(recipe, teacher, train_rows)
-    blocks = _blocks_to_store(recipe, teacher, student)
-    store = create_store(recipe.cache, teacher.describe())
-    manifest = Manifest(store)
-    run = RunRows(store, _register_rows(recipe, store, manifest, rows, teacher))
-    publish_run_rows(recipe, run)
-    targets = {
-        split: columns_of(recipe.targets, blocks=blocks, split=split, manifest=manifest, selection=selection)
-        for split, selection in run.selections.items()
-    }
-    jobs = _missing(store, manifest, run.selections, targets)
+    share = share or launched_share()
+    teacher = locate_teacher(recipes)
+    built = build_requested_rows(recipes, teacher)
+    with first_process_first():
+        students = [
+            prepare_student(recipe, teacher, rows["train"]) for recipe, rows in zip(recipes, built, strict=True)
+        ]
+        tokenizer = tokenizer_digest(teacher.tokenizer)
+        requests = [
+            Request(recipe, rows, tokenizer, blocks_to_store(recipe, teacher, student.folder))
+            for recipe, rows, student in zip(recipes, built, students, strict=True)
+        ]
+        store = create_store(recipes[0].cache, teacher.describe())
+        manifest = Manifest(store)
+        registry, runs = _register(store, manifest, requests, teacher)
+    demands = [demand_of(request, run.selections, manifest) for request, run in zip(requests, runs, strict=True)]
     started = time.monotonic()
-    written_bytes = _compute(recipe, teacher, run, manifest, targets, jobs, rows, show_progress=show_progress)
-    manifest.compact()
+    # Of all shards, not of those that are missing now: another worker may be at work already.
+    own_shards = set(share.of(list(needed_columns(demands))))
+    jobs = [job for job in missing_jobs(manifest, registry.known, demands) if job.shard in own_shards]
+    tokens, written = _compute_held(
+        teacher, store, manifest, demands, jobs, requests, share, show_progress=show_progress
+    )
+    wait_for_everyone()
+    computed_tokens, written_bytes = sum_over_processes([tokens, written])
+    _tidy(recipes[0].cache, store, manifest)
     summary = PrecomputeSummary(
         store=store.path,
-        student=str(student.folder),
-        num_rows={split: len(selection) for split, selection in run.selections.items()},
-        num_tokens=sum(selection.num_tokens for selection in run.selections.values()),
-        num_shards=len({shard for selection in run.selections.values() for shard in selection.shard_names()}),
-        computed_tokens=sum(job.num_tokens for job in jobs),
+        students=[str(student.folder) for student in students],
+        num_rows=_count_rows(runs),
+        num_tokens=sum(selection.num_tokens for selection in _selections(runs)),
+        num_shards=len({shard for selection in _selections(runs) for shard in selection.shard_names}),
+        computed_tokens=computed_tokens,
         written_bytes=written_bytes,
+        missing_shards=len(missing_jobs(manifest, registry.known, demands)),
         teacher_was_loaded=teacher.is_loaded,
         seconds=time.monotonic() - started,
     )
-    if summary.computed_tokens or student.was_made:
-        facts = {"teacher": teacher.identity, "store": store.name, "selections": _names(run.selections)}
-        write_record(Path(recipe.output) / "precompute", recipe, facts)
+    _write_records(recipes, runs, students, teacher, has_computed=bool(computed_tokens))
     return summary
 
 
-def _check_recipe(recipe: Recipe, teacher: Teacher) -> None:
-    """Refuse, before any work, what this teacher cannot do."""
-    config = text_config(teacher.config)
-    logits = recipe.targets.logits
-    if logits.kind == "topk" and logits.k > config.vocab_size:
-        raise RecipeError(
-            f"targets.logits.k is {logits.k}, but the teacher's vocabulary has {config.vocab_size} entries"
-        )
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and recipe.data.sequence_length > longest:
-        raise RecipeError(
-            f"data.sequence_length is {recipe.data.sequence_length}, but the teacher reads at most {longest} tokens"
-        )
-    blocks = recipe.targets.hidden.blocks
-    for block in blocks if isinstance(blocks, list) else []:
-        if block >= teacher.num_blocks:
-            raise RecipeError(
-                f"targets.hidden.blocks names block {block}; the teacher has blocks 0 to {teacher.num_blocks - 1}"
-            )
-
-
-def _check_mapping(recipe: Recipe, teacher: Teacher) -> None:
-    """Hold the mapping against a student that is yet to be pruned: how many blocks it will have is known."""
-    if recipe.student.prune is not None and recipe.targets.hidden.blocks == "mapped":
-        remaining = teacher.num_blocks - num_removed(recipe.student.prune.layers)
-        layer_map_between(recipe.mapping, remaining, teacher.num_blocks, kept_blocks=range(remaining))
-
-
-def _register_rows(
-    recipe: Recipe, store: Store, manifest: Manifest, rows: Mapping[str, Rows], teacher: Teacher
-) -> dict[str, Selection]:
-    """Lay new rows into shards, commit their tokens, and publish each split's selection."""
+def _register(
+    store: Store, manifest: Manifest, requests: Sequence[Request], teacher: Teacher
+) -> tuple[RowRegistry, list[RunRows]]:
+    """Lay new rows into shards, commit their tokens, and publish each recipe's selections."""
     vocab_size = int(text_config(teacher.config).vocab_size)
-    tokenizer = tokenizer_digest(teacher.tokenizer)
-    selections = {}
-    for split in ("eval", "train"):
-        tokens = {row_id(ids): ids for ids in rows[split].tokens}
-        largest = max(int(ids.max()) for ids in tokens.values())
-        if largest >= vocab_size:
-            raise DataError(
-                f"the tokenizer in {teacher.folder} gives token id {largest}; the teacher's vocabulary has "
-                f"{vocab_size} entries"
-            )
-        row_ids = [row_id(ids) for ids in rows[split].tokens]
-        laid = lay_rows(store, row_ids, [len(ids) for ids in rows[split].tokens])
-        write_tokens(store, manifest, laid, tokens, vocab_size=vocab_size)
-        publish_rows(store, laid)
-        provenance = {
-            "tokenizer": tokenizer,
-            "source": getattr(recipe.data, split).model_dump(),
-            "num_documents": rows[split].num_documents,
-            "num_shared": rows[split].num_shared,
-        }
-        selections[split] = write_selection(store, find_rows(store, row_ids), rows[split].loss_starts, provenance)
-    return selections
+    runs = []
+    # One process at a time: two that lay the same rows differently would compute them twice.
+    with hold(store.objects, [LAYOUT], wait=True) as lease:
+        _sweep(store, lease)
+        manifest.reload()
+        registry = RowRegistry(store, manifest)
+        for request in requests:
+            selections = {split: registry.register(request, split, vocab_size=vocab_size) for split in SPLITS}
+            runs.append(RunRows(store, selections))
+            publish_run_rows(request.recipe, runs[-1])
+    return registry, runs
 
 
-def _blocks_to_store(recipe: Recipe, teacher: Teacher, student: PreparedStudent) -> list[int]:
-    section = recipe.targets.hidden.blocks
-    if isinstance(section, list):
-        return section
-    if section == "none":
-        return []
-    config = load_config(student.folder, trust_remote_code=recipe.student.trust_remote_code)
-    return list(layer_map_of(recipe.mapping, config, num_teacher_blocks=teacher.num_blocks).values())
+def _sweep(store: Store, lease: Lease) -> None:
+    """Remove what killed writers left half-written."""
+    is_alone = all(writer.file == lease.file for writer in living_writers(store.objects))
+    store.objects.sweep(is_alone=is_alone)
 
 
-def _missing(
-    store: Store, manifest: Manifest, selections: Mapping[str, Selection], targets: Mapping[str, TargetColumns]
-) -> list[ShardJob]:
-    needed: dict[str, list[str]] = {}
-    for split, selection in selections.items():
-        for shard in selection.shard_names():
-            needed.setdefault(shard, []).extend(targets[split].names())
-    incomplete = [shard for shard, names in needed.items() if any((shard, name) not in manifest for name in names)]
-    return plan_jobs(manifest, shard_rows(store, incomplete), {shard: needed[shard] for shard in incomplete})
-
-
-def _compute(
-    recipe: Recipe,
+def _compute_held(
     teacher: Teacher,
-    run: RunRows,
+    store: Store,
     manifest: Manifest,
-    targets: Mapping[str, TargetColumns],
+    demands: Sequence[Demand],
     jobs: list[ShardJob],
-    rows: Mapping[str, Rows],
+    requests: Sequence[Request],
+    share: Share,
     *,
     show_progress: bool,
-) -> int:
-    """Run the jobs, and give the bytes that they wrote."""
-    if (CONSTANTS, OUTPUT_HEAD) not in manifest:
-        _write_output_head(run.store, manifest, teacher.parts)
-    if not jobs:
-        return 0
-    names = {row_id(ids): f"{split} row {index}" for split in rows for index, ids in enumerate(rows[split].tokens)}
-    computer = ShardComputer(
-        run.store,
-        manifest,
-        teacher.parts,
-        list(targets.values()),
-        batch_size=recipe.teacher.batch_size,
-        row_names=names,
-    )
+) -> tuple[int, int]:
+    """Run the jobs while no other process may, and give the tokens that were read and the bytes that were written."""
+    needs_head = share.index == 0 and (CONSTANTS, OUTPUT_HEAD) not in manifest
+    if not jobs and not needs_head:
+        return 0, 0
+    with hold(store.objects, [job.shard for job in jobs] + [CONSTANTS] * needs_head) as lease:
+        # What another process committed in the meantime is not computed again.
+        manifest.reload()
+        jobs = [job for job in (job.without(manifest) for job in jobs) if job.columns]
+        if needs_head and (CONSTANTS, OUTPUT_HEAD) not in manifest:
+            write_output_head(store, manifest, teacher.parts)
+        if not jobs:
+            return 0, 0
+        computer = ShardComputer(
+            store,
+            manifest,
+            teacher.parts,
+            [target for demand in demands for target in demand.targets.values()],
+            batch_size=requests[0].recipe.teacher.batch_size,
+            row_names=row_names(requests),
+        )
+        return sum(job.num_tokens for job in jobs), _run(computer, jobs, lease, show_progress=show_progress)
+
+
+def _run(computer: ShardComputer, jobs: Sequence[ShardJob], lease: Lease, *, show_progress: bool) -> int:
+    """Run the jobs one after another, and give the bytes that they wrote."""
     written_bytes = 0
     total = sum(job.num_tokens for job in jobs)
     with tqdm(total=total, unit="tok", unit_scale=True, desc="precompute", disable=not show_progress) as bar:
@@ -213,25 +196,48 @@ def _compute(
             bar.update(num_tokens)
 
         for job in jobs:
+            lease.require()
             computer.run(job, on_progress)
     return written_bytes
 
 
-def _write_output_head(store: Store, manifest: Manifest, parts: ModelParts) -> None:
-    """Keep the output head, bit for bit, so that eval rows' last states give exact logits without the teacher."""
-    head = parts.output_head
-    dtype = str(head.weight_VD.dtype).removeprefix("torch.")
-    vocab_size, width = head.weight_VD.shape
-    stored = "uint16" if dtype == "bfloat16" else dtype
-    arrays = {"weight": encode_hidden(head.weight_VD.detach(), encoding=dtype)["values"]}
-    specs = {"weight": ArraySpec(stored, (vocab_size, width), axis="shard")}
-    if head.bias_V is not None:
-        arrays["bias"] = encode_hidden(head.bias_V.detach(), encoding=dtype)["values"]
-        specs["bias"] = ArraySpec(stored, (vocab_size,), axis="shard")
-    column = Column(OUTPUT_HEAD, specs, {"dtype": dtype, "scale": head.scale, "softcap": head.softcap})
-    host = {name: to_numpy(values) for name, values in arrays.items()}
-    write_column(store, manifest, CONSTANTS, column, host, num_tokens=0, num_rows=0)
+def _tidy(root: str, store: Store, manifest: Manifest) -> None:
+    """Fold the small files of a finished run and sweep, unless another process still writes."""
+    with first_process_first():
+        if launched_share().index == 0 and not living_writers(store.objects):
+            with hold(store.objects, [LAYOUT], wait=True):
+                manifest.compact()
+                compact_rows(store)
+            store.objects.sweep(is_alone=True)
+            open_objects(root).sweep(is_alone=False)
+    manifest.reload()
 
 
-def _names(selections: Mapping[str, Selection]) -> dict[str, str]:
-    return {split: selection.name for split, selection in selections.items()}
+def _write_records(
+    recipes: Sequence[Recipe],
+    runs: Sequence[RunRows],
+    students: Sequence[PreparedStudent],
+    teacher: Teacher,
+    *,
+    has_computed: bool,
+) -> None:
+    for recipe, run, student in zip(recipes, runs, students, strict=True):
+        folder = Path(recipe.output) / "precompute"
+        # Also where a run that was killed computed everything, but did not come to write it down.
+        if has_computed or student.was_made or not (folder / PROVENANCE_FILE).exists():
+            names = {split: selection.name for split, selection in run.selections.items()}
+            facts = {"teacher": teacher.identity, "store": run.store.name, "selections": names}
+            write_record(folder, recipe, facts)
+
+
+def _selections(runs: Sequence[RunRows]) -> list[Selection]:
+    """Give each selection once: recipes over the same data have the same ones."""
+    return list({selection.name: selection for run in runs for selection in run.selections.values()}.values())
+
+
+def _count_rows(runs: Sequence[RunRows]) -> dict[str, int]:
+    splits: Mapping[str, dict[str, int]] = {split: {} for split in SPLITS}
+    for run in runs:
+        for split, selection in run.selections.items():
+            splits[split][selection.name] = len(selection)
+    return {split: sum(counts.values()) for split, counts in splits.items()}

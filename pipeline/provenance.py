@@ -1,7 +1,6 @@
 """The record beside every output: the resolved recipe, and where, when and with what it was made."""
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from pipeline.config import Recipe
 from pipeline.recipe_file import dump_recipe
+from pipeline.whole import write_whole
 
 RECIPE_FILE = "recipe.yaml"
 PROVENANCE_FILE = "provenance.json"
@@ -41,16 +41,6 @@ def write_record(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / RECIPE_FILE, dump_recipe(recipe))
     write_whole(folder / PROVENANCE_FILE, json.dumps({**_surroundings(recipe), **facts}, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half-written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _surroundings(recipe: Recipe) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """The stage `prune`: make a recipe's student from its teacher, once, and keep it beside the stores by content."""
 
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +13,17 @@ from pipeline.config import PruneConfig, Recipe
 from pipeline.data import Rows, build_rows
 from pipeline.models import check_tokenizers, check_vocabularies, load_config
 from pipeline.provenance import write_record
-from pipeline.run_index import find_student, publish_student, students_folder
+from pipeline.student_folders import (
+    find_student,
+    has_student,
+    pruned_from,
+    publish_student,
+    students_folder,
+    write_checksums,
+)
 from pipeline.students import block_importances, check_prune, choose_kept_blocks, cut_blocks
 from pipeline.teacher import Teacher
+from pipeline.whole import whole_folder
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,6 @@ def check_student(recipe: Recipe, teacher: Teacher) -> None:
         RecipeError: Blocks are to be removed that the teacher does not have.
     """
     if recipe.student.prune is not None:
-        students_folder(recipe)
         check_prune(recipe.student.prune.layers, num_blocks=teacher.num_blocks)
         return
     folder = find_student(recipe)
@@ -71,17 +76,22 @@ def prepare_student(recipe: Recipe, teacher: Teacher, train_rows: Rows) -> Prepa
         return PreparedStudent(find_student(recipe), was_made=False, kept_blocks=None, seconds=0.0)
     started = time.monotonic()
     section = recipe.student.prune
-    calibration = train_rows.tokens[: section.layers.calibration_rows] if section.layers.method == "importance" else []
-    folder = students_folder(recipe) / _student_name(section, teacher, calibration)
-    was_made = not (folder / "config.json").is_file()
+    calibration = calibration_rows(section, train_rows)
+    folder = students_folder(recipe) / student_name(section, teacher, calibration)
+    was_made = not has_student(recipe, folder)
     if was_made:
         _make(recipe, section, teacher, calibration, folder)
     publish_student(recipe, folder)
-    kept_blocks = list(load_config(folder).kept_blocks)
-    return PreparedStudent(folder, was_made, kept_blocks, time.monotonic() - started)
+    return PreparedStudent(folder, was_made, pruned_from(folder), time.monotonic() - started)
 
 
-def _student_name(section: PruneConfig, teacher: Teacher, calibration: Sequence[np.ndarray]) -> str:
+def calibration_rows(section: PruneConfig, train_rows: Rows) -> list[np.ndarray]:
+    """Give the rows that decide which blocks go; none where the recipe decides it."""
+    return train_rows.tokens[: section.layers.calibration_rows] if section.layers.method == "importance" else []
+
+
+def student_name(section: PruneConfig, teacher: Teacher, calibration: Sequence[np.ndarray]) -> str:
+    """Name a pruned student by all that decides it."""
     layers = section.layers.model_dump(exclude={"calibration_rows"})
     rows = [row_id(tokens).hex() for tokens in calibration]
     return digest_of({"teacher": teacher.fingerprint, "layers": layers, "calibration": rows})[:FINGERPRINT_CHARS]
@@ -95,14 +105,9 @@ def _make(
         importances = block_importances(teacher.parts, [torch.from_numpy(tokens) for tokens in calibration])
     kept = choose_kept_blocks(section.layers, num_blocks=teacher.num_blocks, importances=importances)
     student = cut_blocks(teacher.parts, kept)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
+    with whole_folder(folder) as partial:
         student.save_pretrained(partial)
         teacher.tokenizer.save_pretrained(partial)
         facts = {"teacher": teacher.fingerprint, "kept_blocks": kept, "block_importances": importances}
         write_record(partial, recipe, facts)
-        # The folder appears whole: another run that looks for this student finds all of it or nothing.
-        if not folder.exists():
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_checksums(partial)

@@ -7,7 +7,6 @@
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 from cache.errors import RecipeError
 from cache.identity import digest_of
 from pipeline.config import Recipe
-from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE, write_record, write_whole
+from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE, write_record
 from pipeline.run_index import RunRows, trained_student
 from pipeline.trainer import UniversalDistillationTrainer
+from pipeline.whole import whole_folder, write_whole
 
 _METRICS_FILE = "train.json"
 
@@ -85,7 +85,7 @@ def finished_summary(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def last_checkpoint(recipe: Recipe) -> tuple[int, str | None]:
-    """Give step and folder of the newest checkpoint that is whole: the Trainer writes its state file last."""
+    """Give step and folder of the newest checkpoint that is whole: its state file is published last."""
     folders = checkpoints_folder(recipe).glob("checkpoint-*")
     whole = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
     by_step = {int(folder.name.rsplit("-", 1)[-1]): str(folder) for folder in whole}
@@ -93,20 +93,24 @@ def last_checkpoint(recipe: Recipe) -> tuple[int, str | None]:
     return newest, by_step.get(newest)
 
 
-def export_student(trainer: UniversalDistillationTrainer, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+def sweep_checkpoints(recipe: Recipe) -> None:
+    """Remove checkpoints that a killed run did not finish."""
+    for folder in checkpoints_folder(recipe).glob("checkpoint-*"):
+        if not (folder / "trainer_state.json").is_file():
+            shutil.rmtree(folder)
+
+
+def export_student(
+    trainer: UniversalDistillationTrainer, recipe: Recipe, facts: Mapping[str, Any], *, card: str
+) -> None:
     """Write the student alone, so that plain `from_pretrained` loads it; the folder appears whole."""
-    folder = trained_student(recipe)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
+    with whole_folder(trained_student(recipe)) as partial:
         student = trainer.accelerator.unwrap_model(trainer.model).student
         student.save_pretrained(partial)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(partial)
+        write_whole(partial / "README.md", card)
         write_record(partial, recipe, facts)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_metrics(recipe: Recipe, record: Mapping[str, Any]) -> None:

@@ -5,18 +5,19 @@ has the same bytes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from cache.arrays import read_column
 from cache.columns import ArraySpec, Column
 from cache.errors import RecipeError
 from cache.manifest import Manifest
-from cache.reader import read_column
-from cache.store import Store
+from cache.store import CONSTANTS, Store
+from cache.tokens import TOKENS, token_column
 from cache.writer import write_column
 from pipeline.capture import Captured, CaptureRequest, capture
 from pipeline.encodings import (
@@ -25,11 +26,18 @@ from pipeline.encodings import (
     hidden_column,
     state_column,
     to_numpy,
-    token_column,
     topk_column,
 )
 from pipeline.models import ModelParts
-from pipeline.targets import FINAL_STATE, LABEL_LOGIT, TOKENS, TargetColumns, logsumexp_name, topk_size
+from pipeline.targets import (
+    FINAL_STATE,
+    HIDDEN_PREFIX,
+    LABEL_LOGIT,
+    OUTPUT_HEAD,
+    TargetColumns,
+    logsumexp_name,
+    topk_size,
+)
 
 OnProgress = Callable[[int, int], None]
 
@@ -48,6 +56,10 @@ class ShardJob:
     rows: pa.Table
     columns: tuple[str, ...]
 
+    def without(self, manifest: Manifest) -> "ShardJob":
+        """Give the job without the columns that are complete by now."""
+        return replace(self, columns=tuple(name for name in self.columns if (self.shard, name) not in manifest))
+
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
@@ -57,31 +69,6 @@ class ShardJob:
     def num_tokens(self) -> int:
         """Tokens of the shard."""
         return sum(self.lengths)
-
-
-def plan_jobs(
-    manifest: Manifest, tables: Mapping[str, pa.Table], needed: Mapping[str, Sequence[str]]
-) -> list[ShardJob]:
-    """List the shards that lack a needed column, with what each lacks."""
-    jobs = []
-    for shard, names in needed.items():
-        missing = tuple(name for name in dict.fromkeys(names) if (shard, name) not in manifest)
-        if missing:
-            jobs.append(ShardJob(shard, tables[shard], missing))
-    return jobs
-
-
-def write_tokens(
-    store: Store, manifest: Manifest, laid: pa.Table, tokens: Mapping[bytes, np.ndarray], *, vocab_size: int
-) -> None:
-    """Commit the token ids of newly laid shards: what the store knows of a row begins with the row itself."""
-    column = token_column(vocab_size=vocab_size)
-    for shard in dict.fromkeys(laid["shard"].to_pylist()):
-        if (shard, TOKENS) in manifest:
-            continue
-        rows = laid.filter(pa.compute.equal(laid["shard"], shard))["row"].to_pylist()
-        ids = np.concatenate([tokens[row] for row in rows]).astype(column.arrays["ids"].dtype)
-        write_column(store, manifest, shard, column, {"ids": ids}, num_tokens=len(ids), num_rows=len(rows))
 
 
 class ShardComputer:
@@ -122,8 +109,8 @@ class ShardComputer:
             on_progress(sum(map(len, batch)), 0)
         whole = _concatenate(captured)
         for name in job.columns:
-            column, arrays = self._encode(name, whole)
-            host = {array: to_numpy(values) for array, values in arrays.items()}
+            column = describe_column(name, width=self._parts.hidden_size, vocab_size=self._parts.vocab_size)
+            host = {array: to_numpy(values) for array, values in self._encode(column, whole).items()}
             sizes = {"num_tokens": job.num_tokens, "num_rows": len(job.rows)}
             record = write_column(self._store, self._manifest, job.shard, column, host, **sizes)
             on_progress(0, record.stored_bytes)
@@ -148,29 +135,53 @@ class ShardComputer:
             final_state=FINAL_STATE in job.columns,
         )
 
-    def _encode(self, name: str, captured: Captured) -> tuple[Column, dict[str, Tensor]]:
-        width, vocab_size = self._parts.hidden_size, self._parts.vocab_size
+    def _encode(self, column: Column, captured: Captured) -> dict[str, Tensor]:
+        name = column.name
         try:
             if name in self._hidden_blocks:
-                encoding = name.rsplit("/", 1)[-1]
-                arrays = encode_hidden(captured.hidden_ND[self._hidden_blocks[name]], encoding=encoding)
-                return hidden_column(name, encoding=encoding, width=width), arrays
+                state_ND = captured.hidden_ND[self._hidden_blocks[name]]
+                return encode_hidden(state_ND, encoding=column.attributes["encoding"])
             if name == FINAL_STATE:
-                return state_column(name, width=width), encode_hidden(
-                    _present(captured.final_state_ND), encoding="float16"
-                )
+                return encode_hidden(_present(captured.final_state_ND), encoding="float16")
             if k := topk_size(name):
-                column = topk_column(name, k=k, values=name.rsplit("/", 1)[-1], vocab_size=vocab_size)
                 top_logits, top_ids = _present(captured.top_logits_NK)[:, :k], _present(captured.top_ids_NK)[:, :k]
-                return column, encode_topk(top_logits, top_ids, column=column)
+                return encode_topk(top_logits, top_ids, column=column)
         except OverflowError as error:
             raise RecipeError(
                 f"column {name} cannot be stored: {error}; use another encoding, such as bfloat16 or int8"
             ) from None
-        values = (
-            _present(captured.label_logit_N) if name == LABEL_LOGIT else captured.logsumexp_N[self._temperatures[name]]
-        )
-        return Column(name, {"values": ArraySpec("float32")}), {"values": values}
+        if name == LABEL_LOGIT:
+            return {"values": _present(captured.label_logit_N)}
+        return {"values": captured.logsumexp_N[self._temperatures[name]]}
+
+
+def describe_column(name: str, *, width: int, vocab_size: int) -> Column:
+    """Describe the column of a target by its name, for a teacher of that width and vocabulary."""
+    if name == TOKENS:
+        return token_column(vocab_size=vocab_size)
+    if name.startswith(HIDDEN_PREFIX):
+        return hidden_column(name, encoding=name.rsplit("/", 1)[-1], width=width)
+    if name == FINAL_STATE:
+        return state_column(name, width=width)
+    if k := topk_size(name):
+        return topk_column(name, k=k, values=name.rsplit("/", 1)[-1], vocab_size=vocab_size)
+    return Column(name, {"values": ArraySpec("float32")})
+
+
+def write_output_head(store: Store, manifest: Manifest, parts: ModelParts) -> None:
+    """Keep the output head, bit for bit, so that eval rows' last states give exact logits without the teacher."""
+    head = parts.output_head
+    dtype = str(head.weight_VD.dtype).removeprefix("torch.")
+    vocab_size, width = head.weight_VD.shape
+    stored = "uint16" if dtype == "bfloat16" else dtype
+    arrays = {"weight": encode_hidden(head.weight_VD.detach(), encoding=dtype)["values"]}
+    specs = {"weight": ArraySpec(stored, (vocab_size, width), axis="shard")}
+    if head.bias_V is not None:
+        arrays["bias"] = encode_hidden(head.bias_V.detach(), encoding=dtype)["values"]
+        specs["bias"] = ArraySpec(stored, (vocab_size,), axis="shard")
+    column = Column(OUTPUT_HEAD, specs, {"dtype": dtype, "scale": head.scale, "softcap": head.softcap})
+    host = {name: to_numpy(values) for name, values in arrays.items()}
+    write_column(store, manifest, CONSTANTS, column, host, num_tokens=0, num_rows=0)
 
 
 def _to_host(captured: Captured) -> Captured:

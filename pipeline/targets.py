@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cache.manifest import Manifest
-from cache.rows import Selection
+from cache.tokens import TOKENS
 from pipeline.config import LogitsTargetConfig, TargetsConfig
 
-TOKENS = "tokens"
 LABEL_LOGIT = "label_logit"
 FINAL_STATE = "logits/final"
+HIDDEN_PREFIX = "hidden/"
 OUTPUT_HEAD = "output_head"
 # The teacher's own loss is a cross entropy at temperature 1, whatever temperatures the recipe trains at.
 LOSS_TEMPERATURE = 1.0
@@ -55,7 +55,7 @@ def logsumexp_name(temperature: float) -> str:
 
 def hidden_name(block: int, encoding: str) -> str:
     """Name the column of a decoder block's output."""
-    return f"hidden/{block}/{encoding}"
+    return f"{HIDDEN_PREFIX}{block}/{encoding}"
 
 
 def topk_name(k: int, values: str) -> str:
@@ -70,7 +70,7 @@ def topk_size(name: str) -> int:
 
 
 def columns_of(
-    targets: TargetsConfig, *, blocks: Sequence[int], split: str, manifest: Manifest, selection: Selection
+    targets: TargetsConfig, *, blocks: Sequence[int], split: str, manifest: Manifest, shards: Sequence[str]
 ) -> TargetColumns:
     """Say which columns a recipe's targets are, for the rows of one split.
 
@@ -81,7 +81,7 @@ def columns_of(
     wanted = {*targets.logits.temperatures} if targets.logits.kind == "topk" else set()
     encoding = targets.hidden.encoding
     return TargetColumns(
-        topk=_serving_topk(targets.logits, manifest, selection) if targets.logits.kind == "topk" else None,
+        topk=_serving_topk(targets.logits, manifest, shards) if targets.logits.kind == "topk" else None,
         k=targets.logits.k,
         temperatures=tuple(sorted(wanted | ({LOSS_TEMPERATURE} if is_eval else set()))),
         hidden={block: hidden_name(block, encoding) for block in sorted(set(blocks))},
@@ -89,13 +89,12 @@ def columns_of(
     )
 
 
-def _serving_topk(logits: LogitsTargetConfig, manifest: Manifest, selection: Selection) -> str:
-    exact = topk_name(logits.k, logits.values)
-    candidates = {exact: logits.k}
-    shards = selection.shard_names()
-    for shard in shards:
-        for name in manifest.columns(shard):
-            k = topk_size(name)
-            if k >= logits.k and name == topk_name(k, logits.values):
-                candidates[name] = k
-    return min(candidates, key=lambda name: (sum((shard, name) not in manifest for shard in shards), candidates[name]))
+def _serving_topk(logits: LogitsTargetConfig, manifest: Manifest, shards: Sequence[str]) -> str:
+    candidates = {topk_name(logits.k, logits.values): logits.k}
+    for name in manifest.columns():
+        k = topk_size(name)
+        if k >= logits.k and name == topk_name(k, logits.values):
+            candidates[name] = k
+    wanted = set(shards)
+    num_lacking = {name: len(wanted.difference(manifest.shards(name))) for name in candidates}
+    return min(candidates, key=lambda name: (num_lacking[name], candidates[name]))

@@ -17,6 +17,7 @@ from cache.reader import require_complete
 from pipeline.batches import BatchCollator, BatchColumns, StoredRows
 from pipeline.config import Recipe
 from pipeline.distiller import Distiller, LossWeights
+from pipeline.model_card import model_card
 from pipeline.models import (
     check_vocabularies,
     identify,
@@ -38,9 +39,11 @@ from pipeline.run_folder import (
     last_checkpoint,
     remove_run,
     run_key,
+    sweep_checkpoints,
     write_metrics,
 )
-from pipeline.run_index import RunRows, find_run_rows, find_student, trained_student
+from pipeline.run_index import RunRows, find_run_rows, trained_student
+from pipeline.student_folders import find_student
 from pipeline.targets import columns_of, logsumexp_name
 from pipeline.trainer import UniversalDistillationTrainer
 
@@ -88,9 +91,11 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
     if finished is not None:
         return TrainSummary(**{**finished, "trained_steps": 0})
     student = _load_student(recipe, run, student_folder)
-    layer_map, columns = _plan(recipe, run, student.config)
-    trainer = _make_trainer(recipe, run, student, layer_map, columns, student_folder)
-    claim(recipe, key)
+    layer_map, collator = _plan(recipe, run, student.config)
+    trainer = _make_trainer(recipe, run, student, layer_map, collator, student_folder)
+    if trainer.is_world_process_zero():
+        claim(recipe, key)
+        sweep_checkpoints(recipe)
     started = time.monotonic()
     first_step, checkpoint = last_checkpoint(recipe)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -120,8 +125,8 @@ def _load_student(recipe: Recipe, run: RunRows, folder: Path) -> PreTrainedModel
     return load_model(folder, dtype="float32", trust_remote_code=recipe.student.trust_remote_code)
 
 
-def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict[int, int], BatchColumns]:
-    """Decide the layer map and the columns to read, and check that the store has them."""
+def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict[int, int], BatchCollator]:
+    """Decide the layer map and the columns of a batch, and check that the store has them."""
     loss, logits = recipe.loss, recipe.targets.logits
     layer_map: dict[int, int] = {}
     if loss.gamma:
@@ -135,8 +140,8 @@ def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict
         )
     manifest = Manifest(run.store)
     blocks = list(layer_map.values())
-    selection = run.selections["train"]
-    wanted = columns_of(recipe.targets, blocks=blocks, split="train", manifest=manifest, selection=selection)
+    shards = run.selections["train"].shard_names
+    wanted = columns_of(recipe.targets, blocks=blocks, split="train", manifest=manifest, shards=shards)
     columns = BatchColumns(
         topk=wanted.topk if loss.beta else None,
         logsumexp=logsumexp_name(loss.temperature) if loss.beta else None,
@@ -144,7 +149,7 @@ def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict
     )
     for selection in run.selections.values():
         require_complete(manifest, selection, columns.names(), store=run.store.path)
-    return layer_map, columns
+    return layer_map, BatchCollator(columns, _axes(manifest, columns, shards[0]))
 
 
 def _check_blocks(recipe: Recipe, layer_map: Mapping[int, int]) -> None:
@@ -162,7 +167,7 @@ def _make_trainer(
     run: RunRows,
     student: PreTrainedModel,
     layer_map: dict[int, int],
-    columns: BatchColumns,
+    collator: BatchCollator,
     student_folder: Path,
 ) -> UniversalDistillationTrainer:
     loss, projector = recipe.loss, recipe.projector
@@ -183,7 +188,8 @@ def _make_trainer(
         k=recipe.targets.logits.k,
     )
     datasets = {
-        split: StoredRows(run.store.path, selection.name, columns) for split, selection in run.selections.items()
+        split: StoredRows(run.store.path, selection, collator.columns, local_copy=recipe.local_copy)
+        for split, selection in run.selections.items()
     }
     tokenizer = None
     with contextlib.suppress(ModelError):
@@ -193,7 +199,7 @@ def _make_trainer(
         return UniversalDistillationTrainer(
             distiller,
             _training_arguments(recipe),
-            data_collator=BatchCollator(columns, _axes(run, columns)),
+            data_collator=collator,
             train_dataset=datasets["train"],
             eval_dataset=datasets["eval"],
             processing_class=tokenizer,
@@ -225,10 +231,8 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
         raise RecipeError(f"train: {' '.join(str(error).split())}") from None
 
 
-def _axes(run: RunRows, columns: BatchColumns) -> dict[str, dict[str, Axis]]:
+def _axes(manifest: Manifest, columns: BatchColumns, shard: str) -> dict[str, dict[str, Axis]]:
     """Read the axis of each array off one committed shard; it is the same in all."""
-    manifest = Manifest(run.store)
-    shard = run.selections["train"].shard_names()[0]
     records = {name: manifest.record(shard, name) for name in columns.names()}
     return {
         name: {array: spec.axis for array, spec in record.column.arrays.items()} for name, record in records.items()
@@ -259,6 +263,7 @@ def _finish(
     )
     if trainer.is_world_process_zero():
         facts = {"run": key, "teacher": run.store.teacher["identity"], "store": run.store.name}
-        export_student(trainer, recipe, facts)
+        card = model_card(recipe, teacher=run.store.teacher, store=run.store.name, selections=key["selections"])
+        export_student(trainer, recipe, facts, card=card)
         write_metrics(recipe, {"summary": asdict(summary), "log": trainer.state.log_history})
     return summary

@@ -1,9 +1,13 @@
 """The transformers Trainer over a distiller: terms logged, projectors in checkpoints, rows in a reproducible order.
 
 A checkpoint folder is the student as `save_pretrained` writes it, so that plain `from_pretrained` loads any of them,
-with `projectors.safetensors` and the Trainer's own state beside it.
+with `projectors.safetensors` and the Trainer's own state beside it. `trainer_state.json` is published last, when all
+else has reached the disk: a checkpoint without it was never finished.
 """
 
+import dataclasses
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cache.errors import StoreNotFoundError
 from pipeline.batches import EpochOrder
 from pipeline.distiller import Distiller
 from pipeline.models import load_model
+from pipeline.whole import disk_errors, sync_file, write_whole
 
 PROJECTORS_FILE = "projectors.safetensors"
 
@@ -104,14 +111,30 @@ class UniversalDistillationTrainer(Trainer):
         state = self._distiller.state_dict() if state_dict is None else state_dict
         student = {name.removeprefix(_STUDENT): value for name, value in state.items() if name.startswith(_STUDENT)}
         projectors = {name: value.contiguous() for name, value in state.items() if name.startswith(_PROJECTORS)}
-        self._distiller.student.save_pretrained(folder, state_dict=student, is_main_process=self.args.should_save)
+        with disk_errors(folder):
+            self._distiller.student.save_pretrained(folder, state_dict=student, is_main_process=self.args.should_save)
+            if projectors and self.args.should_save:
+                save_file(projectors, folder / PROJECTORS_FILE)
         if not self.args.should_save:
             return
-        if projectors:
-            save_file(projectors, folder / PROJECTORS_FILE)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        # The Trainer writes its state in place, and then removes older checkpoints: the state must be whole by then.
+        self.state.save_to_json = functools.partial(_publish_state, self.state)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            del self.state.save_to_json
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The first process calls the checkpoint whole, so every other one must have written its part.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -125,6 +148,14 @@ class UniversalDistillationTrainer(Trainer):
         projectors = {name: value for name, value in distiller.state_dict().items() if name.startswith(_PROJECTORS)}
         if projectors:
             distiller.projectors.load_state_dict(_read_projectors(folder))
+
+
+def _publish_state(state: TrainerState, json_path: str) -> None:
+    """Write the Trainer's state so that its file says that the whole checkpoint is on the disk."""
+    path = Path(json_path)
+    for file in path.parent.iterdir():
+        sync_file(file)
+    write_whole(path, json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n")
 
 
 def _read_projectors(folder: Path) -> dict[str, Tensor]:

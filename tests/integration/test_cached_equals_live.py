@@ -86,7 +86,8 @@ def batches_of_store(recipe: Any) -> Any:
     run = find_run_rows(recipe)
     selection = run.selections["eval"]
     manifest = Manifest(run.store)
-    reader = Reader(run.store, selection, manifest.columns(selection.shard_names()[0]))
+    columns = [name for name in manifest.columns() if selection.shard_names[0] in manifest.shards(name)]
+    reader = Reader(run.store, selection, columns)
     return [reader.row(index) for index in range(len(reader))]
 
 

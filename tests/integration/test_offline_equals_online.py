@@ -14,7 +14,8 @@ from cache.errors import RecipeError
 from pipeline.config import Recipe
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows, find_student
+from pipeline.run_index import find_run_rows
+from pipeline.student_folders import find_student
 from pipeline.train import _load_student, _make_trainer, _plan, train
 
 TERMS = {
@@ -30,8 +31,8 @@ def offline(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     """The trainer that stage two would run, and its first batch."""
     run, folder = find_run_rows(recipe), find_student(recipe)
     student = _load_student(recipe, run, folder)
-    layer_map, columns = _plan(recipe, run, student.config)
-    trainer = _make_trainer(recipe, run, student, layer_map, columns, folder)
+    layer_map, collator = _plan(recipe, run, student.config)
+    trainer = _make_trainer(recipe, run, student, layer_map, collator, folder)
     return trainer, next(iter(trainer.get_train_dataloader()))
 
 

@@ -8,9 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
+
+
+def launched(num_processes: int, *arguments: object) -> Any:
+    """Run the command line under torchrun, and give the JSON that it prints."""
+    environment = {"PYTHONPATH": str(ROOT), **os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    command = [*launcher, "-m", "cli", *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_two_processes_train_as_one_at_the_same_global_batch(
@@ -23,12 +34,7 @@ def test_two_processes_train_as_one_at_the_same_global_batch(
     coldstill("train", recipe)
     alone = workplace / "run"
     recipe = write_recipe(output=str(workplace / "two"), **{**changes, "train__per_device_train_batch_size": 2})
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "cli", "train", str(recipe), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["trained_steps"] == 4
+    assert launched(2, "train", recipe)["trained_steps"] == 4
     want, got = (load_file(folder / "student/model.safetensors") for folder in (alone, workplace / "two"))
     start = load_file(workplace / "narrow/model.safetensors")
     for name, value in want.items():
@@ -38,3 +44,55 @@ def test_two_processes_train_as_one_at_the_same_global_batch(
     for one, two in zip(*logs, strict=True):
         for term in ("loss", "loss_task", "loss_logits", "loss_hidden"):
             assert abs(one[term] - two[term]) <= 1e-4 * abs(one[term])
+
+
+def test_two_processes_fill_one_store_each_shard_once(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path, monkeypatch: pytest.MonkeyPatch
+):
+    long_rows = {"data__sequence_length": 64, "teacher__batch_size": 1}
+    trace = workplace / "trace"
+    trace.mkdir()
+    (workplace / "sitecustomize.py").write_text(TRACING)
+    monkeypatch.setenv("PYTHONPATH", f"{workplace}:{ROOT}")
+    monkeypatch.setenv("COLDSTILL_TEST_TRACE", str(trace))
+    recipe = write_recipe(cache=str(workplace / "two"), **long_rows)
+    summary = launched(2, "precompute", recipe)
+    assert summary["missing_shards"] == 0
+    written = [line for file in trace.iterdir() for line in file.read_text().splitlines()]
+    commits = [line for line in written if line.startswith("commits/") and line.endswith(".json")]
+    assert len(commits) == len(set(commits)) > 20
+    of_process = [
+        {line.split("~")[0] for line in file.read_text().splitlines() if "~hidden~" in line} for file in trace.iterdir()
+    ]
+    with_shards = [shards for shards in of_process if shards]
+    assert len(with_shards) == 2, "both processes computed shards"
+    assert not with_shards[0] & with_shards[1]
+    coldstill("cache", "verify", workplace / "two")
+    alone = launched(1, "precompute", write_recipe(cache=str(workplace / "one"), **long_rows))
+    assert summary["computed_tokens"] == alone["computed_tokens"]
+    assert stored(workplace / "two") == stored(workplace / "one")
+
+
+# Runs in each child before anything else: small shards, and a list of what is published.
+TRACING = """
+import os, sys
+if os.environ.get("COLDSTILL_TEST_TRACE"):
+    import cache.rows
+    from cache.local_objects import LocalObjects
+
+    cache.rows.SHARD_TOKENS = 128
+    publish = LocalObjects.write_all
+
+    def traced(self, objects):
+        publish(self, objects)
+        with open(f"{os.environ['COLDSTILL_TEST_TRACE']}/{os.getpid()}", "a") as file:
+            file.writelines(f"{name}\\n" for name in objects)
+
+    LocalObjects.write_all = traced
+"""
+
+
+def stored(root: Path) -> dict[str, bytes]:
+    """Give every file of the stores below a root."""
+    files = [file for file in (root / "stores").rglob("*") if file.is_file()]
+    return {str(file.relative_to(root)): file.read_bytes() for file in files}

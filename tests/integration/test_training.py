@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cache.errors import RecipeError
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows, find_student
+from pipeline.run_index import find_run_rows
+from pipeline.student_folders import find_student
 from pipeline.train import _load_student, _make_trainer, _plan, train
 
 
@@ -109,8 +110,8 @@ def test_every_term_is_logged_and_the_terms_make_up_the_loss(write_recipe: Calla
 def trainer_of(recipe: Any) -> Any:
     run, folder = find_run_rows(recipe), find_student(recipe)
     student = _load_student(recipe, run, folder)
-    layer_map, columns = _plan(recipe, run, student.config)
-    return _make_trainer(recipe, run, student, layer_map, columns, folder)
+    layer_map, collator = _plan(recipe, run, student.config)
+    return _make_trainer(recipe, run, student, layer_map, collator, folder)
 
 
 def test_accumulated_parts_of_rows_of_several_lengths_train_as_the_whole_batch(

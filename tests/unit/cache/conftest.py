@@ -9,10 +9,13 @@ import pytest
 from cache.columns import ArraySpec, Column
 from cache.identity import row_id
 from cache.manifest import Manifest
-from cache.rows import Selection, find_rows, lay_rows, publish_rows, shard_rows, write_selection
+from cache.rows import find_rows, lay_rows, publish_rows, read_rows, shard_rows
+from cache.selections import Selection, write_selection
 from cache.store import Store, create_store
+from cache.tokens import TOKENS, write_tokens
 from cache.writer import write_column
 
+VOCAB_SIZE = 65_536
 TEACHER = {"identity": {"config": "c0", "weights": "w0", "dtype": "float32"}, "model": "some/teacher"}
 
 Values = dict[str, np.ndarray]
@@ -85,12 +88,17 @@ def make_rows() -> Callable[..., list[np.ndarray]]:
 
 @pytest.fixture
 def lay() -> Callable[..., Selection]:
-    """Lay rows into a store, publish them and select them in their order."""
+    """Lay rows into a store, commit their tokens, publish them and select them in their order."""
 
     def laid(store: Store, rows: list[np.ndarray]) -> Selection:
+        manifest = Manifest(store)
+        tokens = {row_id(row): row for row in rows}
         ids = [row_id(row) for row in rows]
-        publish_rows(store, lay_rows(store, ids, [len(row) for row in rows]))
-        return write_selection(store, find_rows(store, ids), [0] * len(rows), {})
+        new = lay_rows(read_rows(store), manifest.shards(TOKENS), ids, [len(row) for row in rows])
+        write_tokens(store, manifest, new, tokens, vocab_size=VOCAB_SIZE)
+        publish_rows(store, new)
+        found = find_rows(store, read_rows(store), manifest.shards(TOKENS), ids)
+        return write_selection(store, found, [0] * len(rows), {})
 
     return laid
 
@@ -101,7 +109,7 @@ def write_shards(fill: Callable[..., Values]) -> Callable[..., dict[str, Values]
 
     def written(store: Store, manifest: Manifest, shards: list[str], column: Column) -> dict[str, Values]:
         values = {}
-        for seed, (shard, table) in enumerate(shard_rows(store, shards).items()):
+        for seed, (shard, table) in enumerate(shard_rows(read_rows(store), shards).items()):
             size = {"num_tokens": sum(table["length"].to_pylist()), "num_rows": len(table)}
             values[shard] = fill(column, **size, seed=seed)
             write_column(store, manifest, shard, column, values[shard], **size)

@@ -1,22 +1,25 @@
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from numcodecs.zstd import Zstd
 
-from cache.array_object import ArrayObject, encode
+from cache.array_object import CRC_BYTES, INDEX_ENTRY_BYTES, ArrayObject, encode
+from cache.arrays import read_column
 from cache.columns import DTYPES, ArraySpec, Column
 from cache.errors import CorruptError
 from cache.manifest import CommitRecord, Manifest
-from cache.reader import read_column
 from cache.store import Store
 from cache.writer import write_column
 
 SIZE = {"num_tokens": 37, "num_rows": 5}
-DAMAGE = r"column logits/topk, array values, shard s0, in .* is corrupt: .*; delete the store and run precompute again"
+DAMAGE = r"column logits/topk, array values, shard s0, in .* is corrupt: .*; run: coldstill cache repair"
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,29 @@ def random_values(spec: ArraySpec) -> np.ndarray:
     return np.random.default_rng(1).integers(limits.min, limits.max, shape, dtype, endpoint=True)
 
 
-def decode(data: bytes, spec: ArraySpec, shape: tuple[int, ...]) -> np.ndarray:
-    def read_range(start: int, num_bytes: int) -> bytes:
-        start = max(start + len(data), 0) if start < 0 else start
-        return data[start : start + num_bytes]
+def opened(data: bytes, spec: ArraySpec, shape: tuple[int, ...]) -> ArrayObject:
+    """Open an encoded array that has its index."""
+    array = ArrayObject(spec=spec, shape=shape, num_bytes=len(data), label="it")
+    start, num_bytes = array.index_range
+    array.take_index(data[start : start + num_bytes])
+    return array
 
-    array = ArrayObject(read_range, spec=spec, shape=shape, label="it")
-    return np.concatenate([array.chunk(number) for number in range(-(-shape[0] // array.chunk_length))])
+
+def decode(data: bytes, spec: ArraySpec, shape: tuple[int, ...]) -> np.ndarray:
+    array = opened(data, spec, shape)
+    chunks = []
+    for number in range(array.num_chunks):
+        start, num_bytes = array.chunk_range(number)
+        chunks.append(array.empty(1))
+        array.decode(number, data[start : start + num_bytes], chunks[-1])
+    return np.concatenate(chunks)[: shape[0]]
+
+
+@pytest.fixture(params=["at once", "by index and chunks"])
+def _small_and_large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let objects be read both as small ones and as large ones."""
+    if request.param == "by index and chunks":
+        monkeypatch.setattr("cache.array_object._SMALL_OBJECT_BYTES", 0)
 
 
 @dataclass(frozen=True)
@@ -67,16 +86,16 @@ class Written:
 
 
 @pytest.fixture
-def written(store: Store, small_chunks: None) -> Written:
+def written(store: Store, small_chunks: None, _small_and_large: None) -> Written:
     spec = ArraySpec("float32", (3,))
     column = Column("logits/topk", {"values": spec})
     values = random_values(spec)
     record = write_column(store, Manifest(store), "s0", column, {"values": values}, **SIZE)
-    file = Path(store.path, "arrays.zarr/shards/s0/logits/topk/values/c/0/0")
+    file = Path(store.path, "arrays.zarr/shards/s0/logits/topk/values/c.0.0")
     return Written(file, file.read_bytes(), values, lambda: read_column(store, record)["values"])
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_chunks", "_small_and_large")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_an_array_reads_back_as_it_was_written(case: Case):
     values = random_values(case.spec)
@@ -121,8 +140,75 @@ def test_zarr_alone_opens_what_was_written(store: Store, case: Case):
     assert array.metadata.dimension_names == case.spec.dimension_names()
     np.testing.assert_array_equal(array[:], values)
     np.testing.assert_array_equal(array[1:3], values[1:3])
-    assert dict(root["shards/s0/hidden/12/kind"].attrs) == {"block": 12}
+    attributes = dict(root["shards/s0/hidden/12/kind"].attrs)
+    assert attributes.pop("coldstill")["column"] == "hidden/12/kind"
+    assert attributes == {"block": 12}
     assert [name for name, _ in root["shards/s0/hidden"].groups()] == ["12"]
+
+
+def test_a_small_object_is_read_at_once_and_a_large_one_by_parts(monkeypatch: pytest.MonkeyPatch):
+    spec = ArraySpec("float32")
+    values = np.random.default_rng(0).standard_normal(10_000).astype("float32")
+    data = encode(values, spec)
+    assert len(data) > 1 << 15
+    large = opened(data, spec, values.shape)
+    index_bytes = large.num_chunks * INDEX_ENTRY_BYTES + CRC_BYTES
+    assert large.num_chunks > 2
+    assert large.index_range == (len(data) - index_bytes, index_bytes)
+    ranges = [large.chunk_range(number) for number in range(large.num_chunks)]
+    assert ranges[0][0] == 0
+    assert all(before[0] + before[1] == after[0] for before, after in itertools.pairwise(ranges))
+    assert sum(num_bytes for _, num_bytes in ranges) == len(data) - index_bytes
+    # One byte decides: an object of exactly the limit is still small.
+    monkeypatch.setattr("cache.array_object._SMALL_OBJECT_BYTES", len(data) - 1)
+    assert opened(data, spec, values.shape).index_range == large.index_range
+    monkeypatch.setattr("cache.array_object._SMALL_OBJECT_BYTES", len(data))
+    small = opened(data, spec, values.shape)
+    assert small.index_range == (0, len(data))
+    assert {small.chunk_range(number) for number in range(small.num_chunks)} == {(0, 0)}
+    np.testing.assert_array_equal(decode(data, spec, values.shape), values)
+
+
+@pytest.mark.parametrize("damage", ["fewer values", "more values", "no frame", "empty"])
+def test_a_chunk_of_another_size_is_never_read_as_numbers(damage: str):
+    """Hold even a chunk whose checksum is right against the array's shape."""
+    spec = ArraySpec("uint16")
+    data = {
+        "fewer values": Zstd().encode(np.zeros(9, "uint16")),
+        "more values": Zstd().encode(np.zeros(11, "uint16")),
+        "no frame": b"no frame of zstd at all",
+        "empty": b"",
+    }[damage]
+    chunk = data + int(google_crc32c.value(data)).to_bytes(4, "little")
+    index = np.array([0, len(chunk)], "<u8").tobytes()
+    written = chunk + index + int(google_crc32c.value(index)).to_bytes(4, "little")
+    with pytest.raises(CorruptError, match="it is corrupt: chunk 0 "):
+        decode(written, spec, (10,))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_an_object_without_its_index_is_corrupt_even_where_its_record_gives_that_size():
+    spec = ArraySpec("int8")
+    values = np.zeros(6, "int8")
+    data = encode(values, spec)[: -(INDEX_ENTRY_BYTES + CRC_BYTES)]
+    with pytest.raises(CorruptError, match="it is corrupt: its object is cut short"):
+        decode(data, spec, values.shape)
+
+
+@pytest.mark.parametrize("num_values", [1, 100, 127, 128, 200, 300, 30_000, 32_767, 32_768, 40_000, 100_000])
+def test_a_chunk_of_any_size_is_known_by_its_frame(num_values: int):
+    spec = ArraySpec("float64", (num_values,), "shard")
+    for values in (np.zeros(num_values), np.random.default_rng(0).standard_normal(num_values)):
+        np.testing.assert_array_equal(decode(encode(values, spec), spec, values.shape), values)
+
+
+def test_zarr_metadata_is_what_zarr_itself_would_make_of_it(store: Store):
+    spec = ArraySpec("float16", (3,))
+    column = Column("hidden/1", {"values": spec})
+    write_column(store, Manifest(store), "s0", column, {"values": random_values(spec)}, **SIZE)
+    array = zarr.open_array(f"{store.path}/arrays.zarr/shards/s0/hidden/1/values", mode="r")
+    assert array.nchunks == array.nchunks_initialized == 1
+    assert (array.shards, array.chunks) == ((37, 3), (37, 3))
 
 
 def test_a_flipped_byte_is_never_read_as_a_number(written: Written):

@@ -42,15 +42,20 @@ def test_the_axis_decides_the_full_shape_and_the_dimension_names():
     assert [spec.dimension_names() for spec in specs] == [("token", None), ("row", None), (None,)]
 
 
+@pytest.mark.parametrize("axis", ["token", "row", "shard"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,), (576,), (3, 64), (49_152,), (300_000,)])
-def test_a_chunk_is_a_power_of_two_of_at_most_256_kib_or_one_index(dtype: str, shape: tuple[int, ...]):
-    spec = ArraySpec(dtype, shape)
+def test_a_chunk_is_the_largest_power_of_two_within_its_bounds_or_one_index(dtype: str, shape: tuple[int, ...], axis):
+    spec = ArraySpec(dtype, (1 << 30, *shape) if axis == "shard" else shape, axis)
     length = spec.chunk_length(1 << 30)
     index_bytes = np.dtype(dtype).itemsize * int(np.prod(shape))
+    # At most 256 KiB; of tokens and rows at most 512, or 16 KiB where these are smaller.
+    longest = (1 << 18) // index_bytes
+    if axis != "shard":
+        longest = min(longest, max(512, (1 << 14) // index_bytes))
     assert length & (length - 1) == 0
-    assert length == 1 or length * index_bytes <= 1 << 18
-    assert 2 * length * index_bytes > 1 << 18
+    assert length == 1 or length <= longest
+    assert 2 * length > longest
 
 
 def test_a_chunk_is_never_longer_than_its_array():

@@ -47,8 +47,8 @@ def test_what_was_never_written_is_said_to_need_precompute(root: str, kind: str,
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b"\xff\xfe", b"[]", b"null", b'{"key": 1}', b'{"value": 3}'],
-    ids=["empty", "cut short", "no text", "list", "null", "no value", "number"],
+    [b"", b"{", b"\xff\xfe", b"[]", b"null", b"5", b'"text"', b'{"key": 1}', b'{"value": 3}'],
+    ids=["empty", "cut short", "no text", "list", "null", "number", "text", "no value", "no key"],
 )
 def test_a_damaged_entry_is_corrupt_by_name(tmp_path: Path, data: bytes):
     write_entry(str(tmp_path), "rows", KEY, {"store": "abc"})
@@ -57,3 +57,28 @@ def test_a_damaged_entry_is_corrupt_by_name(tmp_path: Path, data: bytes):
     with pytest.raises(CorruptError, match="is corrupt; run: coldstill precompute") as caught:
         read_entry(str(tmp_path), "rows", KEY)
     assert f"index/{file.name}" in str(caught.value)
+
+
+def test_an_altered_entry_is_never_another_entry(tmp_path: Path):
+    write_entry(str(tmp_path), "rows", KEY, {"store": "abc"})
+    (file,) = (tmp_path / "index").iterdir()
+    good = file.read_bytes()
+    num_refused = 0
+    for position in range(len(good)):
+        file.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+        try:
+            assert read_entry(str(tmp_path), "rows", KEY) == {"store": "abc"}
+        except CorruptError:
+            num_refused += 1
+    assert num_refused > len(good) // 2
+
+
+def test_an_entry_under_the_name_of_another_is_corrupt(tmp_path: Path):
+    write_entry(str(tmp_path), "rows", KEY, {"store": "abc"})
+    (file,) = (tmp_path / "index").iterdir()
+    other = {"teacher": "another"}
+    write_entry(str(tmp_path), "rows", other, {"store": "def"})
+    (taken,) = (path for path in (tmp_path / "index").iterdir() if path != file)
+    taken.write_bytes(file.read_bytes())
+    with pytest.raises(CorruptError, match="is corrupt; run: coldstill precompute"):
+        read_entry(str(tmp_path), "rows", other)

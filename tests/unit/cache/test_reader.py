@@ -1,52 +1,60 @@
+import contextlib
 import multiprocessing
+from collections.abc import Sequence
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import pytest
 
+from cache.arrays import read_column
 from cache.columns import ArraySpec, Column
 from cache.errors import CorruptError, IncompleteError
 from cache.identity import row_id
+from cache.local_objects import LocalObjects
 from cache.manifest import Manifest
-from cache.objects import LocalObjects
-from cache.reader import Reader, read_column, read_constants, require_complete
-from cache.rows import find_rows, lay_rows, publish_rows, write_selection
+from cache.reader import Reader, read_constants, require_complete
+from cache.rows import find_rows, read_rows
+from cache.selections import Selection, write_selection
 from cache.store import CONSTANTS, Store, create_store, open_store
+from cache.tokens import TOKENS
 from cache.writer import write_column
 
 LENGTHS = [4, 6, 1, 9, 23, 2, 2, 40, 3]
-TOKENS = Column("tokens", {"ids": ArraySpec("uint32")})
 
 pytestmark = pytest.mark.usefixtures("small_chunks", "small_shards")
 
 
 class CountingObjects(LocalObjects):
-    """Objects that count how often a part of one is read."""
+    """Objects that count the requests for parts of them, and the parts."""
 
+    num_requests = 0
     num_ranges = 0
+    num_bytes = 0
 
-    def read_range(self, name: str, start: int, num_bytes: int) -> bytes:
-        self.num_ranges += 1
-        return super().read_range(name, start, num_bytes)
-
-
-def write_tokens(store: Store, rows: list[np.ndarray]) -> None:
-    """Lay rows into a store and write the tokens of each shard as they were laid."""
-    by_id = {row_id(row): row for row in rows}
-    laid = lay_rows(store, list(by_id), [len(row) for row in by_id.values()])
-    shards: dict[str, list[np.ndarray]] = {}
-    for line in laid.to_pylist():
-        shards.setdefault(line["shard"], []).append(by_id[line["row"]])
-    manifest = Manifest(store)
-    for shard, members in shards.items():
-        ids = np.concatenate(members).astype("uint32")
-        write_column(store, manifest, shard, TOKENS, {"ids": ids}, num_tokens=len(ids), num_rows=len(members))
-    publish_rows(store, laid)
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        self.num_requests += bool(ranges)
+        self.num_ranges += len(ranges)
+        parts = super().read_ranges(ranges)
+        self.num_bytes += sum(map(len, parts))
+        return parts
 
 
-def select(store: Store, rows: list[np.ndarray]):
-    return write_selection(store, find_rows(store, [row_id(row) for row in rows]), [0] * len(rows), {})
+@pytest.fixture(params=["small objects", "large objects"])
+def _object_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let objects be read at once, or by their index and chunks."""
+    if request.param == "large objects":
+        monkeypatch.setattr("cache.array_object._SMALL_OBJECT_BYTES", 0)
+
+
+def select(store: Store, rows: list[np.ndarray]) -> Selection:
+    ids = [row_id(row) for row in rows]
+    found = find_rows(store, read_rows(store), Manifest(store).shards(TOKENS), ids)
+    return write_selection(store, found, [0] * len(rows), {})
+
+
+def shard_of(selection: Selection, index: int) -> str:
+    return selection.shard_names[selection.shard_numbers[index]]
 
 
 def assert_rows(reader: Reader, rows: list[np.ndarray]) -> None:
@@ -56,29 +64,29 @@ def assert_rows(reader: Reader, rows: list[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("where", ["local", "remote"])
-def test_rows_of_any_lengths_read_back(tmp_path: Path, teacher: dict, make_rows, where: str):
+def test_rows_of_any_lengths_read_back(tmp_path: Path, teacher: dict, make_rows, lay, where: str):
     root = str(tmp_path / "caches") if where == "local" else f"memory://{uuid4().hex}/caches"
     store = create_store(root, teacher)
     rows = make_rows(LENGTHS)
-    write_tokens(store, rows)
+    lay(store, rows)
     selection = select(store, rows)
-    assert len(selection.shard_names()) > 4
+    assert len(selection.shard_names) > 4
     assert_rows(Reader(open_store(store.path), selection, ["tokens"]), rows)
 
 
-def test_rows_read_in_any_order_and_more_than_once(store: Store, make_rows):
+def test_rows_read_in_any_order_and_more_than_once(store: Store, make_rows, lay):
     rows = make_rows(LENGTHS)
-    write_tokens(store, rows)
+    lay(store, rows)
     chosen = [rows[index] for index in (7, 0, 7, 3, 3, 8, 1)]
     assert_rows(Reader(store, select(store, chosen), ["tokens"]), chosen)
 
 
 def test_each_axis_is_cut_as_it_says(store: Store, every_axis: Column, make_rows, lay, write_shards):
     selection = lay(store, make_rows(LENGTHS))
-    written = write_shards(store, Manifest(store), selection.shard_names(), every_axis)
+    written = write_shards(store, Manifest(store), selection.shard_names, every_axis)
     reader = Reader(store, selection, [every_axis.name])
     for index, length in enumerate(LENGTHS):
-        values = written[selection.shards[index]]
+        values = written[shard_of(selection, index)]
         start, position = selection.starts[index], selection.positions[index]
         row = reader.row(index)[every_axis.name]
         assert row.keys() == every_axis.arrays.keys()
@@ -94,28 +102,28 @@ def test_each_axis_is_cut_as_it_says(store: Store, every_axis: Column, make_rows
 
 def test_only_the_columns_asked_for_are_read(store: Store, every_axis: Column, make_rows, lay, write_shards):
     selection = lay(store, make_rows([4]))
-    for column in (TOKENS, every_axis):
-        write_shards(store, Manifest(store), selection.shard_names(), column)
+    write_shards(store, Manifest(store), selection.shard_names, every_axis)
     assert list(Reader(store, selection, ["tokens"]).row(0)) == ["tokens"]
     assert list(Reader(store, selection, [every_axis.name, "tokens"]).row(0)) == [every_axis.name, "tokens"]
 
 
-def test_a_missing_row_is_an_index_error(store: Store, make_rows):
+def test_a_missing_row_is_an_index_error(store: Store, make_rows, lay):
     rows = make_rows([4, 5])
-    write_tokens(store, rows)
+    lay(store, rows)
     reader = Reader(store, select(store, rows), ["tokens"])
     for index in (-1, 2):
         with pytest.raises(IndexError, match=f"row {index} of a selection of 2 rows"):
             reader.row(index)
+        with pytest.raises(IndexError, match=f"row {index} of a selection of 2 rows"):
+            reader.rows([0, index])
 
 
 def test_incomplete_columns_are_refused_with_their_count(
     store: Store, every_axis: Column, make_rows, lay, write_shards
 ):
     selection = lay(store, make_rows([10, 10, 10]))
-    shards = selection.shard_names()
+    shards = selection.shard_names
     manifest = Manifest(store)
-    write_shards(store, manifest, shards, TOKENS)
     write_shards(store, manifest, shards[1:], every_axis)
     columns = ["tokens", every_axis.name, "logits/final"]
     message = (
@@ -129,47 +137,186 @@ def test_incomplete_columns_are_refused_with_their_count(
     require_complete(manifest, selection, ["tokens"], store=store.path)
 
 
-def test_a_selection_needs_only_its_own_shards(store: Store, make_rows, lay, write_shards):
+def test_a_selection_needs_only_its_own_shards(store: Store, every_axis: Column, make_rows, lay, write_shards):
     rows = make_rows([10, 10])
-    shards = lay(store, rows).shard_names()
-    write_shards(store, Manifest(store), shards[:1], TOKENS)
-    assert Reader(store, select(store, rows[:1]), ["tokens"]).row(0)["tokens"]["ids"].shape == (10,)
-    with pytest.raises(IncompleteError, match="1 of 2 shards of tokens"):
-        Reader(store, select(store, rows), ["tokens"])
+    shards = lay(store, rows).shard_names
+    write_shards(store, Manifest(store), shards[:1], every_axis)
+    assert Reader(store, select(store, rows[:1]), [every_axis.name]).row(0)[every_axis.name]["ids"].shape == (10,)
+    with pytest.raises(IncompleteError, match="1 of 2 shards of hidden/12/mixed"):
+        Reader(store, select(store, rows), [every_axis.name])
 
 
-def test_a_damaged_object_is_corrupt_by_column_array_and_shard(store: Store, make_rows):
+@pytest.mark.usefixtures("_object_sizes")
+def test_a_damaged_object_is_corrupt_by_column_array_and_shard(store: Store, make_rows, lay):
     rows = make_rows(LENGTHS)
-    write_tokens(store, rows)
+    lay(store, rows)
     selection = select(store, rows)
-    shard = selection.shards[4]
-    file = Path(store.path, f"arrays.zarr/shards/{shard}/tokens/ids/c/0")
+    shard = shard_of(selection, 4)
+    file = Path(store.path, f"arrays.zarr/shards/{shard}/tokens/ids/c.0")
     file.write_bytes(file.read_bytes()[:3] + b"\0" + file.read_bytes()[4:])
     reader = Reader(store, selection, ["tokens"])
-    with pytest.raises(CorruptError, match=f"column tokens, array ids, shard {shard}, in .*: chunk 0 fails its crc32c"):
-        reader.row(4)
+    message = f"column tokens, array ids, shard {shard}, in .*: chunk 0 fails its crc32c; run: coldstill cache repair"
+    for _ in range(2):
+        with pytest.raises(CorruptError, match=message):
+            reader.row(4)
+        with pytest.raises(CorruptError, match=message):
+            reader.rows(range(len(rows)))
     np.testing.assert_array_equal(reader.row(0)["tokens"]["ids"], rows[0])
 
 
+@pytest.mark.usefixtures("_object_sizes")
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_a_missing_object_is_corrupt_by_column_array_and_shard(
+    tmp_path: Path, teacher: dict, make_rows, lay, where: str
+):
+    root = str(tmp_path / "caches") if where == "local" else f"memory://{uuid4().hex}/caches"
+    store = create_store(root, teacher)
+    selection = lay(store, make_rows(LENGTHS))
+    shard = shard_of(selection, 4)
+    store.objects.remove(f"arrays.zarr/shards/{shard}/tokens/ids/c.0")
+    reader = Reader(store, selection, ["tokens"])
+    with pytest.raises(CorruptError, match=f"column tokens, array ids, shard {shard}, in .*: its object is missing"):
+        reader.rows(range(len(LENGTHS)))
+    assert len(reader.row(0)["tokens"]["ids"]) == LENGTHS[0]
+
+
+def test_an_object_that_is_removed_while_it_is_read_is_corrupt(store: Store, make_rows, lay, monkeypatch):
+    monkeypatch.setattr("cache.array_object._SMALL_OBJECT_BYTES", 0)
+    selection = lay(store, make_rows(LENGTHS))
+    reader = Reader(store, selection, ["tokens"])
+    reader.row(7)
+    (chunks,) = {key[0] for key in reader._chunks}
+    reader._chunks.clear()
+    store.objects.remove(chunks)
+    with pytest.raises(CorruptError, match="column tokens, array ids, shard .* its object is missing"):
+        reader.row(7)
+
+
+@pytest.mark.usefixtures("_object_sizes")
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_rows_of_a_batch_are_the_rows_one_by_one(
+    tmp_path: Path, teacher: dict, every_axis: Column, make_rows, lay, write_shards, where: str
+):
+    root = str(tmp_path / "caches") if where == "local" else f"memory://{uuid4().hex}/caches"
+    store = create_store(root, teacher)
+    selection = lay(store, make_rows(LENGTHS))
+    write_shards(store, Manifest(store), selection.shard_names, every_axis)
+    columns = ["tokens", every_axis.name]
+    single = Reader(store, selection, columns)
+    for indices in (range(len(LENGTHS)), [8, 0, 7, 7, 3], [4], []):
+        rows = Reader(store, selection, columns).rows(indices)
+        assert len(rows) == len(indices)
+        for index, row in zip(indices, rows, strict=True):
+            assert list(row) == columns
+            for column, arrays in single.row(index).items():
+                assert row[column].keys() == arrays.keys()
+                for name, values in arrays.items():
+                    assert row[column][name].dtype == values.dtype
+                    np.testing.assert_array_equal(row[column][name], values)
+
+
+def test_a_batch_is_fetched_in_one_request_for_the_indices_and_one_for_the_chunks(
+    store: Store, every_axis: Column, make_rows, lay, write_shards, monkeypatch
+):
+    selection = lay(store, make_rows(LENGTHS))
+    write_shards(store, Manifest(store), selection.shard_names, every_axis)
+    everything = range(len(LENGTHS))
+    objects = CountingObjects(store.path)
+    Reader(Store(objects, store.teacher), selection, ["tokens", every_axis.name]).rows(everything)
+    num_arrays = len(selection.shard_names) * (1 + len(every_axis.arrays))
+    assert (objects.num_requests, objects.num_ranges) == (1, num_arrays), "small objects come with their index"
+    monkeypatch.setattr("cache.array_object._SMALL_OBJECT_BYTES", 0)
+    objects = CountingObjects(store.path)
+    reader = Reader(Store(objects, store.teacher), selection, ["tokens", every_axis.name])
+    reader.rows(everything)
+    assert objects.num_requests == 2
+    assert objects.num_ranges > num_arrays
+    reader.rows(everything)
+    assert objects.num_requests == 2
+
+
+def test_of_a_large_object_only_the_index_and_the_chunks_of_the_row_are_read(store: Store, monkeypatch, fill):
+    column = Column("hidden/1", {"values": ArraySpec("float32", (16,))})
+    monkeypatch.setattr("cache.array_object._SMALL_OBJECT_BYTES", 0)
+    size = {"num_tokens": 1000, "num_rows": 10}
+    record = write_column(store, Manifest(store), "s0", column, fill(column, **size), **size)
+    ten = np.arange(10, dtype="int32")
+    selection = Selection("x", ["s0"], ten * 0, ten, ten * 100, ten * 0 + 100, ten * 0, {})
+    objects = CountingObjects(store.path)
+    Reader(Store(objects, store.teacher), selection, ["hidden/1"]).row(3)
+    index_bytes = 1000 * 16 + 4
+    assert index_bytes < objects.num_bytes < index_bytes + (record.stored_bytes - index_bytes) / 9
+
+
+@pytest.mark.usefixtures("_object_sizes")
+def test_what_is_done_to_a_row_never_changes_what_is_read_later(
+    store: Store, every_axis: Column, make_rows, lay, write_shards
+):
+    selection = lay(store, make_rows(LENGTHS))
+    write_shards(store, Manifest(store), selection.shard_names, every_axis)
+    reader = Reader(store, selection, [every_axis.name])
+    for _ in range(2):
+        for index, row in enumerate(reader.rows(range(len(LENGTHS)))):
+            for name, expected in Reader(store, selection, [every_axis.name]).row(index)[every_axis.name].items():
+                np.testing.assert_array_equal(row[every_axis.name][name], expected)
+                with contextlib.suppress(ValueError):  # a view that refuses it is as good as a copy
+                    row[every_axis.name][name][...] = 0
+
+
+@pytest.mark.parametrize("indices", [[1, 7, 4], [9, 0], [3, 3, 2, 5], range(10)], ids=str)
+def test_rows_far_apart_in_one_array_read_back(store: Store, fill, indices: Sequence[int]):
+    column = Column("hidden/1", {"values": ArraySpec("float32", (16,))})
+    size = {"num_tokens": 100, "num_rows": 10}
+    values = fill(column, **size)
+    write_column(store, Manifest(store), "s0", column, values, **size)
+    ten = np.arange(10, dtype="int32")
+    selection = Selection("x", ["s0"], ten * 0, ten, ten * 10, ten * 0 + 10, ten * 0, {})
+    reader = Reader(store, selection, ["hidden/1"])
+    reader.row(4)
+    for index, row in zip(indices, reader.rows(indices), strict=True):
+        np.testing.assert_array_equal(row["hidden/1"]["values"], values["values"][10 * index : 10 * index + 10])
+
+
+def test_of_the_tokens_only_the_ids_are_read(store: Store, make_rows, lay):
+    selection = lay(store, make_rows(LENGTHS))
+    assert list(Reader(store, selection, ["tokens"]).row(0)["tokens"]) == ["ids"]
+
+
+def test_a_reader_knows_the_records_of_its_columns_alone(
+    store: Store, every_axis: Column, make_rows, lay, write_shards
+):
+    selection = lay(store, make_rows(LENGTHS))
+    write_shards(store, Manifest(store), selection.shard_names, every_axis)
+    assert Reader(store, selection, [every_axis.name])._manifest.columns() == [every_axis.name]
+
+
 @pytest.mark.parametrize(
-    ("limit", "value"), [("_CHUNK_CACHE_BYTES", 130), ("_CHUNK_CACHE_BYTES", 0), ("_OPEN_ARRAYS", 1)]
+    ("limit", "value"), [("_CHUNK_CACHE_BYTES", 130), ("_CHUNK_CACHE_BYTES", 0), ("_OPEN_COLUMNS", 1)]
 )
-def test_a_reader_that_forgets_still_reads_right(store: Store, make_rows, monkeypatch, limit: str, value: int):
+def test_a_reader_that_forgets_still_reads_right(store: Store, make_rows, lay, monkeypatch, limit: str, value: int):
     monkeypatch.setattr(f"cache.reader.{limit}", value)
+    monkeypatch.setattr("cache.array_object._SMALL_OBJECT_BYTES", 0)
     rows = make_rows(LENGTHS)
-    write_tokens(store, rows)
+    lay(store, rows)
     objects = CountingObjects(store.path)
     reader = Reader(Store(objects, store.teacher), select(store, rows), ["tokens"])
     assert_rows(reader, rows)
     once = objects.num_ranges
     assert_rows(reader, rows)
+    assert objects.num_ranges > once, "nothing was forgotten, so the memory is not bounded"
+    remembered = [chunk.nbytes for chunk in reader._chunks.values()]
+    assert reader._chunk_bytes == sum(remembered)
     if limit == "_CHUNK_CACHE_BYTES":
-        assert objects.num_ranges > once, "nothing was forgotten, so the cache is not bounded"
+        assert len(remembered) == 1 or sum(remembered) <= value
+    else:
+        assert len(reader._open) == 1
+    for row, read in zip(rows, reader.rows(range(len(rows))), strict=True):
+        np.testing.assert_array_equal(read["tokens"]["ids"], row)
 
 
-def test_a_chunk_that_is_remembered_is_not_read_again(store: Store, make_rows):
+def test_a_chunk_that_is_remembered_is_not_read_again(store: Store, make_rows, lay):
     rows = make_rows(LENGTHS)
-    write_tokens(store, rows)
+    lay(store, rows)
     objects = CountingObjects(store.path)
     reader = Reader(Store(objects, store.teacher), select(store, rows), ["tokens"])
     assert_rows(reader, rows)
@@ -184,9 +331,9 @@ def read_in_child(path: str, selection, connection) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_store_opens_in_a_forked_worker_after_its_parent_has_read_it(store: Store, make_rows):
+def test_a_store_opens_in_a_forked_worker_after_its_parent_has_read_it(store: Store, make_rows, lay):
     rows = make_rows(LENGTHS)
-    write_tokens(store, rows)
+    lay(store, rows)
     selection = select(store, rows)
     assert_rows(Reader(store, selection, ["tokens"]), rows)
     fork = multiprocessing.get_context("fork")

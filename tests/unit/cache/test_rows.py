@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -6,19 +7,21 @@ import pytest
 
 from cache.errors import CorruptError, StoreNotFoundError
 from cache.identity import row_id, shard_id
+from cache.manifest import Manifest
 from cache.rows import (
+    ROW_SCHEMA,
     SHARD_TOKENS,
-    Selection,
+    compact_rows,
     find_rows,
     lay_rows,
     publish_rows,
-    read_selection,
+    read_rows,
     shard_rows,
-    write_selection,
+    sorted_rows,
+    split_shards,
 )
 from cache.store import Store
-
-PROVENANCE = {"tokenizer": "sha256 9c41", "dropped": {"too short": 3}, "source": "wikitext é"}
+from cache.tokens import TOKENS
 
 
 def ids_of(rows: list[np.ndarray]) -> list[bytes]:
@@ -26,20 +29,21 @@ def ids_of(rows: list[np.ndarray]) -> list[bytes]:
 
 
 def lay_only(store: Store, rows: list[np.ndarray]) -> pa.Table:
-    return lay_rows(store, ids_of(rows), [len(row) for row in rows])
+    shards = Manifest(store).shards(TOKENS)
+    return lay_rows(read_rows(store), shards, ids_of(rows), [len(row) for row in rows])
 
 
-def assert_same_selection(first: Selection, second: Selection) -> None:
-    assert (first.name, dict(first.provenance)) == (second.name, dict(second.provenance))
-    for field in ("shards", "positions", "starts", "lengths", "loss_starts"):
-        np.testing.assert_array_equal(getattr(first, field), getattr(second, field))
+def find(store: Store, rows: list[np.ndarray]) -> list[dict]:
+    return find_rows(store, read_rows(store), Manifest(store).shards(TOKENS), ids_of(rows)).to_pylist()
 
 
-@pytest.fixture
-def selection(store: Store, make_rows, lay) -> Selection:
-    rows = make_rows([4, 5, 6])
-    lay(store, rows)
-    return write_selection(store, find_rows(store, ids_of(rows)), [1, 0, 5], PROVENANCE)
+def lose_tokens(store: Store, *shards: str) -> None:
+    """Take back the tokens of shards, as a repair does that found them damaged."""
+    Manifest(store).drop([(shard, TOKENS) for shard in shards])
+
+
+def row_files(store: Store) -> list[Path]:
+    return sorted(Path(store.path, "rows").iterdir())
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -66,8 +70,8 @@ def test_shards_are_filled_greedily(store: Store, make_rows, lengths: list[int],
 
 def test_a_shard_holds_about_32k_tokens(store: Store):
     assert SHARD_TOKENS == 32_768
-    laid = lay_rows(store, [bytes([i]) * 16 for i in range(65)], [1024] * 65)
-    assert laid["shard"].value_counts().field("counts").to_pylist() == [32, 32, 1]
+    laid = lay_rows(read_rows(store), [], [bytes([i]) * 16 for i in range(65)], [1024] * 65)
+    assert [len(table) for table in split_shards(laid).values()] == [32, 32, 1]
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -77,32 +81,44 @@ def test_a_shard_is_named_by_its_rows(store: Store, make_rows):
     assert laid["shard"].to_pylist() == [shard_id(ids_of(rows[:2]))] * 2 + [shard_id(ids_of(rows[2:]))]
 
 
-def test_laid_rows_are_unknown_until_they_are_published(store: Store, make_rows):
+def test_laid_rows_are_unknown_until_they_are_published(store: Store, make_rows, lay):
     rows = make_rows([4, 5])
     laid = lay_only(store, rows)
     with pytest.raises(StoreNotFoundError, match="lacks 2 of 2 rows; run: coldstill precompute"):
-        find_rows(store, ids_of(rows))
+        find(store, rows)
+    lay(store, rows)
+    assert find(store, rows) == laid.to_pylist()
+
+
+def test_published_rows_are_unknown_until_their_tokens_are_committed(store: Store, make_rows, lay):
+    rows = make_rows([4, 5])
+    laid = lay_only(store, rows)
     publish_rows(store, laid)
-    assert find_rows(store, ids_of(rows)).to_pylist() == laid.to_pylist()
+    assert read_rows(store).to_pylist() == laid.to_pylist()
+    with pytest.raises(StoreNotFoundError, match="lacks 2 of 2 rows; run: coldstill precompute"):
+        find(store, rows)
+    lay(store, rows)
+    assert find(store, rows) == laid.to_pylist()
 
 
 def test_how_many_rows_a_store_lacks_is_said(store: Store, make_rows, lay):
     lay(store, make_rows([4, 5]))
     with pytest.raises(StoreNotFoundError, match="lacks 1 of 3 rows"):
-        find_rows(store, ids_of(make_rows([4, 5, 6])))
+        find(store, make_rows([4, 5, 6]))
 
 
 @pytest.mark.usefixtures("small_shards")
 def test_known_rows_keep_their_place_when_more_are_asked_for(store: Store, make_rows, lay):
     rows = make_rows([4, 6, 3])
     lay(store, rows)
-    before = find_rows(store, ids_of(rows)).to_pylist()
+    before = find(store, rows)
     more = make_rows([2, 9, 1], first=10)
-    laid = lay_only(store, [more[0], rows[2], more[1], rows[0], more[2]])
+    mixed = [more[0], rows[2], more[1], rows[0], more[2]]
+    laid = lay_only(store, mixed)
     assert laid["row"].to_pylist() == ids_of(more)
     assert not set(laid["shard"].to_pylist()) & {line["shard"] for line in before}
-    publish_rows(store, laid)
-    assert find_rows(store, ids_of(rows)).to_pylist() == before
+    lay(store, mixed)
+    assert find(store, rows) == before
 
 
 def test_a_row_asked_for_twice_is_laid_once_and_found_twice(store: Store, make_rows, lay):
@@ -118,7 +134,71 @@ def test_a_row_asked_for_twice_is_laid_once_and_found_twice(store: Store, make_r
 @pytest.mark.usefixtures("small_shards")
 def test_laying_again_after_an_interruption_gives_the_same_shards(store: Store, make_rows):
     rows = make_rows([4, 6, 3, 8])
-    assert lay_only(store, rows).equals(lay_only(store, rows))
+    assert lay_only(store, rows).to_pylist() == lay_only(store, rows).to_pylist()
+
+
+def test_laying_no_rows_gives_none(store: Store, make_rows, lay):
+    assert len(lay_only(store, [])) == 0
+    lay(store, make_rows([4]))
+    assert len(lay_only(store, [])) == 0
+    assert len(lay_only(store, make_rows([4]))) == 0
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_shard_without_tokens_is_laid_again_as_it_was_when_all_its_rows_are_asked_for(store: Store, make_rows, lay):
+    rows = make_rows([4, 6, 3, 2, 9])
+    selection = lay(store, rows)
+    before = find(store, rows)
+    first, second, third = selection.shard_names
+    lose_tokens(store, first, second)
+    more = make_rows([5], first=20)
+    # In whatever order, and among whatever else: the shards are those of then.
+    asked = [rows[4], rows[3], more[0], rows[2], rows[1], rows[0]]
+    laid = split_shards(lay_only(store, asked))
+    assert set(laid) == {first, second, shard_id(ids_of(more))}
+    assert [laid[shard].to_pylist() for shard in (first, second)] == [before[:2], before[2:4]]
+    lay(store, asked)
+    assert find(store, rows) == before
+    assert sorted(Manifest(store).shards(TOKENS)) == sorted([first, second, third, shard_id(ids_of(more))])
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_the_rows_of_a_shard_without_tokens_are_unknown_when_not_all_of_them_are_asked_for(
+    store: Store, make_rows, lay
+):
+    rows = make_rows([4, 6, 3])
+    first, second = lay(store, rows).shard_names
+    lose_tokens(store, first)
+    with pytest.raises(StoreNotFoundError, match="lacks 2 of 3 rows"):
+        find(store, rows)
+    assert [line["shard"] for line in find(store, rows[2:])] == [second]
+    laid = lay_only(store, [rows[0], rows[2]])
+    assert laid["row"].to_pylist() == ids_of(rows[:1])
+    assert laid["shard"].to_pylist() == [shard_id(ids_of(rows[:1]))]
+    # What was laid anew stays where it is, when the rest of the old shard is asked for as well.
+    lay(store, [rows[0]])
+    moved = find(store, [rows[0]])
+    lay(store, rows)
+    assert find(store, [rows[0]]) == moved
+    assert first not in Manifest(store).shards(TOKENS)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_rows_of_two_shards_without_tokens_that_share_a_row_are_laid_once(store: Store, make_rows, lay):
+    rows = make_rows([4, 6])
+    (first,) = lay(store, rows).shard_names
+    lose_tokens(store, first)
+    (second,) = lay(store, rows[:1]).shard_names
+    lose_tokens(store, second)
+    laid = lay_only(store, rows)
+    assert sorted(laid["row"].to_pylist()) == sorted(ids_of(rows))
+    lay(store, rows)
+    assert [line["row"] for line in find(store, rows)] == ids_of(rows)
+
+
+def test_a_row_without_tokens_is_refused(store: Store):
+    with pytest.raises(ValueError, match="a row needs at least one token"):
+        lay_rows(read_rows(store), [], [b"0" * 16], [0])
 
 
 def test_publishing_no_rows_writes_nothing(store: Store, make_rows, tree):
@@ -138,68 +218,114 @@ def test_publishing_rows_twice_writes_them_once(store: Store, make_rows, tree):
 @pytest.mark.usefixtures("small_shards")
 def test_the_rows_of_a_shard_come_in_their_order(store: Store, make_rows, lay):
     rows = make_rows([4, 6, 3])
-    first, second = lay(store, rows).shard_names()
-    tables = shard_rows(store, [second, first])
+    first, second = lay(store, rows).shard_names
+    tables = shard_rows(read_rows(store), [second, first])
     assert list(tables) == [second, first]
     assert tables[first]["row"].to_pylist() == ids_of(rows[:2])
     assert tables[second]["row"].to_pylist() == ids_of(rows[2:])
+    assert list(shard_rows(read_rows(store), [first])) == [first]
+    assert shard_rows(read_rows(store), []) == {}
+
+
+def table_of(*lines: tuple[str, int, int]) -> pa.Table:
+    """Give lines of (shard, position, start), each of a row of its own."""
+    shards, positions, starts = zip(*lines, strict=True)
+    columns = {
+        "row": pa.array([f"{shard}{position}".encode().ljust(16) for shard, position, _ in lines], pa.binary(16)),
+        "shard": pa.array(shards, pa.string()).dictionary_encode(),
+        "position": pa.array(positions, pa.int32()),
+        "start": pa.array(starts, pa.int32()),
+        "length": pa.array([1] * len(lines), pa.int32()),
+    }
+    return pa.table(columns, schema=ROW_SCHEMA)
+
+
+LINES = [("a", 0, 0), ("a", 1, 1), ("a", 2, 2), ("b", 0, 0), ("c", 0, 0), ("c", 1, 1)]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [LINES],
+        [LINES[::-1]],
+        [LINES[3:], LINES[:3]],
+        [LINES[::2], LINES[1::2]],
+        [LINES, LINES[2:4], LINES[:1]],
+        [[line] for line in LINES[::-1]],
+    ],
+    ids=["sorted", "reversed", "two", "interleaved", "with duplicates", "one by one"],
+)
+def test_the_same_rows_always_make_the_same_table(parts: Sequence[list[tuple[str, int, int]]], store: Store, tree):
+    expected = table_of(*LINES)
+    joined = sorted_rows([table_of(*lines) for lines in parts])
+    assert joined.equals(expected)
+    assert joined["shard"].combine_chunks().dictionary.to_pylist() == ["a", "b", "c"]
+    publish_rows(store, expected)
+    before = tree(store.path)
+    publish_rows(store, pa.concat_tables([table_of(*lines) for lines in parts]))
+    assert tree(store.path) == before
+
+
+def test_no_tables_make_an_empty_table():
+    assert sorted_rows([]).equals(ROW_SCHEMA.empty_table())
+    assert split_shards(sorted_rows([])) == {}
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_a_selections_shards_are_named_once_in_the_order_of_its_rows(store: Store, make_rows, lay):
-    rows = make_rows([6, 6, 4])
-    names = lay(store, rows).shard_names()
-    assert len(names) == 2
-    reordered = write_selection(store, find_rows(store, ids_of([rows[2], rows[0], rows[1]])), [0] * 3, {})
-    assert reordered.shard_names() == names[::-1]
+def test_a_compaction_of_rows_keeps_all_in_one_file_of_the_same_bytes_in_any_order(store: Store, make_rows, tree):
+    batches = [lay_only(store, make_rows([4, 6, 3], first=first)) for first in (0, 10, 20)]
+    for batch in batches:
+        publish_rows(store, batch)
+    known = read_rows(store)
+    assert len(known) == 9
+    assert len(row_files(store)) == 3
+    compact_rows(store)
+    assert len(row_files(store)) == 1
+    assert read_rows(store).equals(known)
+    expected = tree(store.path)
+    compact_rows(store)
+    assert tree(store.path) == expected
+    store.objects.remove_folder("rows")
+    for batch in batches[::-1]:
+        publish_rows(store, batch)
+        compact_rows(store)
+    assert tree(store.path) == expected
 
 
-def test_a_selection_reads_back_with_loss_starts_and_provenance(store: Store, selection: Selection):
-    assert selection.loss_starts.tolist() == [1, 0, 5]
-    assert selection.provenance == PROVENANCE
-    assert selection.lengths.tolist() == [4, 5, 6]
-    assert_same_selection(read_selection(store, selection.name), selection)
+def test_a_death_within_a_compaction_of_rows_makes_no_row_twice(store: Store, make_rows, tree):
+    for first in (0, 10):
+        publish_rows(store, lay_only(store, make_rows([4, 6], first=first)))
+    parts = {file: file.read_bytes() for file in row_files(store)}
+    compact_rows(store)
+    expected = tree(store.path)
+    known = read_rows(store)
+    for file, data in parts.items():
+        file.write_bytes(data)
+    assert read_rows(store).equals(known)
+    compact_rows(store)
+    assert tree(store.path) == expected
 
 
-def test_the_same_selection_has_the_same_name_and_another_has_another(store: Store, make_rows, selection: Selection):
-    found = find_rows(store, ids_of(make_rows([4, 5, 6])))
-    assert write_selection(store, found, [1, 0, 5], PROVENANCE).name == selection.name
-    assert write_selection(store, found, [1, 0, 4], PROVENANCE).name != selection.name
-    assert write_selection(store, found.take([1, 0, 2]), [0, 1, 5], PROVENANCE).name != selection.name
-
-
-def test_an_unknown_selection_is_not_found(store: Store):
-    with pytest.raises(StoreNotFoundError, match=r"has no selections/0123\.parquet; run: coldstill precompute"):
-        read_selection(store, "0123")
-
-
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-9], lambda data: b"<html>" + data[6:-8]])
-def test_a_damaged_selection_is_corrupt_by_name(store: Store, selection: Selection, damage):
-    file = Path(store.path, "selections", f"{selection.name}.parquet")
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(CorruptError, match=rf"selections/{selection.name}\.parquet of store .* is corrupt") as caught:
-        read_selection(store, selection.name)
-    assert store.path in str(caught.value)
-
-
-def test_a_selection_under_anothers_name_is_corrupt(store: Store, selection: Selection):
-    folder = Path(store.path, "selections")
-    (folder / f"{selection.name}.parquet").rename(folder / "0123456789abcdef.parquet")
-    with pytest.raises(
-        CorruptError, match=r"selections/0123456789abcdef\.parquet of store .* its content is not what it is named by"
-    ):
-        read_selection(store, "0123456789abcdef")
-
-
-def test_a_file_of_rows_is_no_selection(store: Store, selection: Selection):
-    (rows,) = Path(store.path, "rows").iterdir()
-    Path(store.path, "selections", rows.name).write_bytes(rows.read_bytes())
-    with pytest.raises(CorruptError, match=r"selections/.* is corrupt: its content is not what it is named by"):
-        read_selection(store, rows.stem)
-
-
-def test_a_damaged_file_of_rows_is_corrupt_by_name(store: Store, make_rows, selection: Selection):
-    (file,) = Path(store.path, "rows").iterdir()
+def test_a_damaged_file_of_rows_is_corrupt_by_name_or_is_left_out(store: Store, make_rows):
+    publish_rows(store, lay_only(store, make_rows([4])))
+    publish_rows(store, lay_only(store, make_rows([5], first=5)))
+    file, whole = row_files(store)
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(CorruptError, match=rf"rows/{file.name} of store .* is corrupt"):
-        find_rows(store, ids_of(make_rows([4])))
+    with pytest.raises(
+        CorruptError, match=rf"rows/{file.name} of store .* is corrupt: .*; run: coldstill cache repair"
+    ):
+        read_rows(store)
+    damaged: list[str] = []
+    assert len(read_rows(store, damaged=damaged)) == 1
+    assert damaged == [file.name]
+    with pytest.raises(CorruptError, match=file.name):
+        compact_rows(store)
+    assert row_files(store) == [file, whole]
+
+
+def test_a_file_of_rows_under_the_name_of_another_is_corrupt(store: Store, make_rows):
+    publish_rows(store, lay_only(store, make_rows([4])))
+    (file,) = row_files(store)
+    file.rename(file.with_name("0123456789abcdef.parquet"))
+    with pytest.raises(CorruptError, match=r"rows/0123456789abcdef\.parquet .* its content is not what it is named by"):
+        read_rows(store)

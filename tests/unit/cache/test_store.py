@@ -1,13 +1,26 @@
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import zarr
 
-from cache.errors import FormatError, StoreNotFoundError
+from cache.errors import CorruptError, FormatError, StoreNotFoundError
+from cache.identity import digest_of
 from cache.objects import open_objects
-from cache.store import CONSTANTS, Store, create_store, ensure_group, open_store, shard_folder, store_path
+from cache.store import (
+    CONSTANTS,
+    FORMAT_VERSION,
+    Store,
+    create_store,
+    group_metadata,
+    missing_groups,
+    open_store,
+    parent_groups,
+    shard_folder,
+    store_path,
+)
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -70,30 +83,83 @@ def test_a_store_cut_off_before_its_root_metadata_was_never_created(store: Store
     assert open_store(store.path).teacher == teacher
 
 
-@pytest.mark.parametrize("version", [0, 2, "1"])
-def test_another_format_is_refused_in_words(store: Store, teacher: dict, tmp_path: Path, version: object):
-    attributes = {"coldstill": {"format": version, "teacher": teacher}}
+@dataclass(frozen=True)
+class OtherFormat:
+    id: str
+    version: int
+    message: str
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        OtherFormat("older", 1, "has format 1, an older one than format 2, .*; remove it with coldstill cache rm and"),
+        OtherFormat("newer", 3, "has format 3, a newer one than format 2, .*; install a newer Coldstill"),
+    ],
+    ids=lambda other: other.id,
+)
+def test_another_format_is_refused_in_words(store: Store, teacher: dict, tmp_path: Path, other: OtherFormat):
+    assert FORMAT_VERSION == 2
+    said = {"format": other.version, "teacher": teacher}
+    # The first format had no check.
+    attributes = {"coldstill": said if other.version == 1 else {**said, "check": digest_of(said)}}
     edit(store, json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}))
-    message = f"has format {version}, this version of Coldstill reads format 1"
-    with pytest.raises(FormatError, match=message) as caught:
+    with pytest.raises(FormatError, match=other.message) as caught:
         open_store(store.path)
     assert store.path in str(caught.value)
-    with pytest.raises(FormatError, match=message):
+    with pytest.raises(FormatError, match=other.message):
         create_store(str(tmp_path / "caches"), teacher)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "not json", "{}", '{"attributes": {}}', '{"zarr_format": 3, "attributes": {"other": 1}}'],
-    ids=["empty", "cut short", "no json", "no attributes", "no namespace", "another's"],
+    [
+        "",
+        "{",
+        "not json",
+        "{}",
+        "[]",
+        "5",
+        '"x"',
+        '{"attributes": {}}',
+        '{"attributes": []}',
+        '{"attributes": null}',
+        '{"zarr_format": 3, "attributes": {"other": 1}}',
+        '{"attributes": {"coldstill": {"format": 2}}}',
+        '{"attributes": {"coldstill": {"format": "2", "teacher": {}, "check": ""}}}',
+        '{"attributes": {"coldstill": {"format": 2, "teacher": [], "check": 3}}}',
+    ],
 )
-def test_garbage_metadata_is_not_a_store(store: Store, text: str):
+def test_garbage_metadata_is_a_corrupt_store(store: Store, teacher: dict, tmp_path: Path, text: str):
     edit(store, text)
-    with pytest.raises(
-        FormatError, match=r"arrays\.zarr/zarr\.json is not the metadata of a Coldstill store"
-    ) as caught:
+    message = r"arrays\.zarr/zarr\.json is corrupt: it is not what was written; run: coldstill cache repair"
+    with pytest.raises(CorruptError, match=message) as caught:
         open_store(store.path)
     assert store.path in str(caught.value)
+    with pytest.raises(CorruptError, match=message):
+        create_store(str(tmp_path / "caches"), teacher)
+
+
+def test_altered_facts_of_the_teacher_are_corrupt(store: Store, teacher: dict):
+    text = Path(store.path, "arrays.zarr/zarr.json").read_text()
+    edit(store, text.replace("some/teacher", "some/other"))
+    with pytest.raises(CorruptError, match="it is not what was written"):
+        open_store(store.path)
+
+
+def test_the_metadata_of_another_teachers_store_is_corrupt(store: Store, teacher: dict):
+    facts = {"identity": {**teacher["identity"], "weights": "w1"}}
+    content = {"format": 2, "teacher": facts, "check": digest_of(facts)}
+    edit(store, json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {"coldstill": content}}))
+    with pytest.raises(CorruptError, match="it is not what was written"):
+        open_store(store.path)
+
+
+def test_a_store_at_a_file_url_is_that_of_the_folder(teacher: dict, tmp_path: Path):
+    store = create_store(f"file://{tmp_path}/caches", teacher)
+    assert store.path == str(tmp_path / "caches" / "stores" / store.name)
+    assert open_store(f"file://{store.path}").teacher == teacher
+    assert create_store(str(tmp_path / "caches"), teacher).path == store.path
 
 
 def test_constants_lie_beside_the_shards():
@@ -103,6 +169,17 @@ def test_constants_lie_beside_the_shards():
 
 def test_a_group_that_is_there_keeps_its_attributes(tmp_path: Path):
     objects = open_objects(tmp_path)
-    ensure_group(objects, "folder", {"block": 1})
-    ensure_group(objects, "folder", {"block": 2})
+    objects.write("folder/zarr.json", group_metadata({"block": 1}))
+    missing = missing_groups(objects, ["folder", "other/inner"])
+    assert list(missing) == ["other/inner/zarr.json"]
+    objects.write_all(missing)
+    assert missing_groups(objects, ["folder", "other/inner"]) == {}
     assert dict(zarr.open_group(tmp_path / "folder", mode="r").attrs) == {"block": 1}
+    assert dict(zarr.open_group(tmp_path / "other/inner", mode="r").attrs) == {}
+
+
+def test_every_folder_from_the_shard_to_the_column_is_a_group():
+    shard = "arrays.zarr/shards/s0"
+    assert parent_groups("s0", "tokens") == [shard]
+    assert parent_groups("s0", "hidden/12/int8") == [shard, f"{shard}/hidden", f"{shard}/hidden/12"]
+    assert parent_groups(CONSTANTS, "output_head") == ["arrays.zarr/constants"]

@@ -1,17 +1,20 @@
 import errno
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cache.arrays import read_column
 from cache.columns import Column
-from cache.manifest import Manifest
-from cache.objects import LocalObjects
-from cache.reader import read_column
+from cache.local_objects import PARTIAL_FOLDER, LocalObjects
+from cache.manifest import CommitRecord, Manifest
+from cache.processes import process_token
 from cache.store import CONSTANTS, Store, create_store
-from cache.writer import write_column
+from cache.writer import column_folder, column_metadata, object_path, write_column
 
 SIZE = {"num_tokens": 20, "num_rows": 3}
 FOLDER = "arrays.zarr/shards/s0/hidden/12/mixed"
@@ -59,18 +62,19 @@ UNFIT = [
 
 
 class FailingObjects(LocalObjects):
-    """Objects on a disk that is full at the nth write."""
+    """Objects on a disk that is full when the nth object is to be written."""
 
     def __init__(self, root: str, *, fail_at: int) -> None:
         super().__init__(root)
         self.num_writes = 0
         self._fail_at = fail_at
 
-    def write(self, name: str, data: bytes) -> None:
-        self.num_writes += 1
-        if self.num_writes == self._fail_at:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        super().write(name, data)
+    def write_all(self, objects: Mapping[str, bytes]) -> None:
+        for name, data in objects.items():
+            self.num_writes += 1
+            if self.num_writes == self._fail_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super().write_all({name: data})
 
 
 @pytest.fixture
@@ -80,8 +84,8 @@ def values(every_axis: Column, fill) -> dict[str, np.ndarray]:
 
 def assert_nothing_written(store: Store, files: dict[str, bytes]) -> None:
     assert not Path(store.path, FOLDER).exists()
-    assert not [name for name in files if name.startswith("commits/") or name.endswith(".partial")]
-    assert Manifest(store).columns("s0") == []
+    assert not [name for name in files if name.startswith(("commits/", PARTIAL_FOLDER))]
+    assert Manifest(store).columns() == []
 
 
 def assert_reads_back(store: Store, values: dict[str, np.ndarray]) -> None:
@@ -103,7 +107,11 @@ def test_a_records_bytes_are_those_on_disk(store: Store, every_axis: Column, val
     record = write_column(store, Manifest(store), "s0", every_axis, values, **SIZE)
     objects = {name: data for name, data in tree(Path(store.path, FOLDER)).items() if not name.endswith("zarr.json")}
     assert record.stored_bytes == sum(len(data) for data in objects.values())
-    assert sorted(objects) == ["ids/c/0", "lengths/c/0/0", "scale/c/0", "values/c/0/0"]
+    assert record.objects == {
+        name.split("/")[0]: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in objects.items()
+    }
+    assert sorted(objects) == ["ids/c.0", "lengths/c.0.0", "scale/c.0", "values/c.0.0"]
 
 
 def test_the_same_values_are_the_same_bytes(store: Store, every_axis: Column, values, tree, teacher, tmp_path: Path):
@@ -130,15 +138,26 @@ def test_arrays_that_do_not_fit_the_column_are_refused(store: Store, every_axis:
 
 def test_what_an_uncommitted_attempt_left_is_replaced(store: Store, every_axis: Column, values, tree):
     manifest = Manifest(store)
-    write_column(store, manifest, "s0", every_axis, values, **SIZE)
+    record = write_column(store, manifest, "s0", every_axis, values, **SIZE)
     expected = tree(store.path)
     store.objects.remove("commits/s0~hidden~12~mixed.json")
-    store.objects.write(f"{FOLDER}/values/c/0/0", b"half of the bytes")
-    store.objects.write(f"{FOLDER}/values/c/0/1", b"an object that does not belong here")
-    store.objects.write(f"{FOLDER}/another/zarr.json", b"{}")
-    Path(store.path, FOLDER, "values/zarr.json.0123.partial").write_bytes(b"{")
+    store.objects.write(object_path(record, "values"), b"half of the bytes")
+    store.objects.write(f"{FOLDER}/values/zarr.json", b"{")
+    store.objects.remove(f"{FOLDER}/ids/zarr.json")
+    Path(store.path, PARTIAL_FOLDER, f"{process_token()}.0123").write_bytes(b"{")
     write_column(store, Manifest(store), "s0", every_axis, values, **SIZE)
+    store.objects.remove(f"{PARTIAL_FOLDER}/{process_token()}.0123")
     assert tree(store.path) == expected
+
+
+def test_a_columns_own_metadata_carries_its_record(store: Store, every_axis: Column, values):
+    record = write_column(store, Manifest(store), "s0", every_axis, values, **SIZE)
+    metadata = column_metadata(record)
+    assert {name: store.objects.read(name) for name in metadata} == metadata
+    assert len(metadata) == 1 + len(every_axis.arrays)
+    attributes = json.loads(metadata[f"{column_folder(record)}/zarr.json"])["attributes"]
+    assert attributes["block"] == 12
+    assert CommitRecord.from_line(attributes["coldstill"]) == record
 
 
 def test_a_column_leaves_its_neighbours_alone(store: Store, every_axis: Column, values):

@@ -52,7 +52,7 @@ def test_overrides_change_nested_keys_and_make_missing_sections(data, tmp_path):
 
 
 WRONG = [
-    ({"zzz": 1}, "unknown key 'zzz' in r; known keys: output, cache, teacher"),
+    ({"zzz": 1}, "unknown key 'zzz' in r; known keys: output, cache, local_copy, teacher"),
     ({"teacher.bacth_size": 1}, "unknown key 'teacher.bacth_size' in r; did you mean 'batch_size'?"),
     ({"student.prune.layers.metod": "x"}, "unknown key 'student.prune.layers.metod' in r; did you mean 'method'?"),
     ({"teacher.path": None}, "teacher.path in r: Input should be a valid string, got None"),

@@ -1,0 +1,113 @@
+"""Hold everything below a root against what was written: its stores, its index, its pruned students."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from cache.audit import Problem, StoreAudit, audit_store, stored_bytes
+from cache.errors import CorruptError, FormatError, StoreNotFoundError
+from cache.index import INDEX, parse_entry
+from cache.manifest import COMMITS
+from cache.objects import Objects, open_objects
+from cache.rows import ROWS
+from cache.selections import selection_file
+from cache.store import ROOT_METADATA, STORES, Store, open_store, store_path
+from cache.student_files import CHECKSUMS, STUDENTS, find_damage
+
+
+@dataclass
+class RootAudit:
+    """What an audit of a root found.
+
+    Attributes:
+        root: The root.
+        stores: What was found in each store.
+        problems: What is wrong outside of them, or keeps a store from being opened at all.
+    """
+
+    root: str
+    stores: list[StoreAudit] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether everything is as it was written."""
+        return not self.problems and not any(store.problems for store in self.stores)
+
+
+def verify(root: str, *, show_progress: bool = True) -> RootAudit:
+    """Read every byte below a root and hold it against its checksum.
+
+    Raises:
+        StoreNotFoundError: The root holds nothing of Coldstill's.
+        RemoteError: Object storage does not answer.
+    """
+    objects = open_objects(root)
+    audit = RootAudit(root)
+    names = objects.folders(STORES)
+    if not names and not objects.files(INDEX):
+        raise StoreNotFoundError(f"no store in {root}; a root is what a recipe names as `cache`")
+    stores = list(_open_stores(root, names, audit))
+    total = sum(stored_bytes(store) for store in stores)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not show_progress) as bar:
+        for store in stores:
+            audit.stores.append(audit_store(store, on_bytes=bar.update))
+    audit.problems += index_problems(objects)
+    audit.problems += student_problems(objects)
+    return audit
+
+
+def _open_stores(root: str, names: list[str], audit: RootAudit) -> Iterator[Store]:
+    for name in names:
+        path = store_path(root, name)
+        try:
+            yield open_store(path)
+        except StoreNotFoundError:
+            if holds_data(open_objects(path)):
+                what = "is missing, but the store holds data"
+                audit.problems.append(Problem("store", f"{STORES}/{name}/{ROOT_METADATA}", what))
+        except (CorruptError, FormatError) as error:
+            audit.problems.append(Problem("store", f"{STORES}/{name}/{ROOT_METADATA}", str(error)))
+
+
+def holds_data(objects: Objects) -> bool:
+    """Whether a folder has a store's data, whatever its root metadata says."""
+    return bool(objects.files(COMMITS) or objects.files(ROWS))
+
+
+def index_problems(objects: Objects) -> list[Problem]:
+    """Check that each entry of the index is whole and leads to something."""
+    problems = []
+    for file in objects.files(INDEX):
+        name = f"{INDEX}/{file}"
+        try:
+            value = parse_entry(file, objects.read(name))
+            targets = _targets(value)
+        except (ValueError, KeyError, TypeError):
+            problems.append(Problem("index", name, "is not what was written"))
+            continue
+        lacking = [target for target in targets if not objects.exists(target)]
+        if lacking:
+            problems.append(Problem("index", name, f"leads to {lacking[0]}, which is not there"))
+    return problems
+
+
+def _targets(value: Mapping[str, Any]) -> list[str]:
+    """Name the objects that an index entry leads to."""
+    if "folder" in value:
+        return [f"{STUDENTS}/{value['folder']}/{CHECKSUMS}"]
+    return [f"{STORES}/{value['store']}/{selection_file(name)}" for name in value["selections"].values()]
+
+
+def student_problems(objects: Objects) -> list[Problem]:
+    """Check that every file of each pruned student is whole."""
+    problems = []
+    for name in objects.folders(STUDENTS):
+        folder = f"{STUDENTS}/{name}"
+        if name.startswith("."):
+            continue  # half-made by a process that was killed; swept when the student is made
+        if what := find_damage(objects, folder):
+            problems.append(Problem("student", folder, what))
+    return problems

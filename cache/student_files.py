@@ -1,0 +1,27 @@
+"""The files of pruned students, which lie beside the stores: `students/<name>/`, with a checksum for each.
+
+`checksums.json` is written last: a student without it was never finished.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from cache.objects import Objects
+
+STUDENTS = "students"
+CHECKSUMS = "checksums.json"
+
+
+def find_damage(objects: Objects, folder: str) -> str | None:
+    """Say what is wrong with a pruned student in a folder of a root, None where all is as it was written."""
+    try:
+        sums: dict[str, str] = json.loads(objects.read(f"{folder}/{CHECKSUMS}"))
+        for name, expected in sums.items():
+            if hashlib.sha256(objects.read(f"{folder}/{name}")).hexdigest() != expected:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (ValueError, AttributeError):
+        return f"{CHECKSUMS} is not what was written"
+    return None

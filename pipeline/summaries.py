@@ -1,0 +1,218 @@
+"""Results as the lines and tables that a person reads. Nothing is decided here."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:  # a listing does not wait for torch
+    from cache.inventory import StoreSummary
+    from cache.root_audit import RootAudit
+    from pipeline.dry_run import DryRun
+    from pipeline.evaluate import Evaluation
+    from pipeline.precompute import PrecomputeSummary
+    from pipeline.repair import RepairSummary
+
+_MEASURES = {
+    "loss": "loss (nats)",
+    "perplexity": "perplexity",
+    "kl": "KL to teacher (nats)",
+    "agreement": "top-1 agreement",
+}
+_SHOWN_PROBLEMS = 50
+_FILE_WIDTH = 160
+
+
+def console() -> Console:
+    """Give the screen, or for a file or a pipe one that is wide enough for every table."""
+    screen = Console()
+    return screen if screen.is_terminal else Console(width=_FILE_WIDTH)
+
+
+def precompute_lines(result: "PrecomputeSummary") -> Iterator[str]:
+    """Say what a run of stage one did."""
+    rows = ", ".join(f"{count} {split}" for split, count in sorted(result.num_rows.items(), reverse=True))
+    yield f"store      {result.store}"
+    for student in dict.fromkeys(result.students):
+        yield f"student    {student}"
+    yield f"rows       {rows}; {result.num_tokens:,} tokens in {_count(result.num_shards, 'shard')}"
+    if result.computed_tokens:
+        rate = result.computed_tokens / result.seconds
+        per_token = result.written_bytes / result.computed_tokens
+        yield (
+            f"computed   {result.computed_tokens:,} tokens in {result.seconds:.0f} s ({rate:,.0f} tokens/s), "
+            f"{_size(result.written_bytes)}, {per_token:,.0f} bytes a token"
+        )
+    elif not result.missing_shards:
+        loaded = "the teacher was loaded to make the student" if result.teacher_was_loaded else "no teacher was loaded"
+        yield f"computed   nothing: all columns are complete, {loaded}"
+    if result.missing_shards:
+        yield f"missing    {_count(result.missing_shards, 'shard')}: the shares of other workers are not all there yet"
+
+
+def dry_run_table(result: "DryRun") -> Table:
+    """Show what stage one would do, column by column."""
+    title = f"{result.store}: {result.num_tokens:,} tokens in {_count(result.num_shards, 'shard')}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in ("column", "complete", "missing", "to write"):
+        table.add_column(heading, justify="left" if heading == "column" else "right")
+    for column in result.columns:
+        missing = column.num_shards - column.num_complete
+        about = "" if not missing else f"{'about' if column.is_measured else 'at most'} {_size(column.missing_bytes)}"
+        table.add_row(column.name, f"{column.num_complete} of {column.num_shards}", str(missing or "-"), about or "-")
+    return table
+
+
+def dry_run_lines(result: "DryRun") -> Iterator[str]:
+    """Say what it costs in all."""
+    if result.undecided_blocks:
+        yield (
+            f"{_count(result.undecided_blocks, 'mapped block')}: which ones is known when the student was pruned by "
+            "importance; those that are stored already cost nothing"
+        )
+    if result.students_to_prune:
+        yield f"{_count(result.students_to_prune, 'student')} to prune: the teacher is loaded"
+    if result.computed_tokens:
+        size = _size(result.missing_bytes)
+        yield f"the teacher would read {result.computed_tokens:,} tokens, and write at most {size}"
+    elif not result.students_to_prune:
+        yield "everything is complete: precompute would load no teacher"
+
+
+def store_table(stores: "list[StoreSummary]") -> Table:
+    """Show the stores of a root."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("store", "teacher", "rows", "tokens", "shards", "size", "bytes a token", "written"):
+        is_word = heading in ("store", "teacher", "written")
+        table.add_column(heading, justify="left" if is_word else "right", no_wrap=True)
+    for store in stores:
+        per_token = f"{store.num_bytes / store.num_tokens:,.0f}" if store.num_tokens else "-"
+        table.add_row(
+            store.name,
+            str(store.teacher.get("name", "?")),
+            f"{store.num_rows:,}",
+            f"{store.num_tokens:,}",
+            f"{store.num_shards:,}",
+            _size(store.num_bytes),
+            per_token,
+            _age(store.age_s) + (f", in use by {', '.join(store.writers)}" if store.writers else ""),
+        )
+    return table
+
+
+def store_lines(store: "StoreSummary") -> Iterator[str]:
+    """Say which store it is."""
+    identity = store.teacher["identity"]
+    yield f"store      {store.path}"
+    architecture = store.teacher.get("architecture", "?")
+    yield f"teacher    {store.teacher.get('name', '?')}, {architecture} in {identity['dtype']}"
+    yield f"identity   weights {identity['weights'][:12]}, config {identity['config'][:12]}"
+    yield f"rows       {store.num_rows:,}; {store.num_tokens:,} tokens in {_count(store.num_shards, 'shard')}"
+    yield f"size       {_size(store.num_bytes)}, written {_age(store.age_s)}"
+    for writer in store.writers:
+        yield f"in use by  {writer}"
+
+
+def what_is_lost(store: "StoreSummary") -> str:
+    """Say what goes with a store."""
+    return f"{store.num_tokens:,} tokens of {store.teacher.get('name', '?')}, {_size(store.num_bytes)}"
+
+
+def column_table(store: "StoreSummary") -> Table:
+    """Show the columns of a store."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("column", "shards", "complete", "bytes a token", "size"):
+        table.add_column(heading, justify="left" if heading == "column" else "right")
+    for column in store.columns:
+        per_token = "-" if column.bytes_per_token is None else f"{column.bytes_per_token:,.1f}"
+        share = f"{column.share:.1%}" if column.share < 1 else "all"
+        table.add_row(column.name, f"{column.num_shards:,}", share, per_token, _size(column.num_bytes))
+    return table
+
+
+def selection_table(store: "StoreSummary") -> Table:
+    """Show the selections of a store."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("selection", "rows", "tokens", "source"):
+        table.add_column(heading, justify="left" if heading in ("selection", "source") else "right")
+    for selection in store.selections:
+        source = ", ".join(str(selection.source[key]) for key in ("path", "name", "split") if selection.source.get(key))
+        table.add_row(selection.name, f"{selection.num_rows:,}", f"{selection.num_tokens:,}", source)
+    return table
+
+
+def verify_lines(audit: "RootAudit") -> Iterator[str]:
+    """Say what an audit found, the worst last."""
+    for store in audit.stores:
+        verdict = "all as written" if not store.problems else _count(len(store.problems), "problem")
+        yield f"{store.path}: {_count(store.num_columns, 'column')} of shards, {_size(store.num_bytes)}: {verdict}"
+        if store.unfinished or store.unlisted:
+            files = len(store.unfinished) + len(store.unlisted)
+            yield f"  {_count(files, 'unfinished write')} of a run that was cut off; precompute goes on from there"
+    problems = [(store.path, problem) for store in audit.stores for problem in store.problems]
+    problems += [(audit.root, problem) for problem in audit.problems]
+    for where, problem in problems[:_SHOWN_PROBLEMS]:
+        yield f"  {where}/{problem.file}: {problem.what}"
+    if len(problems) > _SHOWN_PROBLEMS:
+        yield f"  and {len(problems) - _SHOWN_PROBLEMS:,} more; --json lists all"
+    if problems:
+        yield f"{_count(len(problems), 'problem')}; run: coldstill cache repair RECIPE"
+
+
+def repair_lines(result: "RepairSummary") -> Iterator[str]:
+    """Say what a repair did."""
+    mended = result.mended
+    yield f"store      {result.store}"
+    for shard, column in mended.dropped:
+        yield f"dropped    column {column}, shard {shard}"
+    for name in result.removed:
+        yield f"dropped    {name}"
+    if mended.rewritten or mended.adopted or mended.removed:
+        yield (
+            f"mended     {_count(mended.rewritten, 'metadata file')} written again, "
+            f"{_count(mended.adopted, 'column')} found again, {_count(mended.removed, 'stray file')} removed"
+        )
+    yield from list(precompute_lines(result.precompute))[1:]
+
+
+def print_evaluation(result: "Evaluation") -> None:
+    """Print one line a model and measure, and the share of each gap that training closed."""
+    table = Table(title=f"Held-out text, {result.num_tokens:,} tokens", title_justify="left")
+    table.add_column("model")
+    for heading in _MEASURES.values():
+        table.add_column(heading, justify="right")
+    for name, quality in result.models.items():
+        values = dataclasses.asdict(quality)
+        table.add_row(name, *(_measure(measure, values[measure]) for measure in _MEASURES))
+    if result.gap_closed:
+        shares = [result.gap_closed[measure] for measure in _MEASURES]
+        table.add_section()
+        table.add_row("gap closed", *("-" if share is None else f"{share:.1%}" for share in shares))
+    console().print(table)
+
+
+def _measure(name: str, value: float) -> str:
+    return f"{value:.1%}" if name == "agreement" else f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:,.0f} B" if unit == "B" else f"{num_bytes:,.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} TB"
+
+
+def _age(age_s: float | None) -> str:
+    if age_s is None:
+        return "?"
+    for length_s, noun in ((86_400, "day"), (3600, "hour"), (60, "minute")):
+        if age_s >= length_s:
+            return f"{_count(int(age_s // length_s), noun)} ago"
+    return "just now"
