@@ -54,8 +54,7 @@ def precompute_lines(result: "PrecomputeSummary") -> Iterator[str]:
 
 def dry_run_table(result: "DryRun") -> Table:
     """Show what stage one would do, column by column."""
-    title = f"{result.store}: {result.num_tokens:,} tokens in {_count(result.num_shards, 'shard')}"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for heading in ("column", "complete", "missing", "to write"):
         table.add_column(heading, justify="left" if heading == "column" else "right")
     for column in result.columns:
@@ -67,6 +66,7 @@ def dry_run_table(result: "DryRun") -> Table:
 
 def dry_run_lines(result: "DryRun") -> Iterator[str]:
     """Say what it costs in all."""
+    yield f"{result.num_tokens:,} tokens in {_count(result.num_shards, 'shard')} of {result.store}"
     if result.undecided_blocks:
         yield (
             f"{_count(result.undecided_blocks, 'mapped block')}: which ones is known when the student was pruned by "
