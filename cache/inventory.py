@@ -12,7 +12,7 @@ from cache.leases import living_writers
 from cache.manifest import COMMITS, Manifest
 from cache.objects import open_objects
 from cache.processes import describe_process
-from cache.repair import drop_columns, require_no_writer
+from cache.repair import alone, drop_columns, require_no_writer
 from cache.rows import ROWS, read_rows
 from cache.selections import list_selections, read_selection
 from cache.store import CONSTANTS, ROOT_METADATA, STORES, Store, open_store, store_path
@@ -150,14 +150,14 @@ def remove_column(store: Store, column: str) -> int:
         StoreNotFoundError: No shard has it, or it is the tokens, without which nothing can be read.
         InUseError: Somebody writes the store.
     """
-    require_no_writer(store)
     manifest = Manifest(store)
     if column == TOKENS or column not in manifest.columns():
         removable = ", ".join(name for name in manifest.columns() if name != TOKENS)
         raise StoreNotFoundError(f"store {store.path} has no column {column} to remove; it has: {removable}")
     keys = [(shard, column) for shard in manifest.shards(column)]
     num_bytes = sum(manifest.record(*key).stored_bytes for key in keys)
-    drop_columns(store, manifest, keys)
+    with alone(store):
+        drop_columns(store, manifest, keys)
     return num_bytes
 
 

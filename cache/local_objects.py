@@ -159,13 +159,14 @@ def _sync(paths: Collection[Path]) -> None:
     """Let files and folders reach the disk; side by side, as a file system commits them together."""
     if len(paths) < 2:
         for path in paths:
-            _sync_one(path)
+            sync_path(path)
         return
     with ThreadPoolExecutor(_CONCURRENT_SYNCS) as pool:
-        list(pool.map(_sync_one, paths))
+        list(pool.map(sync_path, paths))
 
 
-def _sync_one(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Let one file or folder reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,15 +3,16 @@
 What was dropped is not committed any more, so `precompute` writes it again.
 """
 
+import contextlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from cache.arrays import read_column
 from cache.audit import Problem, StoreAudit, object_problem
 from cache.errors import InUseError
 from cache.identity import digest_of
-from cache.leases import living_writers
+from cache.leases import LAYOUT, hold, living_writers
 from cache.manifest import CommitRecord, Manifest
 from cache.processes import describe_process
 from cache.rows import ROWS, publish_rows, read_rows, sorted_rows, split_shards
@@ -49,14 +50,33 @@ class Mended:
     removed: int
 
 
-def require_no_writer(store: Store) -> None:
+def require_no_writer(store: Store, *, besides: str | None = None) -> None:
     """Refuse to change a store that somebody writes.
+
+    Args:
+        store: The store.
+        besides: The file of a lease of one's own.
 
     Raises:
         InUseError: A writer lives.
     """
     for writer in living_writers(store.objects):
-        raise InUseError(f"store {store.path} is in use: {describe_process(writer.process)} writes it; wait for it")
+        if writer.file != besides:
+            raise InUseError(f"store {store.path} is in use: {describe_process(writer.process)} writes it; wait for it")
+
+
+@contextlib.contextmanager
+def alone(store: Store) -> Iterator[None]:
+    """Keep a store from being written by others.
+
+    Raises:
+        InUseError: A writer lives.
+    """
+    require_no_writer(store)
+    # Who wants to write lays rows first, and waits for that.
+    with hold(store.objects, [LAYOUT]) as lease:
+        require_no_writer(store, besides=lease.file)
+        yield
 
 
 def mend_store(store: Store, audit: StoreAudit) -> Mended:
@@ -65,15 +85,15 @@ def mend_store(store: Store, audit: StoreAudit) -> Mended:
     Raises:
         InUseError: Another process writes the store.
     """
-    require_no_writer(store)
-    for problem in audit.problems:
-        if problem.kind in _OWN_FILES and problem.file != ROWS:
-            store.objects.remove(problem.file)
-    manifest = Manifest(store)
-    dropped = _drop(store, manifest, audit.problems)
-    rewritten = _rewrite(store, manifest, audit.problems)
-    adopted, removed = _adopt(store, manifest, audit.unfinished)
-    _restore_rows(store, manifest, audit.problems)
+    with alone(store):
+        for problem in audit.problems:
+            if problem.kind in _OWN_FILES and problem.file != ROWS:
+                store.objects.remove(problem.file)
+        manifest = Manifest(store)
+        dropped = _drop(store, manifest, audit.problems)
+        rewritten = _rewrite(store, manifest, audit.problems)
+        adopted, removed = _adopt(store, manifest, audit.unfinished)
+        _restore_rows(store, manifest, audit.problems)
     store.objects.sweep(is_alone=True)
     return Mended(dropped, rewritten, adopted, removed)
 
@@ -122,25 +142,25 @@ def _rewrite(store: Store, manifest: Manifest, problems: Iterable[Problem]) -> i
 def _adopt(store: Store, manifest: Manifest, unfinished: Iterable[str]) -> tuple[int, int]:
     """Commit columns that are whole but have no record, and remove what is not."""
     files = list(unfinished)
-    num_adopted = 0
-    adopted_folders: list[str] = []
+    adopted: set[str] = set()
     for name in files:
         record = _lost_record(store, name) if name.endswith("/zarr.json") else None
         if record is not None and (record.shard, record.column.name) not in manifest:
             groups = missing_groups(store.objects, parent_groups(record.shard, record.column.name))
             store.objects.write_all(groups | column_metadata(record))
             manifest.commit(record)
-            adopted_folders.append(column_folder(record))
-            num_adopted += 1
+            adopted.add(column_folder(record))
     kept = {folder for record in manifest.records() for folder in parent_groups(record.shard, record.column.name)}
-    stray = [
-        name
-        for name in files
-        if not any(name.startswith(f"{folder}/") for folder in adopted_folders) and name.rsplit("/", 1)[0] not in kept
-    ]
+    stray = [name for name in files if name.rsplit("/", 1)[0] not in kept and adopted.isdisjoint(_folders_of(name))]
     for name in stray:
         store.objects.remove(name)
-    return num_adopted, len(stray)
+    return len(adopted), len(stray)
+
+
+def _folders_of(name: str) -> list[str]:
+    """Name every folder that a file lies in."""
+    parts = name.split("/")
+    return ["/".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def _lost_record(store: Store, name: str) -> CommitRecord | None:

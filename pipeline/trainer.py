@@ -21,10 +21,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cache.errors import StoreNotFoundError
+from cache.local_objects import sync_path
 from pipeline.batches import EpochOrder
 from pipeline.distiller import Distiller
 from pipeline.models import load_model
-from pipeline.whole import disk_errors, sync_file, write_whole
+from pipeline.whole import disk_errors, write_whole
 
 PROJECTORS_FILE = "projectors.safetensors"
 
@@ -154,7 +155,7 @@ def _publish_state(state: TrainerState, json_path: str) -> None:
     """Write the Trainer's state so that its file says that the whole checkpoint is on the disk."""
     path = Path(json_path)
     for file in path.parent.iterdir():
-        sync_file(file)
+        sync_path(file)
     write_whole(path, json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from cache.local_objects import sync_path
 from cache.processes import is_dead, process_token
 
 _SUFFIX = ".partial"
@@ -22,9 +23,9 @@ def write_whole(path: Path, text: str) -> None:
     partial = _partial(path)
     try:
         partial.write_text(text)
-        sync_file(partial)
+        sync_path(partial)
         partial.replace(path)
-        sync_file(path.parent)
+        sync_path(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -41,7 +42,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         with disk_errors(partial):
             yield partial
         for file in [*partial.rglob("*"), partial]:
-            sync_file(file)
+            sync_path(file)
         _replace_folder(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -71,17 +72,8 @@ def _replace_folder(folder: Path, partial: Path) -> None:
                 old.rename(folder)
             raise
         # Otherwise another process was faster, and made the same.
-    sync_file(folder.parent)
+    sync_path(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def sync_file(path: Path) -> None:
-    """Let a file or folder reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sweep_siblings(path: Path) -> None:

@@ -188,32 +188,6 @@ class Place:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
-def files_below(root: Path) -> dict[str, bytes]:
-    """Give every file below a root: relative path -> bytes.
-
-    A student's `provenance.json` says when and by what command it was made: these two facts are left out, and with
-    them the file's checksum in `checksums.json`.
-    """
-    files = {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-    for name in list(files):
-        if name.endswith(("/provenance.json", "/checksums.json")):
-            facts = json.loads(files[name])
-            for volatile in ("written_at", "argv", "provenance.json"):
-                facts.pop(volatile, None)
-            files[name] = json.dumps(facts).encode()
-    return files
-
-
-def difference(got: dict[str, bytes], want: dict[str, bytes]) -> dict[str, list[str]]:
-    """Name the files that are missing, too many or of other bytes; empty where there are none."""
-    found = {
-        "missing": sorted(want.keys() - got.keys()),
-        "extra": sorted(got.keys() - want.keys()),
-        "other bytes": sorted(name for name in got.keys() & want.keys() if got[name] != want[name]),
-    }
-    return {what: names for what, names in found.items() if names}
-
-
 def all_stops(functions: Sequence[str], count: int) -> list[Stop]:
     return [Stop(functions, number, after) for number in range(1, count + 1) for after in (False, True)]
 

@@ -1,7 +1,6 @@
 """Any file of a root may be flipped, cut, emptied or lost: it is noticed, never read as wrong numbers, and mended."""
 
 import contextlib
-import json
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from crash.trees import difference, files_below, lasting, small_recipe
 
 from cache.errors import StoreError
 from cache.manifest import Manifest
@@ -79,32 +79,6 @@ def is_harmless(damage: Damage) -> bool:
     return damage.way == "delete" and (damage.file.startswith("index/") or kind_of(damage.file) == "rows")
 
 
-def files_below(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
-def lasting(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Leave out when and by what command a student was made: a student that is made again differs in these alone."""
-    files = dict(files)
-    for name in list(files):
-        if name.endswith(("/provenance.json", "/checksums.json")):
-            facts = json.loads(files[name])
-            for volatile in ("written_at", "argv", "provenance.json"):
-                facts.pop(volatile, None)
-            files[name] = json.dumps(facts).encode()
-    return files
-
-
-def difference(got: dict[str, bytes], want: dict[str, bytes]) -> dict[str, list[str]]:
-    """Name the files that are missing, too many or of other bytes; empty where there are none."""
-    found = {
-        "missing": sorted(want.keys() - got.keys()),
-        "extra": sorted(got.keys() - want.keys()),
-        "other bytes": sorted(name for name in got.keys() & want.keys() if got[name] != want[name]),
-    }
-    return {what: names for what, names in found.items() if names}
-
-
 @dataclass(frozen=True)
 class Place:
     """A store as `precompute` left it, and what is to be read of it.
@@ -170,17 +144,8 @@ def _small_and_fast() -> Iterator[None]:
 def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], corpus: list[str]) -> Place:
     """A store of three shards and few columns."""
     folder = tmp_path_factory.mktemp("damage")
-    (folder / "text.txt").write_text("\n".join(corpus[:30]))
-    source = {"path": "text", "data_files": str(folder / "text.txt")}
-    data = {
-        "output": str(folder / "run"),
-        "cache": str(folder / "caches"),
-        "teacher": {"path": str(model_folders["teacher"]), "dtype": "float32", "batch_size": 4},
-        "data": {"sequence_length": 24, "train": {**source, "max_rows": 6}, "eval": {**source, "max_rows": 3}},
-        "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
-        "targets": {"logits": {"k": 4, "temperatures": [1]}, "hidden": {"blocks": [1]}},
-        "mapping": {"strategy": "pairs", "pairs": {1: 1}},
-    }
+    mapping = {"strategy": "pairs", "pairs": {1: 1}}
+    data = small_recipe(folder, model_folders["teacher"], corpus[:30], mapping=mapping)
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(data))
     command_line("precompute", recipe)

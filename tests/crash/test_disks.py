@@ -1,7 +1,6 @@
 """A disk that is full, broken or read-only, and a run that is told to stop: one line, nothing half-made, and go on."""
 
 import errno
-import json
 import os
 import random
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from crash.trees import difference, lasting_files_below, small_recipe
 from safetensors import SafetensorError
 from typer.testing import CliRunner, Result
 
@@ -27,28 +27,6 @@ GO_ON = "; what was committed stays; run the command again to go on"
 INTERRUPTED = "interrupted; what was committed stays, run the same command again to go on"
 CHILD_TIMEOUT_S = 120
 STEPS = ("write", "sync", "publish")
-
-
-def files_below(root: Path) -> dict[str, bytes]:
-    """Give every file below a root, but for when and by what command a student was made."""
-    files = {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-    for name in list(files):
-        if name.endswith(("/provenance.json", "/checksums.json")):
-            facts = json.loads(files[name])
-            for volatile in ("written_at", "argv", "provenance.json"):
-                facts.pop(volatile, None)
-            files[name] = json.dumps(facts).encode()
-    return files
-
-
-def difference(got: dict[str, bytes], want: dict[str, bytes]) -> dict[str, list[str]]:
-    """Name the files that are missing, too many or of other bytes; empty where there are none."""
-    found = {
-        "missing": sorted(want.keys() - got.keys()),
-        "extra": sorted(got.keys() - want.keys()),
-        "other bytes": sorted(name for name in got.keys() & want.keys() if got[name] != want[name]),
-    }
-    return {what: names for what, names in found.items() if names}
 
 
 @dataclass(frozen=True)
@@ -76,33 +54,20 @@ class Place:
 
     def check_rest(self, whole: dict[str, bytes]) -> None:
         """Check that a run which failed left nothing half-made, and that the next one comes to the same bytes."""
-        left = files_below(self.root) if self.root.exists() else {}
+        left = lasting_files_below(self.root) if self.root.exists() else {}
         assert not [name for name in left if ".partial" in name or "writers/" in name]
         assert not [name for name in left.keys() & whole.keys() if left[name] != whole[name]]
         if left.keys() & {name for name in whole if name.startswith(("stores/", "index/"))}:
             audit = verify(str(self.root), show_progress=False)
             assert audit.is_clean, audit
         assert self.precompute().exit_code == 0
-        assert difference(files_below(self.root), whole) == {}
+        assert difference(lasting_files_below(self.root), whole) == {}
 
 
 def make_place(
     folder: Path, teacher: Path, text: list[str], *, batch_size: int = 4, train_rows: int = 6, eval_rows: int = 3
 ) -> Place:
-    (folder / "text.txt").write_text("\n".join(text))
-    source = {"path": "text", "data_files": str(folder / "text.txt")}
-    data = {
-        "output": str(folder / "run"),
-        "cache": str(folder / "caches"),
-        "teacher": {"path": str(teacher), "dtype": "float32", "batch_size": batch_size},
-        "data": {
-            "sequence_length": 24,
-            "train": {**source, "max_rows": train_rows},
-            "eval": {**source, "max_rows": eval_rows},
-        },
-        "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
-        "targets": {"logits": {"k": 4, "temperatures": [1]}, "hidden": {"blocks": [1]}},
-    }
+    data = small_recipe(folder, teacher, text, train_rows=train_rows, eval_rows=eval_rows, batch_size=batch_size)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(data))
     return Place(folder, folder / "recipe.yaml")
 
@@ -225,7 +190,7 @@ def whole(place: Place) -> Iterator[Whole]:
         disk = Disk(place.folder)
         disk.install(patch)
         assert place.precompute().exit_code == 0
-    yield Whole(files_below(place.root), disk.counts)
+    yield Whole(lasting_files_below(place.root), disk.counts)
     place.clear()
 
 
@@ -363,7 +328,7 @@ def long_run(
         patch.setattr("os.fsync", lambda descriptor: None)
         patch.setattr("cache.rows.SHARD_TOKENS", 32_768)
         assert place.precompute().exit_code == 0
-    return place, files_below(place.root)
+    return place, lasting_files_below(place.root)
 
 
 def stopped(place: Place, number: int, stop: Stop) -> subprocess.CompletedProcess[str]:
@@ -386,7 +351,7 @@ def check_stop(long_run: tuple[Place, dict[str, bytes]], number: int, stop: Stop
     place.clear()
     patch.setattr("cache.rows.SHARD_TOKENS", 32_768)
     ended = stopped(place, number, stop)
-    if stop.delay_s and not difference(files_below(place.root), whole):
+    if stop.delay_s and not difference(lasting_files_below(place.root), whole):
         return  # it had come to its end before the signal
     assert ended.returncode == EXIT_CODES[number], ended.stderr
     assert said_by(ended.stderr) == [INTERRUPTED]

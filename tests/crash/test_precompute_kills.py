@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
-from crash.killing import KILLED, PUBLISHES, REMOVALS, Place, Stop, all_stops, difference, files_below, serving
+from crash.killing import KILLED, PUBLISHES, REMOVALS, Place, Stop, all_stops, serving
+from crash.trees import difference, lasting_files_below, small_recipe
 
 NUM_RANDOM_KILLS = 50
 
@@ -18,17 +19,9 @@ def place(
 ) -> Iterator[Place]:
     """A recipe of three shards and few columns, and the server that runs it."""
     folder = tmp_path_factory.mktemp("kills")
-    (folder / "text.txt").write_text("\n".join(corpus[:30]))
-    source = {"path": "text", "data_files": str(folder / "text.txt")}
-    data = {
-        "output": str(folder / "run"),
-        "cache": str(folder / "caches"),
-        "teacher": {"path": str(model_folders["teacher"]), "dtype": "float32", "batch_size": 4},
-        "data": {"sequence_length": 24, "train": {**source, "max_rows": 6}, "eval": {**source, "max_rows": 3}},
-        "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
-        "targets": {"logits": {"k": 4, "temperatures": [1]}, "hidden": {"blocks": [1], "encoding": "float16"}},
-    }
-    with serving(folder, data) as place:
+    targets = {"logits": {"k": 4, "temperatures": [1]}, "hidden": {"blocks": [1], "encoding": "float16"}}
+    recipe = small_recipe(folder, model_folders["teacher"], corpus[:30], targets=targets)
+    with serving(folder, recipe) as place:
         yield place
 
 
@@ -49,7 +42,7 @@ def whole(place: Place) -> Whole:
     ended = place.run()
     seconds = time.monotonic() - started
     assert ended["exit_code"] == 0
-    return Whole(files_below(place.root), ended["publishes"], ended["removals"], seconds)
+    return Whole(lasting_files_below(place.root), ended["publishes"], ended["removals"], seconds)
 
 
 def check_kills(place: Place, whole: Whole, stops: Sequence[Stop]) -> None:
@@ -57,7 +50,7 @@ def check_kills(place: Place, whole: Whole, stops: Sequence[Stop]) -> None:
         place.clear()
         assert place.run(stop=asdict(stop))["exit_code"] == KILLED, f"the run was not killed {stop}"
         place.complete(after=stop)
-        assert difference(files_below(place.root), whole.files) == {}, f"after a kill {stop}"
+        assert difference(lasting_files_below(place.root), whole.files) == {}, f"after a kill {stop}"
 
 
 def test_the_run_has_three_shards_and_is_the_same_when_it_is_run_again(place: Place, whole: Whole):
@@ -68,7 +61,7 @@ def test_the_run_has_three_shards_and_is_the_same_when_it_is_run_again(place: Pl
     assert not [name for name in whole.files if ".partial" in name or "writers/" in name]
     place.clear()
     assert place.run()["exit_code"] == 0
-    assert difference(files_below(place.root), whole.files) == {}
+    assert difference(lasting_files_below(place.root), whole.files) == {}
 
 
 def test_a_run_killed_at_every_seventh_publish_comes_to_the_same_bytes(place: Place, whole: Whole):
@@ -102,7 +95,7 @@ def test_a_run_killed_at_random_again_and_again_comes_to_the_same_bytes(place: P
                 break
             assert ended["exit_code"] == KILLED, f"seed {seed}: {(place.folder / 'stderr').read_text()[-3000:]}"
             kills.append(after_s)
-        assert difference(files_below(place.root), whole.files) == {}, f"seed {seed}, kills after {kills} s"
+        assert difference(lasting_files_below(place.root), whole.files) == {}, f"seed {seed}, kills after {kills} s"
         num_kills += len(kills)
         seed += 1
 

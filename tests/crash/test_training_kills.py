@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from crash.killing import KILLED, PUBLISHES, REMOVALS, Place, Stop, all_stops, serving
+from crash.trees import small_recipe
 
 NUM_RANDOM_KILLS = 20
 
@@ -20,26 +21,24 @@ def place(
 ) -> Iterator[Place]:
     """A recipe of six steps with a checkpoint after every second one, of which the last is kept, and its store."""
     folder = tmp_path_factory.mktemp("training")
-    (folder / "text.txt").write_text("\n".join(corpus[:30]))
-    source = {"path": "text", "data_files": str(folder / "text.txt")}
-    data = {
-        "output": str(folder / "run"),
-        "cache": str(folder / "caches"),
-        "teacher": {"path": str(model_folders["teacher"]), "dtype": "float32", "batch_size": 4},
-        "data": {"sequence_length": 24, "train": {**source, "max_rows": 6}, "eval": {**source, "max_rows": 3}},
-        "student": {"path": str(model_folders["narrow"])},
-        "targets": {"logits": {"k": 4, "temperatures": [1]}},
-        "loss": {"temperature": 1},
-        "train": {
-            "max_steps": 6,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 0.01,
-            "logging_steps": 1,
-            "save_steps": 2,
-            "save_total_limit": 1,
-        },
+    train = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "save_total_limit": 1,
     }
-    with serving(folder, data) as place:
+    recipe = small_recipe(
+        folder,
+        model_folders["teacher"],
+        corpus[:30],
+        student={"path": str(model_folders["narrow"])},
+        targets={"logits": {"k": 4, "temperatures": [1]}},
+        loss={"temperature": 1},
+        train=train,
+    )
+    with serving(folder, recipe) as place:
         yield place
 
 
