@@ -267,3 +267,24 @@ def test_rows_are_read_while_the_store_is_being_extended(
     assert rounds > 10
     coldstill("train", recipe)
     coldstill("cache", "verify", workplace / "caches")
+
+
+@pytest.mark.parametrize(
+    "override", ["teacher.batch_size=1", "teacher.device=cpu", "train.dataloader_num_workers=2", "output=elsewhere"]
+)
+def test_how_a_run_is_done_is_no_part_of_a_stores_identity(
+    override: str, write_recipe: Callable[..., Path], workplace: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(workplace)
+    file = write_recipe()
+    first = precompute(load_recipe(file, []))
+    second = precompute(load_recipe(file, [override]))
+    assert (second.store, second.computed_tokens) == (first.store, 0)
+
+
+def test_another_dtype_is_another_store(write_recipe: Callable[..., Path]):
+    file = write_recipe()
+    first = precompute(load_recipe(file, []))
+    second = precompute(load_recipe(file, ["teacher.dtype=bfloat16"]))
+    assert second.store != first.store
+    assert second.computed_tokens == first.computed_tokens

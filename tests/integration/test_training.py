@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cache.errors import RecipeError
@@ -186,6 +188,23 @@ def test_dataloader_workers_give_the_same_batches(write_recipe: Callable[..., Pa
     for one, other in zip(alone, shared, strict=True):
         assert torch.equal(one["input_ids"], other["input_ids"])
         assert torch.equal(one["logsumexp"], other["logsumexp"])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_although_the_store_was_read_before_they_were_started(
+    write_recipe: Callable[..., Path], method: str
+):
+    recipe = load_recipe(write_recipe())
+    precompute(recipe, show_progress=False)
+    trainer = trainer_of(recipe)
+    rows = trainer.train_dataset
+    first = rows[0]  # opens the store, and starts the threads of whatever reads it
+    loader = DataLoader(
+        rows, batch_size=4, num_workers=2, multiprocessing_context=method, collate_fn=trainer.data_collator, timeout=60
+    )
+    batches = list(loader)
+    assert sum(len(batch["input_ids"]) for batch in batches) == len(rows) == 20
+    assert np.array_equal(batches[0]["input_ids"][0], first.arrays["tokens"]["ids"])
 
 
 def test_fixed_projectors_do_not_move_and_a_rate_of_their_own_is_used(
