@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from cache.errors import ColdstillError
+from cache.errors import ColdstillError, RecipeError, StoreError
 from pipeline.endings import DAMAGED, one_line_errors
 
 app = typer.Typer(
@@ -189,11 +189,20 @@ def list_stores(root: RootArgument = "caches", as_json: JsonOption = False) -> N
         from cache.inventory import describe_store, list_stores
         from pipeline import summaries
 
-        stores = [describe_store(root, name) for name in list_stores(root)]
+        stores, damaged = [], []
+        for name in list_stores(root):
+            try:
+                stores.append(describe_store(root, name))
+            except StoreError as error:
+                damaged.append(str(error))
         if as_json:
-            _print_json(stores)
+            _print_json({"stores": stores, "damaged": damaged})
         else:
             summaries.console().print(summaries.store_table(stores))
+        for message in damaged:
+            typer.echo(f"coldstill: {message}", err=True)
+        if damaged:
+            raise typer.Exit(DAMAGED)
 
 
 @cache_app.command("info")
@@ -296,7 +305,6 @@ def _call(function: str, *arguments: Any, module: str | None = None, **options: 
 def _load_recipes(arguments: list[str]) -> list[Any]:
     """Load recipes, each with all the overrides: an argument with `=` that is no file is an override."""
     _quieten_libraries()
-    from cache.errors import RecipeError
     from pipeline.recipe_file import load_recipe
 
     overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]

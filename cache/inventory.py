@@ -29,6 +29,7 @@ class ColumnSummary:
         share: Of the store's shards, the share that has it.
         num_tokens: Tokens of these shards.
         num_bytes: Bytes of its arrays.
+        bytes_per_token: Bytes a token, None for what is stored once.
     """
 
     name: str
@@ -36,11 +37,7 @@ class ColumnSummary:
     share: float
     num_tokens: int
     num_bytes: int
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        """Bytes a token, None for what is stored once."""
-        return self.num_bytes / self.num_tokens if self.num_tokens else None
+    bytes_per_token: float | None
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,7 @@ class StoreSummary:
         num_rows: Rows that it knows.
         num_tokens: Tokens of these.
         num_shards: Shards that hold them.
+        num_bytes: Bytes of all columns.
         columns: Its columns, by name.
         selections: Its selections.
         writers: Processes that write it at the moment.
@@ -76,15 +74,11 @@ class StoreSummary:
     num_rows: int
     num_tokens: int
     num_shards: int
+    num_bytes: int
     columns: list[ColumnSummary]
     selections: list[SelectionSummary]
     writers: list[str]
     age_s: float | None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all columns."""
-        return sum(column.num_bytes for column in self.columns)
 
 
 def list_stores(root: str) -> list[str]:
@@ -109,6 +103,7 @@ def describe_store(root: str, name: str) -> StoreSummary:
     manifest = Manifest(store)
     rows = read_rows(store)
     num_shards = len(manifest.shards(TOKENS))
+    columns = [_describe_column(manifest, column, num_shards) for column in manifest.columns()]
     return StoreSummary(
         name=store.name,
         path=store.path,
@@ -116,8 +111,9 @@ def describe_store(root: str, name: str) -> StoreSummary:
         num_rows=len(rows),
         num_tokens=int(pc.sum(rows["length"]).as_py() or 0),
         num_shards=num_shards,
-        columns=[_describe_column(manifest, name, num_shards) for name in manifest.columns()],
-        selections=[_describe_selection(store, name) for name in list_selections(store)],
+        num_bytes=sum(column.num_bytes for column in columns),
+        columns=columns,
+        selections=[_describe_selection(store, selection) for selection in list_selections(store)],
         writers=[describe_process(writer.process) for writer in living_writers(store.objects)],
         age_s=_age_s(store),
     )
@@ -164,12 +160,15 @@ def remove_column(store: Store, column: str) -> int:
 def _describe_column(manifest: Manifest, name: str, num_shards: int) -> ColumnSummary:
     shards = manifest.shards(name)
     records = [manifest.record(shard, name) for shard in shards]
+    num_tokens = sum(record.num_tokens for record in records)
+    num_bytes = sum(record.stored_bytes for record in records)
     return ColumnSummary(
         name=name,
         num_shards=len(shards),
         share=1.0 if CONSTANTS in shards else len(shards) / max(num_shards, 1),
-        num_tokens=sum(record.num_tokens for record in records),
-        num_bytes=sum(record.stored_bytes for record in records),
+        num_tokens=num_tokens,
+        num_bytes=num_bytes,
+        bytes_per_token=num_bytes / num_tokens if num_tokens else None,
     )
 
 

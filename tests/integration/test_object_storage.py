@@ -509,7 +509,7 @@ def test_a_store_in_a_bucket_is_listed_verified_repaired_and_removed(
     use(endpoint.url)
     cache = f"s3://{filled}/caches"
     in_this_process("cache", "verify", cache)
-    (listed,) = json.loads(in_this_process("cache", "ls", cache, "--json").stdout)
+    (listed,) = json.loads(in_this_process("cache", "ls", cache, "--json").stdout)["stores"]
     assert listed["path"] == f"{cache}/stores/{listed['name']}"
     assert listed["num_shards"] == NUM_SHARDS
     assert listed["age_s"] < 600

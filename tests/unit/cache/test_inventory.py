@@ -195,3 +195,14 @@ def test_the_command_removes_a_store_that_cannot_be_opened(
     metadata.write_text(good.replace('"format": 2', text) if text.startswith('"') else good[:-9])
     coldstill("cache", "rm", root, "--store", store.name, "--yes")
     assert not Path(store.path).exists()
+
+
+def test_a_damaged_store_does_not_hide_the_others_in_a_listing(
+    store: Store, selection: Selection, root: str, coldstill: Callable[..., Any]
+):
+    other = create_store(root, OTHER_TEACHER)
+    Path(other.path, "arrays.zarr/zarr.json").write_text("{")
+    result = coldstill("cache", "ls", root, expect=1)
+    assert store.name in result.stdout
+    assert result.stderr.count("\n") == 1
+    assert f"{other.path}/arrays.zarr/zarr.json is corrupt: it is not what was written" in result.stderr
