@@ -138,8 +138,8 @@ def _claimed(objects: Objects, shards: Collection[str], *, wait: bool) -> Lease:
     attempt = 0
     while True:
         lease = Lease(objects, shards)
-        lease.publish()
         try:
+            lease.publish()
             rivals = [writer for writer in living_writers(objects) if writer.file != lease.file]
             rivals = [writer for writer in rivals if writer.shards & set(shards)]
             if not rivals:
