@@ -105,6 +105,7 @@ class ArrayObject:
         self._num_bytes = num_bytes
         self._dtype = np.dtype(spec.dtype).newbyteorder("<")
         self._chunk_shape = (self.chunk_length, *shape[1:])
+        self.chunk_bytes = int(np.prod(self._chunk_shape)) * self._dtype.itemsize
         self._label = label
         self._advice = advice
         self._offsets: list[tuple[int, int]] = []

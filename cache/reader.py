@@ -17,6 +17,8 @@ RowArrays = dict[str, dict[str, np.ndarray]]
 
 _CHUNK_CACHE_BYTES = 64 << 20
 _OPEN_COLUMNS = 1024
+# A block stays in memory as long as one of its chunks does.
+_BLOCK_BYTES = 1 << 20
 
 _Span = tuple[int, int]
 _ChunkKey = tuple[str, int]
@@ -146,7 +148,7 @@ class Reader:
                 missing.append(key)
         if missing:
             parts = iter(self._source.read([(wanted[key], *wanted[key].object.chunk_range(key[1])) for key in missing]))
-            for name, numbers in _runs(missing):
+            for name, numbers in _runs(missing, wanted):
                 array = wanted[name, numbers[0]]
                 block = decode_chunks(array, numbers, [next(parts) for _ in numbers])
                 block.flags.writeable = False  # rows are views of it
@@ -198,12 +200,14 @@ class _Chunk:
     nbytes: int
 
 
-def _runs(keys: Sequence[_ChunkKey]) -> Iterator[tuple[str, range]]:
-    """Give the runs of consecutive chunks of one array, in the order of the keys."""
+def _runs(keys: Sequence[_ChunkKey], arrays: dict[_ChunkKey, OpenArray]) -> Iterator[tuple[str, range]]:
+    """Give the runs of consecutive chunks of one array, in the order of the keys; each fits a block."""
     first = 0
     for index in range(1, len(keys) + 1):
         name, number = keys[first]
-        if index == len(keys) or keys[index] != (name, number + index - first):
+        longest = max(_BLOCK_BYTES // arrays[keys[first]].object.chunk_bytes, 1)
+        is_full = index - first >= 1 << (longest.bit_length() - 1)
+        if is_full or index == len(keys) or keys[index] != (name, number + index - first):
             yield name, range(number, number + index - first)
             first = index
 

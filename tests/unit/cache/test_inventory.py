@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from cache.audit import audit_store
 from cache.columns import ArraySpec, Column
@@ -19,6 +20,7 @@ from cache.selections import Selection
 from cache.store import CONSTANTS, Store, create_store
 from cache.tokens import TOKENS
 from cache.writer import write_column
+from cli import app
 
 HEAD = Column("output_head", {"weight": ArraySpec("float32", (3, 2), axis="shard")})
 MIXED = "hidden/12/mixed"
@@ -206,3 +208,15 @@ def test_a_damaged_store_does_not_hide_the_others_in_a_listing(
     assert store.name in result.stdout
     assert result.stderr.count("\n") == 1
     assert f"{other.path}/arrays.zarr/zarr.json is corrupt: it is not what was written" in result.stderr
+
+
+@pytest.mark.parametrize("answer", ["n", ""])
+def test_the_command_asks_before_it_removes(store: Store, selection: Selection, root: str, answer: str):
+    result = CliRunner().invoke(app, ["cache", "rm", root], input=f"{answer}\n")
+    assert result.exit_code == 1
+    assert f"remove {store.path}: 17 tokens of ?, " in result.stderr
+    assert Path(store.path).exists()
+    result = CliRunner().invoke(app, ["cache", "rm", root, "--column", MIXED], input="y\n")
+    assert result.exit_code == 0
+    assert f"removed column {MIXED} of {store.path}" in result.stdout
+    assert MIXED not in Manifest(store).columns()

@@ -1,5 +1,6 @@
 import contextlib
 import multiprocessing
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from uuid import uuid4
@@ -368,3 +369,23 @@ def test_constants_read_back_with_their_record(store: Store):
 def test_constants_that_were_never_committed_are_refused(store: Store):
     with pytest.raises(IncompleteError, match=r"store .* has no output_head; run: coldstill precompute"):
         read_constants(store, "output_head")
+
+
+def test_what_a_large_batch_leaves_in_memory_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch, make_rows, lay):
+    monkeypatch.setattr("cache.reader._CHUNK_CACHE_BYTES", 1 << 16)
+    monkeypatch.setattr("cache.reader._BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr("cache.rows.SHARD_TOKENS", 1 << 15)
+    monkeypatch.setattr("cache.columns._CHUNK_TARGET_BYTES", 1 << 12)
+    selection = lay(store, make_rows([512] * 60))
+    column = Column("hidden/1/float32", {"values": ArraySpec("float32", (8,))})
+    values = {"values": np.zeros((512 * 60, 8), np.float32)}
+    write_column(store, Manifest(store), selection.shard_names[0], column, values, num_tokens=512 * 60, num_rows=60)
+    reader = Reader(store, selection, [column.name])
+    reader.row(0)
+    tracemalloc.start()
+    try:
+        assert sum(row[column.name]["values"].nbytes for row in reader.rows(range(60))) == values["values"].nbytes
+        left, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert left < (1 << 16) + (1 << 14) + 100_000 < values["values"].nbytes
