@@ -66,12 +66,13 @@ def _replace_folder(folder: Path, partial: Path) -> None:
         folder.rename(old)
     try:
         partial.rename(folder)
-    except BaseException:
-        if not folder.is_dir():
-            if old.exists():
-                old.rename(folder)
+    except BaseException as error:
+        # Another process may have been faster, and made the same.
+        is_there = isinstance(error, OSError) and folder.is_dir()
+        if old.exists() and not folder.is_dir():
+            old.rename(folder)
+        if not is_there:
             raise
-        # Otherwise another process was faster, and made the same.
     sync_path(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -336,7 +336,9 @@ def stopped(place: Place, number: int, stop: Stop) -> subprocess.CompletedProces
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "cli", "precompute", str(place.recipe)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, cwd=place.folder, **pipes) as child:
+    # A shell lets what it starts in the background ignore SIGINT, and the tests may have been started so.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, env=environment, cwd=place.folder, **pipes, **heard) as child:
         deadline = time.monotonic() + CHILD_TIMEOUT_S
         while child.poll() is None and time.monotonic() < deadline and not any(place.root.glob(stop.pattern)):
             time.sleep(0.002)
