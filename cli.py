@@ -244,9 +244,7 @@ def repair_store(recipe: RecipeArgument, overrides: OverridesArgument = None, as
     with one_line_errors():
         from pipeline import summaries
 
-        _quieten_libraries()
-        loaded = _load_recipes([str(recipe), *(overrides or [])])[0]
-        result = _call("repair", loaded, module="repair")
+        result = _run_stage("repair", recipe, overrides)
         if as_json:
             _print_json(result)
         else:
@@ -295,9 +293,9 @@ def _run_stage(name: str, recipe: Path, overrides: list[str] | None, **options: 
     return _call(name, load_recipe(recipe, overrides or []), **options)
 
 
-def _call(function: str, *arguments: Any, module: str | None = None, **options: Any) -> Any:
+def _call(name: str, *arguments: Any, **options: Any) -> Any:
     """Call a stage; what libraries print meanwhile goes to standard error."""
-    stage = getattr(importlib.import_module(f"pipeline.{module or function}"), function)
+    stage = getattr(importlib.import_module(f"pipeline.{name}"), name)
     with contextlib.redirect_stdout(sys.stderr):
         return stage(*arguments, **options)
 

@@ -139,11 +139,10 @@ def _rewrite(store: Store, manifest: Manifest, problems: Iterable[Problem]) -> i
     return num_rewritten
 
 
-def _adopt(store: Store, manifest: Manifest, unfinished: Iterable[str]) -> tuple[int, int]:
+def _adopt(store: Store, manifest: Manifest, unfinished: Collection[str]) -> tuple[int, int]:
     """Commit columns that are whole but have no record, and remove what is not."""
-    files = list(unfinished)
     adopted: set[str] = set()
-    for name in files:
+    for name in unfinished:
         record = _lost_record(store, name) if name.endswith("/zarr.json") else None
         if record is not None and (record.shard, record.column.name) not in manifest:
             groups = missing_groups(store.objects, parent_groups(record.shard, record.column.name))
@@ -151,7 +150,9 @@ def _adopt(store: Store, manifest: Manifest, unfinished: Iterable[str]) -> tuple
             manifest.commit(record)
             adopted.add(column_folder(record))
     kept = {folder for record in manifest.records() for folder in parent_groups(record.shard, record.column.name)}
-    stray = [name for name in files if name.rsplit("/", 1)[0] not in kept and adopted.isdisjoint(_folders_of(name))]
+    stray = [
+        name for name in unfinished if name.rsplit("/", 1)[0] not in kept and adopted.isdisjoint(_folders_of(name))
+    ]
     for name in stray:
         store.objects.remove(name)
     return len(adopted), len(stray)

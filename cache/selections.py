@@ -1,7 +1,6 @@
 """The rows of one run and split, in order: what a reader reads by."""
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cache.array_object import REPAIR_HINT
 from cache.errors import CorruptError, StoreNotFoundError
 from cache.identity import FINGERPRINT_CHARS
 from cache.rows import ROW_SCHEMA
 from cache.store import Store
-from cache.tables import SUFFIX, parquet_table
+from cache.tables import SUFFIX, parquet_bytes, parquet_table
 
 SELECTIONS = "selections"
 
@@ -73,9 +71,7 @@ def write_selection(
     name, table = make_selection(found, loss_starts, provenance)
     file = selection_file(name)
     if not store.objects.exists(file):
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        store.objects.write(file, sink.getvalue())
+        store.objects.write(file, parquet_bytes(table))
     return to_selection(name, table)
 
 

@@ -26,10 +26,8 @@ Parsed = TypeVar("Parsed")
 
 def write_table(objects: Objects, folder: str, table: pa.Table) -> str:
     """Publish a table in a folder, and give its name there."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    data = sink.getvalue()
-    name = f"{hashlib.sha256(data).hexdigest()[:FINGERPRINT_CHARS]}{SUFFIX}"
+    data = parquet_bytes(table)
+    name = _name_of(data)
     objects.write(f"{folder}/{name}", data)
     return name
 
@@ -40,9 +38,16 @@ def parse_table(name: str, data: bytes, schema: pa.Schema) -> pa.Table:
     Raises:
         ValueError: They are not what was written.
     """
-    if f"{hashlib.sha256(data).hexdigest()[:FINGERPRINT_CHARS]}{SUFFIX}" != name:
+    if _name_of(data) != name:
         raise ValueError("its content is not what it is named by")
     return parquet_table(data, schema)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Give a table as the bytes of a Parquet file."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
 
 
 def parquet_table(data: bytes, schema: pa.Schema) -> pa.Table:
@@ -92,6 +97,10 @@ def fold(objects: Objects, folder: str, table: pa.Table, names: Sequence[str]) -
         if old != name:
             objects.remove(f"{folder}/{old}")
     return name
+
+
+def _name_of(data: bytes) -> str:
+    return f"{hashlib.sha256(data).hexdigest()[:FINGERPRINT_CHARS]}{SUFFIX}"
 
 
 def _parse_all(

@@ -15,7 +15,6 @@ from pipeline.models import text_config
 from pipeline.pairing import layer_map_between
 from pipeline.prune import calibration_rows, student_name
 from pipeline.requests import (
-    SPLITS,
     Request,
     RowRegistry,
     blocks_to_store,
@@ -94,10 +93,7 @@ def dry_run(*recipes: Recipe) -> DryRun:
     manifest = Manifest(store)
     registry = RowRegistry(store, manifest, is_dry=True)
     vocab_size = int(text_config(teacher.config).vocab_size)
-    demands = []
-    for request in requests:
-        selections = {split: registry.register(request, split, vocab_size=vocab_size) for split in SPLITS}
-        demands.append(demand_of(request, selections, manifest))
+    demands = [demand_of(request, registry.register(request, vocab_size=vocab_size), manifest) for request in requests]
     needed = needed_columns(demands)
     tokens = {shard: int(np.sum(rows["length"].to_numpy())) for shard, rows in split_shards(registry.known).items()}
     columns = _costs(manifest, needed, tokens, teacher)

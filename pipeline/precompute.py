@@ -137,8 +137,7 @@ def _register(
         manifest.reload()
         registry = RowRegistry(store, manifest)
         for request in requests:
-            selections = {split: registry.register(request, split, vocab_size=vocab_size) for split in SPLITS}
-            runs.append(RunRows(store, selections))
+            runs.append(RunRows(store, registry.register(request, vocab_size=vocab_size)))
             publish_run_rows(request.recipe, runs[-1])
     return registry, runs
 

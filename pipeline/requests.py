@@ -156,8 +156,11 @@ class RowRegistry:
         self._is_dry = is_dry
         self._shards = set(manifest.shards(TOKENS))
 
-    def register(self, request: Request, split: str, *, vocab_size: int) -> Selection:
-        """Make the rows of a split known, their tokens first, and give their selection."""
+    def register(self, request: Request, *, vocab_size: int) -> dict[str, Selection]:
+        """Make the rows of a request known, their tokens first, and give the selection of each split."""
+        return {split: self._register_split(request, split, vocab_size) for split in SPLITS}
+
+    def _register_split(self, request: Request, split: str, vocab_size: int) -> Selection:
         rows = request.rows[split]
         tokens = {row_id(ids): ids for ids in rows.tokens}
         row_ids = [row_id(ids) for ids in rows.tokens]

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from cache.errors import RecipeError
 from cache.identity import digest_of
 from pipeline.config import Recipe
@@ -87,7 +89,7 @@ def finished_summary(recipe: Recipe) -> dict[str, Any] | None:
 def last_checkpoint(recipe: Recipe) -> tuple[int, str | None]:
     """Give step and folder of the newest checkpoint that is whole: its state file is published last."""
     folders = checkpoints_folder(recipe).glob("checkpoint-*")
-    whole = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
+    whole = [folder for folder in folders if _is_whole(folder)]
     by_step = {int(folder.name.rsplit("-", 1)[-1]): str(folder) for folder in whole}
     newest = max(by_step, default=0)
     return newest, by_step.get(newest)
@@ -96,8 +98,12 @@ def last_checkpoint(recipe: Recipe) -> tuple[int, str | None]:
 def sweep_checkpoints(recipe: Recipe) -> None:
     """Remove checkpoints that a killed run did not finish."""
     for folder in checkpoints_folder(recipe).glob("checkpoint-*"):
-        if not (folder / "trainer_state.json").is_file():
+        if not _is_whole(folder):
             shutil.rmtree(folder)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    return (checkpoint / TRAINER_STATE_NAME).is_file()
 
 
 def export_student(

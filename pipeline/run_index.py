@@ -9,8 +9,6 @@ from cache.selections import Selection, read_selection
 from cache.store import Store, open_store, store_path
 from pipeline.config import Recipe
 
-SPLITS = ("train", "eval")
-
 
 @dataclass(frozen=True)
 class RunRows:

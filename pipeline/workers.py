@@ -30,9 +30,6 @@ class Share:
         """Give this process's items: shares are disjoint, and all of them together are everything."""
         return list(items[self.index :: self.count])
 
-    def __str__(self) -> str:
-        return f"{self.index + 1}/{self.count}"
-
 
 def parse_share(text: str) -> Share:
     """Read a share as people write it: 1/4 to 4/4.
