@@ -12,7 +12,8 @@
         ├── IncompleteError                 columns that a run needs are not all there
         ├── CorruptError                    bytes that are not the bytes that were written
         ├── InUseError                      another process writes what this one wants to write
-        └── RemoteError                     object storage that does not do what it was asked to
+        ├── RemoteError                     object storage that does not do what it was asked to
+        └── NoRoomError                     what a run would write is more than there is room for
 
 Each message is one line: what, where, got against expected, what to do. The library raises; only the command line
 prints and exits.
@@ -69,3 +70,7 @@ class InUseError(StoreError):
 
 class RemoteError(StoreError):
     """A request to object storage failed, and failed again."""
+
+
+class NoRoomError(StoreError):
+    """A run would write more than its disk has room for."""

@@ -105,6 +105,12 @@ class LocalObjects:
         except FileNotFoundError:
             return None
 
+    def free_bytes(self) -> int | None:
+        there = Path(self.root).absolute()
+        while not there.exists():
+            there = there.parent
+        return shutil.disk_usage(there).free
+
     def remove(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
 

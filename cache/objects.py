@@ -47,6 +47,9 @@ class Objects(Protocol):
     def modified(self, name: str) -> datetime | None:
         """When the object was written last; None where there is none or the place does not say."""
 
+    def free_bytes(self) -> int | None:
+        """Room left for more; None where the place does not say."""
+
     def remove(self, name: str) -> None:
         """Remove one object; nothing happens where there is none."""
 

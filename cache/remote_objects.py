@@ -98,6 +98,9 @@ class RemoteObjects:
             return None
         return written
 
+    def free_bytes(self) -> int | None:
+        return None
+
     def remove(self, name: str) -> None:
         # What is gone is gone, by another process or by an earlier attempt whose answer was lost.
         with contextlib.suppress(FileNotFoundError):

@@ -24,7 +24,7 @@ from cache.errors import CorruptError, FormatError, StoreNotFoundError
 from cache.identity import digest_of, fingerprint
 from cache.objects import Objects, open_objects
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONSTANTS = "constants"
 HIERARCHY = "arrays.zarr"
 NAMESPACE = "coldstill"
@@ -145,7 +145,7 @@ def _check_version(path: str, version: Any) -> None:
         return
     age = "an older" if version < FORMAT_VERSION else "a newer"
     advice = (
-        "remove it with coldstill cache rm and run precompute again"
+        "run precompute with another cache root, or remove it with coldstill cache rm and run precompute again"
         if version < FORMAT_VERSION
         else "install a newer Coldstill"
     )

@@ -187,14 +187,14 @@ def test_a_store_that_cannot_be_opened_is_not_described_as_if_it_could(store: St
         describe_store(root, store.name)
 
 
-@pytest.mark.parametrize("text", ['"format": 1', "cut short"])
+@pytest.mark.parametrize("text", ['"format": 1', '"format": 2', "cut short"])
 def test_the_command_removes_a_store_that_cannot_be_opened(
     store: Store, selection: Selection, root: str, coldstill: Callable[..., Any], text: str
 ):
     # An older format is refused with the advice to remove the store by this command.
     metadata = Path(store.path, "arrays.zarr/zarr.json")
     good = metadata.read_text()
-    metadata.write_text(good.replace('"format": 2', text) if text.startswith('"') else good[:-9])
+    metadata.write_text(good.replace('"format": 3', text) if text.startswith('"') else good[:-9])
     coldstill("cache", "rm", root, "--store", store.name, "--yes")
     assert not Path(store.path).exists()
 

@@ -83,6 +83,9 @@ def test_a_store_cut_off_before_its_root_metadata_was_never_created(store: Store
     assert open_store(store.path).teacher == teacher
 
 
+REDO = "run precompute with another cache root, or remove it with coldstill cache rm and run precompute again$"
+
+
 @dataclass(frozen=True)
 class OtherFormat:
     id: str
@@ -93,13 +96,18 @@ class OtherFormat:
 @pytest.mark.parametrize(
     "other",
     [
-        OtherFormat("older", 1, "has format 1, an older one than format 2, .*; remove it with coldstill cache rm and"),
-        OtherFormat("newer", 3, "has format 3, a newer one than format 2, .*; install a newer Coldstill"),
+        OtherFormat(
+            "first", 1, "has format 1, an older one than format 3, which this version of Coldstill reads; " + REDO
+        ),
+        OtherFormat(
+            "second", 2, "has format 2, an older one than format 3, which this version of Coldstill reads; " + REDO
+        ),
+        OtherFormat("newer", 4, "has format 4, a newer one than format 3, .*; install a newer Coldstill$"),
     ],
     ids=lambda other: other.id,
 )
 def test_another_format_is_refused_in_words(store: Store, teacher: dict, tmp_path: Path, other: OtherFormat):
-    assert FORMAT_VERSION == 2
+    assert FORMAT_VERSION == 3
     said = {"format": other.version, "teacher": teacher}
     # The first format had no check.
     attributes = {"coldstill": said if other.version == 1 else {**said, "check": digest_of(said)}}
@@ -107,6 +115,7 @@ def test_another_format_is_refused_in_words(store: Store, teacher: dict, tmp_pat
     with pytest.raises(FormatError, match=other.message) as caught:
         open_store(store.path)
     assert store.path in str(caught.value)
+    assert "\n" not in str(caught.value)
     with pytest.raises(FormatError, match=other.message):
         create_store(str(tmp_path / "caches"), teacher)
 
@@ -125,9 +134,9 @@ def test_another_format_is_refused_in_words(store: Store, teacher: dict, tmp_pat
         '{"attributes": []}',
         '{"attributes": null}',
         '{"zarr_format": 3, "attributes": {"other": 1}}',
-        '{"attributes": {"coldstill": {"format": 2}}}',
-        '{"attributes": {"coldstill": {"format": "2", "teacher": {}, "check": ""}}}',
-        '{"attributes": {"coldstill": {"format": 2, "teacher": [], "check": 3}}}',
+        '{"attributes": {"coldstill": {"format": 3}}}',
+        '{"attributes": {"coldstill": {"format": "3", "teacher": {}, "check": ""}}}',
+        '{"attributes": {"coldstill": {"format": 3, "teacher": [], "check": 3}}}',
     ],
 )
 def test_garbage_metadata_is_a_corrupt_store(store: Store, teacher: dict, tmp_path: Path, text: str):
@@ -140,6 +149,14 @@ def test_garbage_metadata_is_a_corrupt_store(store: Store, teacher: dict, tmp_pa
         create_store(str(tmp_path / "caches"), teacher)
 
 
+def test_a_store_of_the_second_format_with_altered_facts_is_corrupt(store: Store, teacher: dict):
+    said = {"format": 2, "teacher": teacher}
+    altered = {**said, "teacher": {**teacher, "model": "some/other"}, "check": digest_of(said)}
+    edit(store, json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {"coldstill": altered}}))
+    with pytest.raises(CorruptError, match="it is not what was written"):
+        open_store(store.path)
+
+
 def test_altered_facts_of_the_teacher_are_corrupt(store: Store, teacher: dict):
     text = Path(store.path, "arrays.zarr/zarr.json").read_text()
     edit(store, text.replace("some/teacher", "some/other"))
@@ -149,7 +166,7 @@ def test_altered_facts_of_the_teacher_are_corrupt(store: Store, teacher: dict):
 
 def test_the_metadata_of_another_teachers_store_is_corrupt(store: Store, teacher: dict):
     facts = {"identity": {**teacher["identity"], "weights": "w1"}}
-    content = {"format": 2, "teacher": facts, "check": digest_of(facts)}
+    content = {"format": 3, "teacher": facts, "check": digest_of(facts)}
     edit(store, json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {"coldstill": content}}))
     with pytest.raises(CorruptError, match="it is not what was written"):
         open_store(store.path)
