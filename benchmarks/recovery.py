@@ -1,11 +1,15 @@
-"""How much of a pruned model comes back: cross entropy alone, with the stored distribution, with hidden states too.
+"""How much of a pruned model comes back: by what is learned from, and by how the teacher's distribution is stored.
 
     python benchmarks/recovery.py --teacher FOLDER --text FILE [--arms ce ce_kl ...] [--workdir runs/recovery]
+    python benchmarks/recovery.py --teacher FOLDER --text FILE --arms exact coded int8 topk sampled --temperature 2
 
 The teacher loses four decoder blocks by importance and learns from packed rows of the text; other rows of the same text
-judge it. Every arm is `coldstill train` and `coldstill evaluate` in processes of their own, on one store, one after
-another; their times and peak memory are those of the whole process. Prints one JSON object a line: first stage one,
-then each arm; the last line holds all.
+judge it. Arms that are named after losses read the recipe's default targets; arms that are named after kinds of logits
+target learn from cross entropy and divergence alone, `exact` from the teacher's own states in float32, which is live
+full-vocabulary distillation gradient by gradient (tests/integration/test_offline_equals_online.py). Every arm is
+`coldstill train` and `coldstill evaluate` in processes of their own, on one store, one after another; their times and
+peak memory are those of the whole process. Prints one JSON object a line: first stage one, then each arm; the last line
+holds all.
 
 Without --teacher, or the variable SMOLLM2, the teacher of `coldstill demo` and the built-in corpus stand in.
 """
@@ -21,12 +25,21 @@ from typing import Any
 
 import yaml
 
+CE_KL = {"alpha": 0.5, "beta": 0.5, "gamma": 0.0}
 LOSSES: dict[str, dict[str, Any]] = {
     "ce": {"alpha": 1.0, "beta": 0.0, "gamma": 0.0},
-    "ce_kl": {"alpha": 0.5, "beta": 0.5, "gamma": 0.0},
+    "ce_kl": CE_KL,
     "ce_kl_mse": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "hidden": "mse"},
     "ce_kl_normalised_mse": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "hidden": "normalised_mse"},
     "ce_kl_cosine": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "hidden": "cosine"},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "exact": {"kind": "final", "encoding": "float32"},
+    "int8": {"kind": "final", "encoding": "int8"},
+    "coded": {"kind": "final", "encoding": "coded"},
+    "coded_0.06": {"kind": "final", "encoding": "coded", "step": 0.06},
+    "topk": {"kind": "topk", "k": 64},
+    "sampled": {"kind": "topk_sampled", "k": 32, "samples": 32},
 }
 
 
@@ -34,14 +47,12 @@ def main() -> None:
     options = parse()
     options.workdir.mkdir(parents=True, exist_ok=True)
     teacher, source = teacher_and_source(options)
-    recipe = options.workdir / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(build_recipe(options, teacher, source)))
-    results = {"precompute": timed("precompute", recipe, [f"output={options.workdir / 'precompute'}"])}
+    recipes = {arm: write_recipe(options, arm, teacher, source) for arm in options.arms}
+    results = {"precompute": timed("precompute", *recipes.values())}
     print(json.dumps({"arm": "precompute", **results["precompute"]}), flush=True)
-    for arm in options.arms:
-        overrides = [f"output={options.workdir / arm}", *(f"loss.{key}={value}" for key, value in LOSSES[arm].items())]
-        trained = timed("train", recipe, overrides)
-        judged = timed("evaluate", recipe, overrides)["summary"]
+    for arm, recipe in recipes.items():
+        trained = timed("train", recipe)
+        judged = timed("evaluate", recipe)["summary"]
         results.setdefault("pruned", judged["models"]["pruned"])
         results[arm] = {**trained, "evaluation": judged["models"]["recovered"]}
         print(json.dumps({"arm": arm, **results[arm]}), flush=True)
@@ -52,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default=os.environ.get("SMOLLM2"), help="the teacher's folder or hub name")
     parser.add_argument("--text", help="a text file; its first rows judge, the next ones train")
-    parser.add_argument("--arms", nargs="+", choices=list(LOSSES), default=list(LOSSES))
+    parser.add_argument("--arms", nargs="+", choices=[*LOSSES, *KINDS], default=list(LOSSES))
     parser.add_argument("--workdir", type=Path, default=Path("runs/recovery"))
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--remove", type=int, default=4)
@@ -75,9 +86,19 @@ def teacher_and_source(options: argparse.Namespace) -> tuple[str, dict[str, Any]
     return str(options.workdir / "demo/teacher"), source
 
 
+def write_recipe(options: argparse.Namespace, arm: str, teacher: str, source: dict[str, Any]) -> Path:
+    recipe = build_recipe(options, teacher, source)
+    recipe["output"] = str(options.workdir / arm)
+    recipe["loss"].update(LOSSES.get(arm, CE_KL))
+    if arm in KINDS:
+        recipe["targets"] = {"logits": KINDS[arm], "hidden": {"blocks": "none"}}
+    path = options.workdir / f"{arm}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
 def build_recipe(options: argparse.Namespace, teacher: str, source: dict[str, Any]) -> dict[str, Any]:
     return {
-        "output": str(options.workdir),
         "cache": str(options.workdir / "caches"),
         "teacher": {"path": teacher, "dtype": "float32"},
         "data": {
@@ -86,7 +107,7 @@ def build_recipe(options: argparse.Namespace, teacher: str, source: dict[str, An
             "eval": {**source, "max_rows": options.eval_rows},
         },
         "student": {"prune": {"layers": {"remove": options.remove, "method": "importance"}}},
-        "targets": {"logits": {"k": 64, "temperatures": [1, 2, 3, 4]}},
+        "targets": {"logits": {"kind": "topk", "k": 64, "temperatures": [1, 2, 3, 4]}},
         "mapping": {"strategy": "kept", "num_pairs": 6 if options.teacher else 3},
         "loss": {"temperature": options.temperature},
         "train": {
@@ -100,9 +121,9 @@ def build_recipe(options: argparse.Namespace, teacher: str, source: dict[str, An
     }
 
 
-def timed(command: str, recipe: Path, overrides: list[str]) -> dict[str, Any]:
+def timed(command: str, *recipes: Path) -> dict[str, Any]:
     """Run one command in a process of its own; give its summary and the peak memory of that process in GB."""
-    arguments = [sys.executable, "-m", "cli", command, str(recipe), *overrides, "--json"]
+    arguments = [sys.executable, "-m", "cli", command, *map(str, recipes), "--json"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
     output = process.stdout.read() if process.stdout else ""
     _, status, usage = os.wait4(process.pid, 0)

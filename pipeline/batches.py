@@ -26,18 +26,16 @@ class BatchColumns:
     """Which columns a batch carries, by what the distiller calls them.
 
     Attributes:
-        topk: The column of largest logits, or None.
-        logsumexp: The column of the normaliser at the loss's temperature, or None.
+        logits: By role, the columns that the logits target reads.
         hidden: By teacher block, the column of its output.
     """
 
-    topk: str | None
-    logsumexp: str | None
+    logits: dict[str, str]
     hidden: dict[int, str]
 
     def names(self) -> list[str]:
         """Name every column to read."""
-        return [TOKENS, *(name for name in (self.topk, self.logsumexp) if name), *self.hidden.values()]
+        return [TOKENS, *self.logits.values(), *self.hidden.values()]
 
 
 @dataclass(frozen=True)
@@ -109,10 +107,8 @@ class BatchCollator:
         }
         if (lengths < lengths.max()).any():
             batch["attention_mask"] = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]).long()
-        if self.columns.topk:
-            batch["topk"] = self._column(rows, self.columns.topk)
-        if self.columns.logsumexp:
-            batch["logsumexp"] = self._stack(rows, self.columns.logsumexp, "values")
+        if self.columns.logits:
+            batch["logits"] = {role: self._column(rows, name) for role, name in self.columns.logits.items()}
         if self.columns.hidden:
             batch["hidden"] = {str(block): self._column(rows, name) for block, name in self.columns.hidden.items()}
         return batch

@@ -5,8 +5,9 @@ head runs in chunks of positions, so that the logits of a batch never exist at o
 Shapes: B rows, T positions, N real positions of all rows, V vocabulary, K stored tokens, D width.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,12 @@ from torch import Tensor
 from cache.errors import NonFiniteError
 from pipeline.forward import block_outputs, pad_rows
 from pipeline.models import ModelParts
+from pipeline.tail_sampling import draw_tail
+from pipeline.targets import Tail
 
-_CHUNK_BYTES = 64 << 20
 NO_LABEL = -1
+
+Draws = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,22 +29,25 @@ class CaptureRequest:
 
     Attributes:
         blocks: Decoder blocks whose outputs to keep.
-        k: How many of the largest logits to keep; 0 for none.
+        ks: How many of the largest logits to keep, for each number that is asked: where logits tie, the largest
+            sixteen need not be among the largest sixty-four.
         temperatures: Where to take the logsumexp over the whole vocabulary.
         labels: Whether to keep the logit of the token that follows.
         final_state: Whether to keep the post-norm last state.
+        tails: What to draw from the tail.
     """
 
     blocks: tuple[int, ...] = ()
-    k: int = 0
+    ks: tuple[int, ...] = ()
     temperatures: tuple[float, ...] = ()
     labels: bool = False
     final_state: bool = False
+    tails: tuple[Tail, ...] = ()
 
     @property
     def needs_logits(self) -> bool:
         """Whether the output head has to run at all."""
-        return bool(self.k or self.temperatures or self.labels)
+        return bool(self.ks or self.temperatures or self.labels or self.tails)
 
 
 @dataclass(frozen=True)
@@ -50,25 +57,37 @@ class Captured:
     Attributes:
         hidden_ND: Each asked block's output, in the teacher's dtype.
         final_state_ND: The post-norm last state, in the teacher's dtype.
-        top_logits_NK: The largest logits, float32, descending.
-        top_ids_NK: Their token ids, int64.
+        top_NK: By number K, the largest logits, float32 and descending, and their token ids, int64.
         label_logit_N: The logit of the token that follows, float32; 0 at a row's last position, which has none.
         logsumexp_N: By temperature T, the logsumexp of logits / T over the vocabulary, float32.
+        tail_NM: For each asked tail the draws' logits, ids and log-weights, as `draw_tail` gives them.
     """
 
     hidden_ND: dict[int, Tensor]
     final_state_ND: Tensor | None
-    top_logits_NK: Tensor | None
-    top_ids_NK: Tensor | None
+    top_NK: dict[int, tuple[Tensor, Tensor]]
     label_logit_N: Tensor | None
     logsumexp_N: dict[float, Tensor]
+    tail_NM: dict[Tail, Draws] = field(default_factory=dict)
 
 
 @torch.inference_mode()
 def capture(
-    parts: ModelParts, rows: Sequence[Tensor], request: CaptureRequest, *, row_names: Sequence[str]
+    parts: ModelParts,
+    rows: Sequence[Tensor],
+    request: CaptureRequest,
+    *,
+    row_names: Sequence[str],
+    uniforms_N: Tensor | None = None,
 ) -> Captured:
     """Run the teacher over some rows of token ids, [T] each and of any lengths, and keep what is asked.
+
+    Args:
+        parts: The teacher.
+        rows: The rows.
+        request: What to keep.
+        row_names: How errors name each row.
+        uniforms_N: For draws from the tail, a number in [0, 1) for each of the N positions.
 
     Raises:
         NonFiniteError: A value is NaN or infinite; names row, block and position.
@@ -85,10 +104,10 @@ def capture(
     for block, values_ND in hidden_ND.items():
         places.check_finite(values_ND, f"block {block}")
     places.check_finite(state_ND, "final norm")
-    logits = _Logits(request, len(state_ND), device)
+    logits = _Logits(request, len(state_ND), device, uniforms_N)
     if request.needs_logits:
         labels_N = torch.cat([_next_tokens(row) for row in rows]).to(device)
-        for chunk in _chunks(len(state_ND), parts.vocab_size):
+        for chunk in parts.output_head.chunks(len(state_ND)):
             logits_CV = parts.output_head(state_ND[chunk])
             logits.take(chunk, logits_CV, labels_N[chunk])
         logits.check_finite(places)
@@ -118,28 +137,48 @@ def logsumexp_at(logits_NV: Tensor, temperatures: Sequence[float]) -> dict[float
 class _Logits:
     """Gathers what is asked of the logits, chunk by chunk."""
 
-    def __init__(self, request: CaptureRequest, num_positions: int, device: torch.device) -> None:
+    def __init__(
+        self, request: CaptureRequest, num_positions: int, device: torch.device, uniforms_N: Tensor | None
+    ) -> None:
         self._request = request
-        shape = (num_positions, request.k)
-        self._top_logits_NK = torch.empty(shape, device=device) if request.k else None
-        self._top_ids_NK = torch.empty(shape, dtype=torch.int64, device=device) if request.k else None
+        self._uniforms_N = None if uniforms_N is None else uniforms_N.to(device)
+        self._draws: dict[Tail, list[Draws]] = {tail: [] for tail in request.tails}
+        self._top_NK = {
+            k: (
+                torch.empty(num_positions, k, device=device),
+                torch.empty(num_positions, k, dtype=torch.int64, device=device),
+            )
+            for k in request.ks
+        }
         self._label_logit_N = torch.empty(num_positions, device=device) if request.labels else None
         self._logsumexp_N = {
             temperature: torch.empty(num_positions, device=device) for temperature in request.temperatures
         }
 
     def take(self, chunk: slice, logits_CV: Tensor, labels_C: Tensor) -> None:
-        if self._top_logits_NK is not None and self._top_ids_NK is not None:
-            top = logits_CV.topk(self._request.k, dim=-1)
-            self._top_logits_NK[chunk], self._top_ids_NK[chunk] = top.values, top.indices
+        for k, (top_logits_NK, top_ids_NK) in self._top_NK.items():
+            top = logits_CV.topk(k, dim=-1)
+            top_logits_NK[chunk], top_ids_NK[chunk] = top.values, top.indices
         if self._label_logit_N is not None:
             of_label_C = logits_CV.gather(-1, labels_C.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             self._label_logit_N[chunk] = of_label_C.where(labels_C != NO_LABEL, 0.0)
         for temperature, values_C in logsumexp_at(logits_CV, self._request.temperatures).items():
             self._logsumexp_N[temperature][chunk] = values_C
+        for tail, draws in self._draws.items():
+            assert self._uniforms_N is not None
+            top_ids_CK = logits_CV.topk(tail.k, dim=-1).indices
+            drawn = draw_tail(
+                logits_CV,
+                top_ids_CK,
+                temperatures=tail.temperatures,
+                num_draws=tail.num_draws,
+                uniforms_C=self._uniforms_N[chunk],
+            )
+            draws.append(drawn)
 
     def check_finite(self, places: "_Places") -> None:
-        named = {"label logit": self._label_logit_N, "top logits": self._top_logits_NK}
+        named = {"label logit": self._label_logit_N}
+        named |= {f"top {k} logits": top_logits_NK for k, (top_logits_NK, _) in self._top_NK.items()}
         named |= {f"logsumexp at T={temperature:g}": values for temperature, values in self._logsumexp_N.items()}
         for name, values in named.items():
             if values is not None:
@@ -149,10 +188,10 @@ class _Logits:
         return Captured(
             hidden_ND=hidden_ND,
             final_state_ND=final_state_ND,
-            top_logits_NK=self._top_logits_NK,
-            top_ids_NK=self._top_ids_NK,
+            top_NK=self._top_NK,
             label_logit_N=self._label_logit_N,
             logsumexp_N=self._logsumexp_N,
+            tail_NM={tail: join_parts(draws) for tail, draws in self._draws.items()},
         )
 
 
@@ -178,11 +217,10 @@ class _Places:
             index -= len(row)
 
 
+def join_parts(batches: Sequence[tuple[Tensor, ...]]) -> Any:
+    """Lay what several batches kept behind one another, part by part."""
+    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+
+
 def _next_tokens(row: Tensor) -> Tensor:
     return torch.cat([row[1:].long(), torch.tensor([NO_LABEL])])
-
-
-def _chunks(num_positions: int, vocab_size: int) -> Iterator[slice]:
-    length = max(_CHUNK_BYTES // (4 * vocab_size), 1)
-    for start in range(0, num_positions, length):
-        yield slice(start, start + length)

@@ -5,20 +5,44 @@ Knows nothing of files, models or stores; `pipeline.recipe_file` reads and write
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.training_keys import check_training_keys
 
+
+def _nameable(value: float) -> float:
+    text = f"{value:g}"
+    if "e" in text or float(text) != value:
+        raise ValueError(f"is part of a column's name: at most six digits and no exponent, got {value!r}")
+    return value
+
+
 Positive = Annotated[float, Field(gt=0)]
+# A number that stands in a column's name, where it must say exactly what it is.
+Nameable = Annotated[float, Field(gt=0), AfterValidator(_nameable)]
 Weight = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
 BlockIndex = Annotated[int, Field(ge=0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PruneMethod = Literal["last", "first", "importance", "explicit"]
-HiddenEncoding = Literal["int8", "float16", "bfloat16", "float32"]
+HiddenEncoding = Literal["int8", "coded", "float16", "bfloat16", "float32"]
+FinalEncoding = Literal["coded", "int8", "float16", "float32"]
+DivergenceName = Literal[
+    "forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "bidirectional", "selective", "total_variation"
+]
+Share = Annotated[float, Field(gt=0, lt=1)]
 MappingStrategy = Literal["uniform", "last", "kept", "stride", "endpoints", "pairs"]
 ProjectorKind = Literal["auto", "linear", "mlp", "none"]
+LogitsKind = Literal["topk", "topk_sampled", "final", "none"]
 HiddenLoss = Literal["mse", "normalised_mse", "cosine"]
+
+
+def _changed(section: BaseModel) -> list[str]:
+    defaults = type(section).model_fields
+    return [key for key, field in defaults.items() if getattr(section, key) != field.default]
+
+
+WEIGHTED_DIVERGENCES = ("jensen_shannon", "skewed_kl", "bidirectional")
 
 
 class _Section(BaseModel):
@@ -118,10 +142,13 @@ class StudentConfig(_Section):
 class LogitsTargetConfig(_Section):
     """What is kept of the teacher's next-token distribution."""
 
-    kind: Literal["topk", "none"] = "topk"
+    kind: LogitsKind = "topk"
     k: Count = 64
-    values: Literal["float16", "float32"] = "float16"
-    temperatures: list[Positive] = [1.0, 2.0, 3.0, 4.0]
+    values: Literal["delta", "float32"] = "delta"
+    samples: Count = 32
+    encoding: FinalEncoding = "coded"
+    step: Nameable = 0.03
+    temperatures: list[Nameable] = [1.0, 2.0, 3.0, 4.0]
 
     @field_validator("temperatures", mode="before")
     @classmethod
@@ -143,6 +170,8 @@ class HiddenTargetConfig(_Section):
 
     blocks: Literal["mapped", "none"] | list[BlockIndex] = "mapped"
     encoding: HiddenEncoding = "int8"
+    step: Nameable = 0.2
+    token_fraction: Annotated[Nameable, Field(le=1)] = 1.0
 
 
 class TargetsConfig(_Section):
@@ -179,18 +208,26 @@ class ProjectorConfig(_Section):
 
 
 class LossConfig(_Section):
-    """alpha * cross entropy + beta * KL * temperature^2 + gamma * hidden."""
+    """alpha * cross entropy + beta * divergence * temperature^2 + gamma * hidden."""
 
     alpha: Weight = 0.5
     beta: Weight = 0.5
     gamma: Weight = 0.1
     temperature: Positive = 2.0
+    divergence: DivergenceName = "forward_kl"
+    divergence_weight: Share | None = None
+    selective_k: Count = 16
+    selective_entropy: Weight = 0.0
     hidden: HiddenLoss = "mse"  # the default by measured recovery: docs/results.md
 
     @model_validator(mode="after")
     def _check(self) -> "LossConfig":
         if self.alpha == self.beta == self.gamma == 0:
             raise ValueError("alpha, beta and gamma are all 0: there is nothing to learn from")
+        if self.divergence_weight is not None and self.divergence not in WEIGHTED_DIVERGENCES:
+            raise ValueError(
+                f"divergence_weight has no effect on {self.divergence}; it belongs to {', '.join(WEIGHTED_DIVERGENCES)}"
+            )
         return self
 
 
@@ -233,6 +270,33 @@ class Recipe(_Section):
                 "loss.gamma is above 0 but targets.hidden.blocks is none: store blocks, or set loss.gamma to 0"
             )
         return self
+
+    def idle_keys(self) -> list[str]:
+        """Say which keys are not as they are by default and yet have no effect, each with the reason."""
+        logits, hidden, loss = self.targets.logits, self.targets.hidden, self.loss
+        is_top, is_coded = logits.kind in ("topk", "topk_sampled"), logits.encoding == "coded"
+        read = {
+            "kind": True,
+            "k": is_top,
+            "values": is_top,
+            "temperatures": is_top,
+            "samples": logits.kind == "topk_sampled",
+            "encoding": logits.kind == "final",
+            "step": logits.kind == "final" and is_coded,
+        }
+        idle = [
+            f"targets.logits.{key} has no effect: kind is {logits.kind}"
+            for key in _changed(logits)
+            if not read[key] and not (key == "step" and logits.kind == "final")
+        ]
+        if logits.kind == "final" and not is_coded and "step" in _changed(logits):
+            idle.append(f"targets.logits.step has no effect: encoding is {logits.encoding}")
+        if hidden.encoding != "coded" and "step" in _changed(hidden):
+            idle.append(f"targets.hidden.step has no effect: encoding is {hidden.encoding}")
+        if loss.divergence != "selective":
+            given = [key for key in _changed(loss) if key.startswith("selective_")]
+            idle += [f"loss.{key} has no effect: divergence is {loss.divergence}" for key in given]
+        return idle
 
     @property
     def seed(self) -> int:

@@ -1,20 +1,26 @@
-"""One module of student, projectors and losses, so that whatever wraps a model (DDP, FSDP, autocast) wraps all of it.
+"""One module of student, projectors and losses, so that whatever wraps a model wraps all that is trained.
 
-Shapes: B rows, T positions, N positions that count, K stored tokens, V vocabulary, Ds and Dt widths.
+Knows tensors only: no store, no recipe. Targets come in as they are stored and are decoded here, on the device.
+Shapes: B rows, T positions, N positions that count, C positions of a chunk, D width, V vocabulary.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.encodings import decode_hidden, decode_topk
+from pipeline.chunked_loss import chunked_loss
+from pipeline.divergences import Divergence
+from pipeline.encodings import STORED, StateForm, decode_state
 from pipeline.forward import block_outputs
-from pipeline.losses import HIDDEN_LOSSES, bucketed_kl, cross_entropy
-from pipeline.models import take_apart
+from pipeline.logits_targets import LogitsForm, LogitsTarget, StoredLogits
+from pipeline.losses import HIDDEN_LOSSES, cross_entropy
+from pipeline.models import take_apart, text_config
+from pipeline.output_head import OutputHead
+from pipeline.transform_coding import TransformCode
 
 IGNORED = -100
 
@@ -28,16 +34,31 @@ class LossWeights:
         beta: Weight of the divergence times temperature squared.
         gamma: Weight of the hidden loss.
         temperature: Of the divergence.
+        divergence: Of the student's distribution from the teacher's.
         hidden: A name of `pipeline.losses.HIDDEN_LOSSES`.
-        k: How many stored tokens the divergence reads.
     """
 
     alpha: float
     beta: float
     gamma: float
     temperature: float
+    divergence: Divergence
     hidden: str
-    k: int
+
+
+@dataclass(frozen=True)
+class TargetForms:
+    """How the stored targets of a batch are read.
+
+    Attributes:
+        logits: The kind of logits target; None where there is none.
+        hidden: How block outputs are stored; None where there are none.
+        hidden_codes: The transform code of each teacher block, where they are coded.
+    """
+
+    logits: LogitsForm | None = None
+    hidden: StateForm | None = None
+    hidden_codes: Mapping[int, TransformCode] = field(default_factory=dict)
 
 
 class Distiller(nn.Module):
@@ -48,20 +69,30 @@ class Distiller(nn.Module):
         projectors: One for each mapped student block, by its index as text.
         layer_map: Student block to teacher block; empty where gamma is 0.
         weights: The loss.
+        forms: How stored targets are read; what they hold of the teacher is no parameter and is never saved.
     """
 
     # Tells the Trainer that `forward` divides by the number of positions of the whole accumulated batch.
     accepts_loss_kwargs = True
 
     def __init__(
-        self, student: PreTrainedModel, projectors: nn.ModuleDict, *, layer_map: Mapping[int, int], weights: LossWeights
+        self,
+        student: PreTrainedModel,
+        projectors: nn.ModuleDict,
+        *,
+        layer_map: Mapping[int, int],
+        weights: LossWeights,
+        forms: TargetForms,
     ) -> None:
         super().__init__()
         self.student = student
         self.projectors = projectors
         self.layer_map = dict(layer_map)
         self.weights = weights
-        self._blocks_name = take_apart(student).blocks_name
+        self.forms = forms
+        self._codes = dict(forms.hidden_codes)
+        parts = take_apart(student)
+        self._blocks_name, self._body_name = parts.blocks_name, parts.body_name
 
     @property
     def config(self) -> Any:
@@ -77,8 +108,7 @@ class Distiller(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
-        topk: Mapping[str, Tensor] | None = None,
-        logsumexp: Tensor | None = None,
+        logits: StoredLogits | None = None,
         hidden: Mapping[str, Mapping[str, Tensor]] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
@@ -88,44 +118,56 @@ class Distiller(nn.Module):
             input_ids: Token ids [B, T].
             labels: The token that follows each position [B, T], int64; `IGNORED` where it does not count.
             attention_mask: 1 at real positions [B, T]; None where nothing is padded.
-            topk: The arrays of the column of largest logits, [B, T, ...].
-            logsumexp: The teacher's normaliser at the loss's temperature [B, T].
+            logits: By role, the arrays of each column that the logits target reads, [B, T, ...].
             hidden: By teacher block as text, the arrays of its column.
             num_items_in_batch: Positions that count in the whole accumulated batch; of this one where it is None.
 
         Returns:
-            `loss`, and each term of weight above 0 as `loss_task`, `loss_logits` and `loss_hidden`, unweighted.
+            `loss`, which carries the gradient, and each term of weight above 0 as `loss_task`, `loss_logits` and
+            `loss_hidden`, unweighted.
         """
-        blocks = self.student.get_submodule(self._blocks_name)
+        blocks, body = self.student.get_submodule(self._blocks_name), self.student.get_submodule(self._body_name)
         with block_outputs(blocks, list(self.layer_map)) as outputs:
-            logits_BTV = self.student(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         counts_BT = labels != IGNORED
         num_positions = counts_BT.sum() if num_items_in_batch is None else num_items_in_batch
-        terms: dict[str, Tensor] = {}
-        # A loss in half precision would be noise: whatever autocast does to the body ends here.
-        with torch.autocast(device_type=input_ids.device.type, enabled=False):
-            logits_NV = logits_BTV[counts_BT]
-            if self.weights.alpha:
-                terms["loss_task"] = cross_entropy(logits_NV, labels[counts_BT], num_positions=num_positions)
-            if self.weights.beta and topk is not None and logsumexp is not None:
-                stored = {name: values[counts_BT] for name, values in topk.items()}
-                terms["loss_logits"] = self._logits_loss(logits_NV, stored, logsumexp[counts_BT], num_positions)
-            if self.weights.gamma and hidden is not None:
+        target = None
+        if self.weights.beta and logits is not None and self.forms.logits is not None:
+            with torch.no_grad():
+                target = self.forms.logits.read(logits, counts_BT)
+        state_ND = output.last_hidden_state[counts_BT]
+        loss, terms = self._vocabulary_loss(state_ND, labels[counts_BT], target, num_positions)
+        if self.weights.gamma and hidden is not None:
+            # A loss in half precision would be noise: whatever autocast does to the body ends here.
+            with torch.autocast(device_type=input_ids.device.type, enabled=False):
                 terms["loss_hidden"] = self._hidden_loss(outputs, hidden, counts_BT, num_positions)
-        return {"loss": self._weighted(terms), **terms}
+            loss = loss + self.weights.gamma * terms["loss_hidden"]
+        return {"loss": loss, **terms}
 
-    def _logits_loss(
-        self, logits_NV: Tensor, stored: Mapping[str, Tensor], logsumexp_N: Tensor, num_positions: Tensor | int
-    ) -> Tensor:
-        top_logits_NK, top_ids_NK = decode_topk(stored, k=self.weights.k)
-        return bucketed_kl(
-            logits_NV,
-            top_logits_NK,
-            top_ids_NK,
-            logsumexp_N,
-            temperature=self.weights.temperature,
-            num_positions=num_positions,
-        )
+    def _vocabulary_loss(
+        self, state_ND: Tensor, next_tokens_N: Tensor, target: LogitsTarget | None, num_positions: Tensor | int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give the weighted sum of the terms over the vocabulary, with its gradient, and each term."""
+        weight_of = {"loss_task": self.weights.alpha, "loss_logits": self.weights.beta if target else 0.0}
+        weight_of = {name: weight for name, weight in weight_of.items() if weight}
+        if not weight_of:
+            return state_ND.new_zeros((), dtype=torch.float32), {}
+
+        def terms_of_chunk(logits_CV: Tensor, chunk: slice) -> Tensor:
+            # The head ran as autocast wants it; the losses do not.
+            with torch.autocast(device_type=logits_CV.device.type, enabled=False):
+                terms = []
+                if "loss_task" in weight_of:
+                    terms.append(cross_entropy(logits_CV, next_tokens_N[chunk], num_positions=num_positions))
+                if target is not None:
+                    divergence_C = self.weights.divergence(target.events(chunk, logits_CV))
+                    terms.append(divergence_C.sum() * self.weights.temperature**2 / num_positions)
+                return torch.stack(terms)
+
+        head = OutputHead.of_model(self.student.get_output_embeddings(), text_config(self.student.config))
+        weights = torch.tensor(list(weight_of.values()), device=state_ND.device)
+        loss, terms = chunked_loss(state_ND, head, terms_of_chunk, weights)
+        return loss, dict(zip(weight_of, terms.unbind(), strict=True))
 
     def _hidden_loss(
         self,
@@ -134,21 +176,25 @@ class Distiller(nn.Module):
         counts_BT: Tensor,
         num_positions: Tensor | int,
     ) -> Tensor:
-        """Take the mean over mapped pairs."""
+        """Take the mean over mapped pairs; of positions stored at random, the sum is divided by their share."""
+        form = self.forms.hidden
+        assert form is not None
         loss_of = HIDDEN_LOSSES[self.weights.hidden]
         losses = []
         for student_block, teacher_block in self.layer_map.items():
-            teacher_ND = decode_hidden(hidden[str(teacher_block)])[counts_BT]
+            arrays = hidden[str(teacher_block)]
+            chosen_BT = counts_BT & arrays[STORED].bool() if STORED in arrays else counts_BT
+            code = self._code(teacher_block, counts_BT.device)
+            teacher_ND = decode_state(arrays, form=form, code=code)[chosen_BT]
             projector = self.projectors[str(student_block)]
             # The student's state may be bfloat16 under autocast; the projector's weights are float32.
-            student_ND = projector(outputs[student_block][counts_BT].float())
-            losses.append(loss_of(student_ND, teacher_ND, num_positions=num_positions))
+            student_ND = projector(outputs[student_block][chosen_BT].float())
+            losses.append(loss_of(student_ND, teacher_ND, num_positions=num_positions * form.fraction))
         return torch.stack(losses).mean()
 
-    def _weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
-        weight_of = {
-            "loss_task": self.weights.alpha,
-            "loss_logits": self.weights.beta,
-            "loss_hidden": self.weights.gamma,
-        }
-        return torch.stack([weight_of[name] * term for name, term in terms.items()]).sum()
+    def _code(self, teacher_block: int, device: torch.device) -> TransformCode | None:
+        """Give a block's transform code on a device, which it is brought to once."""
+        code = self._codes.get(teacher_block)
+        if code is not None and code.centre_D.device != device:
+            code = self._codes[teacher_block] = code.to(device)
+        return code

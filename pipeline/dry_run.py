@@ -9,6 +9,7 @@ from cache.manifest import Manifest
 from cache.objects import open_objects
 from cache.rows import split_shards
 from cache.store import ROOT_METADATA, Store, open_store, store_path
+from pipeline.byte_estimates import measured_bytes, raw_bytes
 from pipeline.config import Recipe
 from pipeline.data import Rows, tokenizer_digest
 from pipeline.models import text_config
@@ -24,10 +25,9 @@ from pipeline.requests import (
     missing_jobs,
     needed_columns,
 )
-from pipeline.shard_jobs import describe_column
 from pipeline.student_folders import find_student, has_student, students_folder
 from pipeline.students import choose_kept_blocks, num_removed
-from pipeline.targets import hidden_name
+from pipeline.targets import hidden_form, hidden_name
 from pipeline.teacher import Teacher
 
 
@@ -39,13 +39,15 @@ class ColumnCost:
         name: The column's name.
         num_shards: Shards that need it.
         num_complete: Shards that have it.
-        missing_bytes: How many bytes the others will take.
+        missing_tokens: Tokens of the others.
+        missing_bytes: How many bytes these will take.
         is_measured: Whether that is by what the column takes elsewhere in the store; it is at most so many otherwise.
     """
 
     name: str
     num_shards: int
     num_complete: int
+    missing_tokens: int
     missing_bytes: int
     is_measured: bool
 
@@ -163,10 +165,17 @@ def _costs(
     for name in columns:
         shards = [shard for shard, names in needed.items() if name in names]
         missing = [shard for shard in shards if (shard, name) not in manifest]
-        per_token = _measured_bytes(manifest, name)
+        per_token = measured_bytes(manifest, name)
         num_tokens = sum(tokens[shard] for shard in missing)
-        num_bytes = num_tokens * per_token if per_token is not None else _raw_bytes(name, num_tokens, missing, teacher)
-        costs.append(ColumnCost(name, len(shards), len(shards) - len(missing), round(num_bytes), per_token is not None))
+        num_bytes = (
+            num_tokens * per_token
+            if per_token is not None
+            else raw_bytes(name, num_tokens=num_tokens, num_shards=len(missing), teacher=teacher)
+        )
+        num_complete = len(shards) - len(missing)
+        costs.append(
+            ColumnCost(name, len(shards), num_complete, num_tokens, round(num_bytes), is_measured=per_token is not None)
+        )
     return costs
 
 
@@ -174,25 +183,10 @@ def _undecided_cost(
     recipe: Recipe, needed: dict[str, dict[str, None]], tokens: dict[str, int], teacher: Teacher, count: int
 ) -> ColumnCost:
     """Give the cost of blocks that are known only after pruning: in every shard, as nobody knows which are there."""
-    encoding = recipe.targets.hidden.encoding
+    form = hidden_form(recipe.targets.hidden)
     num_tokens = sum(tokens[shard] for shard in needed)
-    num_bytes = count * _raw_bytes(hidden_name(0, encoding), num_tokens, list(needed), teacher)
-    return ColumnCost(f"hidden/({count} blocks)/{encoding}", len(needed), 0, num_bytes, is_measured=False)
-
-
-def _measured_bytes(manifest: Manifest, column: str) -> float | None:
-    """Give the bytes a token that a column takes where it is stored, None where it is not."""
-    records = [manifest.record(shard, column) for shard in manifest.shards(column)]
-    num_tokens = sum(record.num_tokens for record in records)
-    return sum(record.stored_bytes for record in records) / num_tokens if num_tokens else None
-
-
-def _raw_bytes(name: str, num_tokens: int, shards: Sequence[str], teacher: Teacher) -> int:
-    """Give the bytes of a column before compression."""
-    config = text_config(teacher.config)
-    column = describe_column(name, width=int(config.hidden_size), vocab_size=int(config.vocab_size))
-    total = 0
-    for spec in column.arrays.values():
-        count = len(shards) if spec.axis == "shard" else num_tokens
-        total += np.dtype(spec.dtype).itemsize * int(np.prod(spec.shape, dtype=np.int64)) * count
-    return total
+    name = hidden_name(0, form)
+    num_bytes = count * raw_bytes(name, num_tokens=num_tokens, num_shards=len(needed), teacher=teacher)
+    return ColumnCost(
+        f"hidden/({count} blocks)/{form}", len(needed), 0, count * num_tokens, num_bytes, is_measured=False
+    )

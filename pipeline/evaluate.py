@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from cache.reader import Reader, read_constants
+from cache.reader import Reader
 from cache.tokens import TOKENS
 from pipeline.config import Recipe
-from pipeline.encodings import decode_hidden
+from pipeline.encodings import decode_state
 from pipeline.forward import pad_rows
 from pipeline.models import check_vocabularies, load_config, load_model, resolve_device, take_apart
-from pipeline.output_head import OutputHead
 from pipeline.provenance import write_record
 from pipeline.run_index import RunRows, find_run_rows, trained_student
+from pipeline.stored_head import load_head
 from pipeline.student_folders import find_student
-from pipeline.targets import FINAL_STATE, LABEL_LOGIT, LOSS_TEMPERATURE, OUTPUT_HEAD, logsumexp_name
+from pipeline.targets import EVAL_FORM, LABEL_LOGIT, LOSS_TEMPERATURE, final_name, logsumexp_name
 
 _CHUNK_POSITIONS = 256
 
@@ -90,8 +90,8 @@ class _StoredTeacher:
         self._run = run
         self._local_copy = local_copy
         self._selection = run.selections["eval"]
-        self._reader = Reader(run.store, self._selection, [TOKENS, FINAL_STATE], local_copy=local_copy)
-        self.head = _load_head(run, device)
+        self._reader = Reader(run.store, self._selection, [TOKENS, final_name(EVAL_FORM)], local_copy=local_copy)
+        self.head = load_head(run.store, device)
         self.device = device
         self.num_positions = sum(len(self._counted(index)) for index in range(len(self)))
 
@@ -116,7 +116,8 @@ class _StoredTeacher:
             for index in range(start, min(start + size, len(self))):
                 row = self._reader.row(index)
                 ids = torch.from_numpy(row[TOKENS]["ids"].astype("int64"))
-                state = decode_hidden({"values": torch.from_numpy(row[FINAL_STATE]["values"].copy())})
+                stored = {"values": torch.from_numpy(row[final_name(EVAL_FORM)]["values"].copy())}
+                state = decode_state(stored, form=EVAL_FORM)
                 batch.append((ids, self._counted(index), state))
             yield batch
 
@@ -124,14 +125,6 @@ class _StoredTeacher:
         """Give the positions of a row whose next token counts."""
         first = max(int(self._selection.loss_starts[index]) - 1, 0)
         return torch.arange(first, int(self._selection.lengths[index]) - 1)
-
-
-def _load_head(run: RunRows, device: torch.device) -> OutputHead:
-    """Rebuild the teacher's output head, in float32: the stored states are read exactly."""
-    arrays, record = read_constants(run.store, OUTPUT_HEAD)
-    weights = {name: decode_hidden({"values": torch.from_numpy(values)}).to(device) for name, values in arrays.items()}
-    attributes = record.column.attributes
-    return OutputHead(weights["weight"], weights.get("bias"), attributes["scale"], attributes["softcap"])
 
 
 @torch.inference_mode()

@@ -7,7 +7,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from pipeline.config import Recipe
+from pipeline.config import LogitsTargetConfig, LossConfig, Recipe
+from pipeline.divergences import DEFAULT_WEIGHTS
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -30,17 +31,13 @@ def model_card(recipe: Recipe, *, teacher: Mapping[str, Any], store: str, select
         tags=["distillation", "pruning", "coldstill"],
     )
     identity = teacher["identity"]
-    loss = recipe.loss
     facts = {
         "teacher": f"{name}, {teacher['architecture']} in {identity['dtype']}",
         "teacher's weights": f"sha256 `{identity['weights']}`",
         "teacher's config": f"sha256 `{identity['config']}`",
         "store": f"`{store}`",
         **{f"{split} rows": f"selection `{selection}`" for split, selection in sorted(selections.items())},
-        "loss": (
-            f"{loss.alpha:g} · cross entropy + {loss.beta:g} · KL at T = {loss.temperature:g} "
-            f"+ {loss.gamma:g} · hidden ({loss.hidden})"
-        ),
+        "loss": _loss(recipe.loss, recipe.targets.logits),
     }
     table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
     return (
@@ -49,3 +46,28 @@ def model_card(recipe: Recipe, *, teacher: Mapping[str, Any], store: str, select
         "`recipe.yaml` is the whole recipe, `provenance.json` says with what it was made.\n\n"
         f"| | |\n|---|---|\n{table}\n"
     )
+
+
+def _loss(loss: LossConfig, logits: LogitsTargetConfig) -> str:
+    """Name each term of the loss that counts, with its weight."""
+    divergence = f"{_divergence(loss)} to {_target(logits)} at T = {loss.temperature:g}"
+    terms = {"cross entropy": loss.alpha, divergence: loss.beta, f"hidden ({loss.hidden})": loss.gamma}
+    return " + ".join(f"{weight:g} · {term}" for term, weight in terms.items() if weight)
+
+
+def _divergence(loss: LossConfig) -> str:
+    if loss.divergence == "selective":
+        return f"selective (k = {loss.selective_k}, entropy above {loss.selective_entropy:g})"
+    if loss.divergence not in DEFAULT_WEIGHTS:
+        return loss.divergence
+    weight = DEFAULT_WEIGHTS[loss.divergence] if loss.divergence_weight is None else loss.divergence_weight
+    return f"{loss.divergence} (weight {weight:g})"
+
+
+def _target(logits: LogitsTargetConfig) -> str:
+    details = {
+        "topk": f"k = {logits.k}",
+        "topk_sampled": f"k = {logits.k}, {logits.samples} draws",
+        "final": logits.encoding + (f", step {logits.step:g}" if logits.encoding == "coded" else ""),
+    }
+    return f"{logits.kind} ({details[logits.kind]})" if logits.kind in details else logits.kind

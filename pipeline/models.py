@@ -46,6 +46,11 @@ class ModelParts:
     output_head: OutputHead
 
     @property
+    def body_name(self) -> str:
+        """The name of the body within the model, such as `model`; empty where it is the model itself."""
+        return self.blocks_name.rpartition(".")[0]
+
+    @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(text_config(self.model.config).hidden_size)

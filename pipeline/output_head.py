@@ -3,12 +3,15 @@
 Shapes: N positions, D width, V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,23 @@ class OutputHead:
             scale=scale,
             softcap=getattr(config, "final_logit_softcapping", None),
         )
+
+    def chunks(self, num_positions: int) -> Iterator[slice]:
+        """Cut positions into chunks whose float32 logits take 64 MiB at most."""
+        length = max(_CHUNK_BYTES // (4 * self.vocab_size), 1)
+        for start in range(0, num_positions, length):
+            yield slice(start, start + length)
+
+    def slope(self, logits: Tensor) -> Tensor:
+        """Give the derivative of each logit by the product of state and weights, from the logits themselves."""
+        if self.softcap is None:
+            return torch.full_like(logits, self.scale)
+        return self.scale * (1.0 - (logits / self.softcap).square())
+
+    def to(self, device: torch.device) -> "OutputHead":
+        """Give the head with its weights on a device."""
+        bias_V = None if self.bias_V is None else self.bias_V.to(device)
+        return replace(self, weight_VD=self.weight_VD.to(device), bias_V=bias_V)
 
     def __call__(self, state_ND: Tensor) -> Tensor:
         """Give logits [..., V] in float32; the matrix product is in the weights' dtype, as the model does it."""

@@ -1,7 +1,8 @@
 """Stage one: make the columns that recipes ask for complete for their rows. Where all are, no model is loaded."""
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from cache.objects import open_objects
 from cache.rows import compact_rows
 from cache.selections import Selection
 from cache.store import CONSTANTS, Store, create_store
+from pipeline.calibrate import calibrate, missing_calibrations
+from pipeline.calibrations import read_codes
 from pipeline.config import Recipe
 from pipeline.data import tokenizer_digest
 from pipeline.models import text_config
@@ -31,8 +34,10 @@ from pipeline.requests import (
     needed_columns,
     row_names,
 )
+from pipeline.room import require_room
 from pipeline.run_index import RunRows, publish_run_rows
-from pipeline.shard_jobs import ShardComputer, ShardJob, write_output_head
+from pipeline.shard_jobs import ShardComputer, ShardJob
+from pipeline.stored_head import write_head
 from pipeline.targets import OUTPUT_HEAD
 from pipeline.teacher import Teacher
 from pipeline.workers import Share, first_process_first, launched_share, sum_over_processes, wait_for_everyone
@@ -52,7 +57,7 @@ class PrecomputeSummary:
         written_bytes: Bytes written for them.
         missing_shards: Shards that other workers have yet to complete.
         teacher_was_loaded: Whether the teacher's weights were needed.
-        seconds: Time of the teacher's pass over the rows, encoding and writing included.
+        seconds: Time of the teacher's pass over the rows, encoding and writing included; loading is not.
     """
 
     store: str
@@ -99,11 +104,11 @@ def precompute(*recipes: Recipe, share: Share | None = None, show_progress: bool
         manifest = Manifest(store)
         registry, runs = _register(store, manifest, requests, teacher)
     demands = [demand_of(request, run.selections, manifest) for request, run in zip(requests, runs, strict=True)]
-    started = time.monotonic()
+    _calibrate(store, manifest, teacher, demands, requests)
     # Of all shards, not of those that are missing now: another worker may be at work already.
     own_shards = set(share.of(list(needed_columns(demands))))
     jobs = [job for job in missing_jobs(manifest, registry.known, demands) if job.shard in own_shards]
-    tokens, written = _compute_held(
+    tokens, written, seconds = _compute_held(
         teacher, store, manifest, demands, jobs, requests, share, show_progress=show_progress
     )
     wait_for_everyone()
@@ -119,7 +124,7 @@ def precompute(*recipes: Recipe, share: Share | None = None, show_progress: bool
         written_bytes=written_bytes,
         missing_shards=len(missing_jobs(manifest, registry.known, demands)),
         teacher_was_loaded=teacher.is_loaded,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
     )
     _write_records(recipes, runs, students, teacher, has_computed=bool(computed_tokens))
     return summary
@@ -148,6 +153,19 @@ def _sweep(store: Store, lease: Lease) -> None:
     store.objects.sweep(is_alone=is_alone)
 
 
+def _calibrate(
+    store: Store, manifest: Manifest, teacher: Teacher, demands: Sequence[Demand], requests: Sequence[Request]
+) -> None:
+    """Fit the transform codes that columns need and the store lacks: one process does, the others wait for it."""
+    columns = [name for names in needed_columns(demands).values() for name in names]
+    if not missing_calibrations(manifest, columns):
+        return
+    with hold(store.objects, [LAYOUT], wait=True):
+        manifest.reload()
+        if missing := missing_calibrations(manifest, columns):
+            calibrate(store, manifest, teacher, missing, requests[0].rows["train"].tokens)
+
+
 def _compute_held(
     teacher: Teacher,
     store: Store,
@@ -158,31 +176,43 @@ def _compute_held(
     share: Share,
     *,
     show_progress: bool,
-) -> tuple[int, int]:
-    """Run the jobs while no other process may, and give the tokens that were read and the bytes that were written."""
+) -> tuple[int, int, float]:
+    """Run the jobs while no other process may: tokens that were read, bytes that were written, and seconds."""
     needs_head = share.index == 0 and (CONSTANTS, OUTPUT_HEAD) not in manifest
     if not jobs and not needs_head:
-        return 0, 0
+        return 0, 0, 0.0
     with hold(store.objects, [job.shard for job in jobs] + [CONSTANTS] * needs_head) as lease:
         # What another process committed in the meantime is not computed again.
         manifest.reload()
         jobs = [job for job in (job.without(manifest) for job in jobs) if job.columns]
+        check_room = functools.partial(require_room, store, manifest, teacher)
+        check_room(jobs)
         if needs_head and (CONSTANTS, OUTPUT_HEAD) not in manifest:
-            write_output_head(store, manifest, teacher.parts)
+            write_head(store, manifest, teacher.parts.output_head)
         if not jobs:
-            return 0, 0
+            return 0, 0, 0.0
         computer = ShardComputer(
             store,
             manifest,
             teacher.parts,
             [target for demand in demands for target in demand.targets.values()],
+            codes=read_codes(store, manifest, dict.fromkeys(name for job in jobs for name in job.columns)),
             batch_size=requests[0].recipe.teacher.batch_size,
             row_names=row_names(requests),
         )
-        return sum(job.num_tokens for job in jobs), _run(computer, jobs, lease, show_progress=show_progress)
+        started = time.monotonic()
+        written_bytes = _run(computer, jobs, check_room, lease, show_progress=show_progress)
+        return sum(job.num_tokens for job in jobs), written_bytes, time.monotonic() - started
 
 
-def _run(computer: ShardComputer, jobs: Sequence[ShardJob], lease: Lease, *, show_progress: bool) -> int:
+def _run(
+    computer: ShardComputer,
+    jobs: Sequence[ShardJob],
+    check_room: Callable[[Sequence[ShardJob]], None],
+    lease: Lease,
+    *,
+    show_progress: bool,
+) -> int:
     """Run the jobs one after another, and give the bytes that they wrote."""
     written_bytes = 0
     total = sum(job.num_tokens for job in jobs)
@@ -194,9 +224,12 @@ def _run(computer: ShardComputer, jobs: Sequence[ShardJob], lease: Lease, *, sho
             bar.set_postfix_str(f"{written_bytes / 1e6:.1f} MB written", refresh=False)
             bar.update(num_tokens)
 
-        for job in jobs:
+        for number, job in enumerate(jobs):
             lease.require()
             computer.run(job, on_progress)
+            if number == 0:
+                # What each column takes is known now, before the hours are spent.
+                check_room(jobs[1:])
     return written_bytes
 
 

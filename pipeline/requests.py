@@ -95,9 +95,10 @@ def _check_recipe(recipe: Recipe, teacher: Teacher) -> None:
     """Refuse, before any work, what this teacher cannot do."""
     config = text_config(teacher.config)
     logits = recipe.targets.logits
-    if logits.kind == "topk" and logits.k > config.vocab_size:
+    if logits.kind in ("topk", "topk_sampled") and logits.k > config.vocab_size - (logits.kind == "topk_sampled"):
+        tail = ": no tail is left to draw from" if logits.k == config.vocab_size else ""
         raise RecipeError(
-            f"targets.logits.k is {logits.k}, but the teacher's vocabulary has {config.vocab_size} entries"
+            f"targets.logits.k is {logits.k}, but the teacher's vocabulary has {config.vocab_size} entries{tail}"
         )
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and recipe.data.sequence_length > longest:

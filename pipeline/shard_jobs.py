@@ -4,6 +4,7 @@ Batches never straddle a shard and depend on nothing but the shard and the batch
 has the same bytes.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,31 +14,29 @@ import torch
 from torch import Tensor
 
 from cache.arrays import read_column
-from cache.columns import ArraySpec, Column
+from cache.columns import Column
 from cache.errors import RecipeError
 from cache.manifest import Manifest
-from cache.store import CONSTANTS, Store
-from cache.tokens import TOKENS, token_column
+from cache.store import Store
+from cache.tokens import TOKENS
 from cache.writer import write_column
-from pipeline.capture import Captured, CaptureRequest, capture
-from pipeline.encodings import (
-    encode_hidden,
-    encode_topk,
-    hidden_column,
-    state_column,
-    to_numpy,
-    topk_column,
-)
+from pipeline.capture import Captured, CaptureRequest, capture, join_parts
+from pipeline.column_specs import describe_column
+from pipeline.encodings import encode_state, to_numpy
 from pipeline.models import ModelParts
 from pipeline.targets import (
-    FINAL_STATE,
-    HIDDEN_PREFIX,
+    FINAL_PREFIX,
     LABEL_LOGIT,
-    OUTPUT_HEAD,
+    TAIL_PREFIX,
+    Tail,
     TargetColumns,
+    hidden_block,
     logsumexp_name,
+    state_form,
     topk_size,
 )
+from pipeline.token_encodings import encode_tail, encode_topk
+from pipeline.transform_coding import TransformCode
 
 OnProgress = Callable[[int, int], None]
 
@@ -61,6 +60,11 @@ class ShardJob:
         return replace(self, columns=tuple(name for name in self.columns if (self.shard, name) not in manifest))
 
     @property
+    def row_ids(self) -> list[bytes]:
+        """The id of each row."""
+        return self.rows["row"].to_pylist()
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
         return self.rows["length"].to_pylist()
@@ -79,6 +83,7 @@ class ShardComputer:
         manifest: Its manifest.
         parts: The teacher.
         targets: The columns of the recipe, by the name of each.
+        codes: The transform code of each coded column, by its name.
         batch_size: Rows of a teacher batch.
         row_names: How errors name a row, by its id; others are named by their place in the shard.
     """
@@ -90,6 +95,7 @@ class ShardComputer:
         parts: ModelParts,
         targets: Sequence[TargetColumns],
         *,
+        codes: Mapping[str, TransformCode],
         batch_size: int,
         row_names: Mapping[bytes, str],
     ) -> None:
@@ -98,54 +104,68 @@ class ShardComputer:
         self._parts = parts
         self._batch_size = batch_size
         self._row_names = row_names
-        self._hidden_blocks = {name: block for columns in targets for block, name in columns.hidden.items()}
+        self._codes = codes
         self._temperatures = {logsumexp_name(value): value for columns in targets for value in columns.temperatures}
 
     def run(self, job: ShardJob, on_progress: OnProgress) -> None:
         """Compute and commit the columns of a job; reports tokens and bytes as they are done."""
         captured = []
-        for batch, names in self._batches(job):
-            captured.append(_to_host(capture(self._parts, batch, self._request(job), row_names=names)))
-            on_progress(sum(map(len, batch)), 0)
+        request = self._request(job)
+        for batch in self._batches(job):
+            uniforms_N = torch.cat(
+                [_uniforms(row, len(ids), "tail") for row, ids in zip(batch.ids, batch.rows, strict=True)]
+            )
+            kept = capture(self._parts, batch.rows, request, row_names=batch.names, uniforms_N=uniforms_N)
+            captured.append(_to_host(kept))
+            on_progress(len(uniforms_N), 0)
         whole = _concatenate(captured)
+        sizes = {"width": self._parts.hidden_size, "vocab_size": self._parts.vocab_size}
         for name in job.columns:
-            column = describe_column(name, width=self._parts.hidden_size, vocab_size=self._parts.vocab_size)
-            host = {array: to_numpy(values) for array, values in self._encode(column, whole).items()}
-            sizes = {"num_tokens": job.num_tokens, "num_rows": len(job.rows)}
-            record = write_column(self._store, self._manifest, job.shard, column, host, **sizes)
+            column = describe_column(name, codes=self._codes, **sizes)
+            host = {array: to_numpy(values) for array, values in self._encode(column, whole, job).items()}
+            counts = {"num_tokens": job.num_tokens, "num_rows": len(job.rows)}
+            record = write_column(self._store, self._manifest, job.shard, column, host, **counts)
             on_progress(0, record.stored_bytes)
 
-    def _batches(self, job: ShardJob) -> Iterator[tuple[list[Tensor], list[str]]]:
+    def _batches(self, job: ShardJob) -> Iterator["_Batch"]:
         ids = read_column(self._store, self._manifest.record(job.shard, TOKENS))["ids"].astype(np.int64)
         rows = torch.from_numpy(ids).split(job.lengths)
+        row_ids = job.row_ids
         names = [
-            self._row_names.get(row, f"row {position} of shard {job.shard}")
-            for position, row in enumerate(job.rows["row"].to_pylist())
+            self._row_names.get(row, f"row {position} of shard {job.shard}") for position, row in enumerate(row_ids)
         ]
         for start in range(0, len(rows), self._batch_size):
             chosen = slice(start, start + self._batch_size)
-            yield list(rows[chosen]), names[chosen]
+            yield _Batch(list(rows[chosen]), row_ids[chosen], names[chosen])
 
     def _request(self, job: ShardJob) -> CaptureRequest:
+        blocks = {hidden_block(name) for name in job.columns}
+        tails = [Tail.parse(name) for name in job.columns if name.startswith(TAIL_PREFIX)]
         return CaptureRequest(
-            blocks=tuple(self._hidden_blocks[name] for name in job.columns if name in self._hidden_blocks),
-            k=max(topk_size(name) for name in job.columns),
+            blocks=tuple(sorted(block for block in blocks if block is not None)),
+            ks=tuple(sorted({topk_size(name) for name in job.columns} - {0})),
             temperatures=tuple(self._temperatures[name] for name in job.columns if name in self._temperatures),
             labels=LABEL_LOGIT in job.columns,
-            final_state=FINAL_STATE in job.columns,
+            final_state=any(name.startswith(FINAL_PREFIX) for name in job.columns),
+            tails=tuple(tails),
         )
 
-    def _encode(self, column: Column, captured: Captured) -> dict[str, Tensor]:
+    def _encode(self, column: Column, captured: Captured, job: ShardJob) -> dict[str, Tensor]:
         name = column.name
         try:
-            if name in self._hidden_blocks:
-                state_ND = captured.hidden_ND[self._hidden_blocks[name]]
-                return encode_hidden(state_ND, encoding=column.attributes["encoding"])
-            if name == FINAL_STATE:
-                return encode_hidden(_present(captured.final_state_ND), encoding="float16")
+            if form := state_form(name):
+                block = hidden_block(name)
+                state_ND = _present(captured.final_state_ND) if block is None else captured.hidden_ND[block]
+                stored_N = None
+                if form.fraction < 1.0:
+                    # The same positions for every block, a function of the row alone.
+                    rows = zip(job.row_ids, job.lengths, strict=True)
+                    stored_N = torch.cat([_uniforms(row, length, "hidden") for row, length in rows]) < form.fraction
+                return encode_state(state_ND, form=form, code=self._codes.get(name), stored_N=stored_N)
             if k := topk_size(name):
-                top_logits, top_ids = _present(captured.top_logits_NK)[:, :k], _present(captured.top_ids_NK)[:, :k]
-                return encode_topk(top_logits, top_ids, column=column)
+                return encode_topk(*captured.top_NK[k], column=column)
+            if name.startswith(TAIL_PREFIX):
+                return encode_tail(*captured.tail_NM[Tail.parse(name)], column=column)
         except OverflowError as error:
             raise RecipeError(
                 f"column {name} cannot be stored: {error}; use another encoding, such as bfloat16 or int8"
@@ -155,33 +175,19 @@ class ShardComputer:
         return {"values": captured.logsumexp_N[self._temperatures[name]]}
 
 
-def describe_column(name: str, *, width: int, vocab_size: int) -> Column:
-    """Describe the column of a target by its name, for a teacher of that width and vocabulary."""
-    if name == TOKENS:
-        return token_column(vocab_size=vocab_size)
-    if name.startswith(HIDDEN_PREFIX):
-        return hidden_column(name, encoding=name.rsplit("/", 1)[-1], width=width)
-    if name == FINAL_STATE:
-        return state_column(name, width=width)
-    if k := topk_size(name):
-        return topk_column(name, k=k, values=name.rsplit("/", 1)[-1], vocab_size=vocab_size)
-    return Column(name, {"values": ArraySpec("float32")})
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of a teacher batch: their token ids, their row ids, and how errors name them."""
+
+    rows: list[Tensor]
+    ids: list[bytes]
+    names: list[str]
 
 
-def write_output_head(store: Store, manifest: Manifest, parts: ModelParts) -> None:
-    """Keep the output head, bit for bit, so that eval rows' last states give exact logits without the teacher."""
-    head = parts.output_head
-    dtype = str(head.weight_VD.dtype).removeprefix("torch.")
-    vocab_size, width = head.weight_VD.shape
-    stored = "uint16" if dtype == "bfloat16" else dtype
-    arrays = {"weight": encode_hidden(head.weight_VD.detach(), encoding=dtype)["values"]}
-    specs = {"weight": ArraySpec(stored, (vocab_size, width), axis="shard")}
-    if head.bias_V is not None:
-        arrays["bias"] = encode_hidden(head.bias_V.detach(), encoding=dtype)["values"]
-        specs["bias"] = ArraySpec(stored, (vocab_size,), axis="shard")
-    column = Column(OUTPUT_HEAD, specs, {"dtype": dtype, "scale": head.scale, "softcap": head.softcap})
-    host = {name: to_numpy(values) for name, values in arrays.items()}
-    write_column(store, manifest, CONSTANTS, column, host, num_tokens=0, num_rows=0)
+def _uniforms(row: bytes, length: int, purpose: str) -> Tensor:
+    """Give a number in [0, 1) for each position of a row, a function of the row and the purpose alone."""
+    seed = int.from_bytes(hashlib.sha256(row + purpose.encode()).digest()[:8], "little", signed=True)
+    return torch.rand(length, generator=torch.Generator().manual_seed(seed))
 
 
 def _to_host(captured: Captured) -> Captured:
@@ -193,10 +199,10 @@ def _to_host(captured: Captured) -> Captured:
     return Captured(
         hidden_ND={block: values.cpu() for block, values in captured.hidden_ND.items()},
         final_state_ND=host(captured.final_state_ND),
-        top_logits_NK=host(captured.top_logits_NK),
-        top_ids_NK=host(captured.top_ids_NK),
+        top_NK={k: (logits.cpu(), ids.cpu()) for k, (logits, ids) in captured.top_NK.items()},
         label_logit_N=host(captured.label_logit_N),
         logsumexp_N={temperature: values.cpu() for temperature, values in captured.logsumexp_N.items()},
+        tail_NM={tail: (draws[0].cpu(), draws[1].cpu(), draws[2].cpu()) for tail, draws in captured.tail_NM.items()},
     )
 
 
@@ -210,10 +216,10 @@ def _concatenate(batches: Sequence[Captured]) -> Captured:
     return Captured(
         hidden_ND={block: torch.cat([batch.hidden_ND[block] for batch in batches]) for block in first.hidden_ND},
         final_state_ND=joined(lambda batch: batch.final_state_ND),
-        top_logits_NK=joined(lambda batch: batch.top_logits_NK),
-        top_ids_NK=joined(lambda batch: batch.top_ids_NK),
+        top_NK={k: join_parts([batch.top_NK[k] for batch in batches]) for k in first.top_NK},
         label_logit_N=joined(lambda batch: batch.label_logit_N),
         logsumexp_N={key: torch.cat([batch.logsumexp_N[key] for batch in batches]) for key in first.logsumexp_N},
+        tail_NM={tail: join_parts([batch.tail_NM[tail] for batch in batches]) for tail in first.tail_NM},
     )
 
 

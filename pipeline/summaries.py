@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # a listing does not wait for torch
     from cache.root_audit import RootAudit
     from pipeline.dry_run import DryRun
     from pipeline.evaluate import Evaluation
+    from pipeline.live_check import LiveCheck
     from pipeline.precompute import PrecomputeSummary
     from pipeline.repair import RepairSummary
 
@@ -43,7 +44,7 @@ def precompute_lines(result: "PrecomputeSummary") -> Iterator[str]:
         per_token = result.written_bytes / result.computed_tokens
         yield (
             f"computed   {result.computed_tokens:,} tokens in {result.seconds:.0f} s ({rate:,.0f} tokens/s), "
-            f"{_size(result.written_bytes)}, {per_token:,.0f} bytes a token"
+            f"{format_size(result.written_bytes)}, {per_token:,.0f} bytes a token"
         )
     elif not result.missing_shards:
         loaded = "the teacher was loaded to make the student" if result.teacher_was_loaded else "no teacher was loaded"
@@ -59,7 +60,9 @@ def dry_run_table(result: "DryRun") -> Table:
         table.add_column(heading, justify="left" if heading == "column" else "right")
     for column in result.columns:
         missing = column.num_shards - column.num_complete
-        about = "" if not missing else f"{'about' if column.is_measured else 'at most'} {_size(column.missing_bytes)}"
+        about = (
+            "" if not missing else f"{'about' if column.is_measured else 'at most'} {format_size(column.missing_bytes)}"
+        )
         table.add_row(column.name, f"{column.num_complete} of {column.num_shards}", str(missing or "-"), about or "-")
     return table
 
@@ -75,7 +78,7 @@ def dry_run_lines(result: "DryRun") -> Iterator[str]:
     if result.students_to_prune:
         yield f"{_count(result.students_to_prune, 'student')} to prune: the teacher is loaded"
     if result.computed_tokens:
-        size = _size(result.missing_bytes)
+        size = format_size(result.missing_bytes)
         yield f"the teacher would read {result.computed_tokens:,} tokens, and write at most {size}"
     elif not result.students_to_prune:
         yield "everything is complete: precompute would load no teacher"
@@ -95,7 +98,7 @@ def store_table(stores: "list[StoreSummary]") -> Table:
             f"{store.num_rows:,}",
             f"{store.num_tokens:,}",
             f"{store.num_shards:,}",
-            _size(store.num_bytes),
+            format_size(store.num_bytes),
             per_token,
             _age(store.age_s) + (f", in use by {', '.join(store.writers)}" if store.writers else ""),
         )
@@ -110,14 +113,14 @@ def store_lines(store: "StoreSummary") -> Iterator[str]:
     yield f"teacher    {store.teacher.get('name', '?')}, {architecture} in {identity['dtype']}"
     yield f"identity   weights {identity['weights'][:12]}, config {identity['config'][:12]}"
     yield f"rows       {store.num_rows:,}; {store.num_tokens:,} tokens in {_count(store.num_shards, 'shard')}"
-    yield f"size       {_size(store.num_bytes)}, written {_age(store.age_s)}"
+    yield f"size       {format_size(store.num_bytes)}, written {_age(store.age_s)}"
     for writer in store.writers:
         yield f"in use by  {writer}"
 
 
 def what_is_lost(store: "StoreSummary") -> str:
     """Say what goes with a store."""
-    return f"{store.num_tokens:,} tokens of {store.teacher.get('name', '?')}, {_size(store.num_bytes)}"
+    return f"{store.num_tokens:,} tokens of {store.teacher.get('name', '?')}, {format_size(store.num_bytes)}"
 
 
 def column_table(store: "StoreSummary") -> Table:
@@ -128,7 +131,7 @@ def column_table(store: "StoreSummary") -> Table:
     for column in store.columns:
         per_token = "-" if column.bytes_per_token is None else f"{column.bytes_per_token:,.1f}"
         share = f"{column.share:.1%}" if column.share < 1 else "all"
-        table.add_row(column.name, f"{column.num_shards:,}", share, per_token, _size(column.num_bytes))
+        table.add_row(column.name, f"{column.num_shards:,}", share, per_token, format_size(column.num_bytes))
     return table
 
 
@@ -147,7 +150,8 @@ def verify_lines(audit: "RootAudit") -> Iterator[str]:
     """Say what an audit found, the worst last."""
     for store in audit.stores:
         verdict = "all as written" if not store.problems else _count(len(store.problems), "problem")
-        yield f"{store.path}: {_count(store.num_columns, 'column')} of shards, {_size(store.num_bytes)}: {verdict}"
+        holds = f"{_count(store.num_columns, 'column')} of shards, {format_size(store.num_bytes)}"
+        yield f"{store.path}: {holds}: {verdict}"
         if store.unfinished or store.unlisted:
             files = len(store.unfinished) + len(store.unlisted)
             yield f"  {_count(files, 'unfinished write')} of a run that was cut off; precompute goes on from there"
@@ -159,6 +163,35 @@ def verify_lines(audit: "RootAudit") -> Iterator[str]:
         yield f"  and {len(problems) - _SHOWN_PROBLEMS:,} more; --json lists all"
     if problems:
         yield f"{_count(len(problems), 'problem')}; run: coldstill cache repair RECIPE"
+
+
+def live_table(check: "LiveCheck") -> Table:
+    """Show each column's error beside the teacher's noise: the mean, and the largest behind it."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("column", "measure", "mean", "largest", "noise", "stated", "verdict"):
+        is_number = heading in ("mean", "largest", "noise")
+        table.add_column(heading, justify="right" if is_number else "left", no_wrap=heading != "stated")
+    for column in check.columns:
+        table.add_row(
+            column.column,
+            column.measure,
+            *(f"{value:.2g}" for value in (column.mean, column.largest, column.noise_largest)),
+            column.stated.removeprefix("at most ").removesuffix(", and float32 rounding"),
+            "within" if column.is_within else "beyond",
+        )
+    return table
+
+
+def live_lines(check: "LiveCheck") -> Iterator[str]:
+    """Say what a live check found."""
+    rows = f"{_count(check.num_rows, 'row')}, {check.num_tokens:,} tokens"
+    beyond = [column for column in check.columns if not column.is_within]
+    if check.unchecked:
+        yield f"no row of these has {', '.join(check.unchecked)}; take more rows to compare it"
+    if not beyond:
+        yield f"{rows}, run twice: every column is within what it states and ten times the noise"
+    for column in beyond:
+        yield f"{column.column} is beyond what it states and ten times the noise, most at {column.worst}"
 
 
 def repair_lines(result: "RepairSummary") -> Iterator[str]:
@@ -201,7 +234,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _size(num_bytes: float) -> str:
+def format_size(num_bytes: float) -> str:
+    """Give a number of bytes as a person reads it, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:,.0f} B" if unit == "B" else f"{num_bytes:,.1f} {unit}"

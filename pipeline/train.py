@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from cache.columns import Axis
 from cache.errors import IdentityError, ModelError, RecipeError
 from cache.manifest import Manifest
 from cache.reader import require_complete
 from pipeline.batches import BatchCollator, BatchColumns, StoredRows
 from pipeline.config import Recipe
 from pipeline.distiller import Distiller, LossWeights
+from pipeline.divergences import Divergence
 from pipeline.model_card import model_card
 from pipeline.models import (
     check_vocabularies,
@@ -29,6 +29,7 @@ from pipeline.models import (
     text_config,
 )
 from pipeline.pairing import layer_map_of
+from pipeline.peak_memory import peak_memory_bytes
 from pipeline.projectors import create_projectors
 from pipeline.run_folder import (
     check_claim,
@@ -44,7 +45,8 @@ from pipeline.run_folder import (
 )
 from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.student_folders import find_student
-from pipeline.targets import columns_of, logsumexp_name
+from pipeline.target_forms import column_axes, logits_columns, target_forms
+from pipeline.targets import columns_of
 from pipeline.trainer import UniversalDistillationTrainer
 
 
@@ -59,6 +61,7 @@ class TrainSummary:
         losses: The last logged loss and its terms.
         tokens_per_s: Over the steps taken now.
         seconds: Time of these steps.
+        peak_memory_bytes: The most that the process held, on its accelerator where it has one.
     """
 
     student: str
@@ -67,6 +70,7 @@ class TrainSummary:
     losses: dict[str, float]
     tokens_per_s: float
     seconds: float
+    peak_memory_bytes: int
 
 
 def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
@@ -132,24 +136,21 @@ def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict
     if loss.gamma:
         layer_map = layer_map_of(recipe.mapping, student, num_teacher_blocks=run.store.teacher["num_blocks"])
         _check_blocks(recipe, layer_map)
-    if loss.beta and loss.temperature not in logits.temperatures:
+    if loss.beta and logits.kind != "final" and loss.temperature not in logits.temperatures:
         stored = ", ".join(f"{temperature:g}" for temperature in logits.temperatures)
         raise RecipeError(
             f"loss.temperature {loss.temperature:g} is not stored; targets.logits.temperatures has {stored}: "
-            "use one of these, or add it there and run: coldstill precompute"
+            "use one of these, add it there and run: coldstill precompute, or store what gives every temperature: "
+            "targets.logits.kind=final"
         )
     manifest = Manifest(run.store)
     blocks = list(layer_map.values())
     shards = run.selections["train"].shard_names
     wanted = columns_of(recipe.targets, blocks=blocks, split="train", manifest=manifest, shards=shards)
-    columns = BatchColumns(
-        topk=wanted.topk if loss.beta else None,
-        logsumexp=logsumexp_name(loss.temperature) if loss.beta else None,
-        hidden=wanted.hidden,
-    )
+    columns = BatchColumns(logits=logits_columns(wanted, loss.temperature) if loss.beta else {}, hidden=wanted.hidden)
     for selection in run.selections.values():
         require_complete(manifest, selection, columns.names(), store=run.store.path)
-    return layer_map, BatchCollator(columns, _axes(manifest, columns, shards[0]))
+    return layer_map, BatchCollator(columns, column_axes(manifest, columns, shards[0]))
 
 
 def _check_blocks(recipe: Recipe, layer_map: Mapping[int, int]) -> None:
@@ -184,8 +185,8 @@ def _make_trainer(
         beta=loss.beta,
         gamma=loss.gamma,
         temperature=loss.temperature,
+        divergence=Divergence(loss.divergence, loss.divergence_weight, loss.selective_k, loss.selective_entropy),
         hidden=loss.hidden,
-        k=recipe.targets.logits.k,
     )
     datasets = {
         split: StoredRows(run.store.path, selection, collator.columns, local_copy=recipe.local_copy)
@@ -194,7 +195,8 @@ def _make_trainer(
     tokenizer = None
     with contextlib.suppress(ModelError):
         tokenizer = load_tokenizer(student_folder, trust_remote_code=recipe.student.trust_remote_code)
-    distiller = Distiller(student, projectors, layer_map=layer_map, weights=weights)
+    forms = target_forms(recipe, run.store, collator.columns)
+    distiller = Distiller(student, projectors, layer_map=layer_map, weights=weights, forms=forms)
     try:
         return UniversalDistillationTrainer(
             distiller,
@@ -231,14 +233,6 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
         raise RecipeError(f"train: {' '.join(str(error).split())}") from None
 
 
-def _axes(manifest: Manifest, columns: BatchColumns, shard: str) -> dict[str, dict[str, Axis]]:
-    """Read the axis of each array off one committed shard; it is the same in all."""
-    records = {name: manifest.record(shard, name) for name in columns.names()}
-    return {
-        name: {array: spec.axis for array, spec in record.column.arrays.items()} for name, record in records.items()
-    }
-
-
 def _finish(
     recipe: Recipe,
     run: RunRows,
@@ -260,6 +254,7 @@ def _finish(
         losses=losses,
         tokens_per_s=run.selections["train"].num_tokens * trained_epochs / seconds,
         seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(),
     )
     if trainer.is_world_process_zero():
         facts = {"run": key, "teacher": run.store.teacher["identity"], "store": run.store.name}

@@ -39,7 +39,15 @@ def test_the_whole_way_then_a_second_run_that_finds_everything_complete(
     assert files_below(workplace / "caches") == before
     for output in ("precompute", "student", "evaluation"):
         record = yaml.safe_load((workplace / "run" / output / "recipe.yaml").read_text())
-        assert record["targets"]["logits"] == {"kind": "topk", "k": 16, "values": "float16", "temperatures": [1.0, 2.0]}
+        assert record["targets"]["logits"] == {
+            "kind": "topk",
+            "k": 16,
+            "values": "delta",
+            "samples": 32,
+            "encoding": "coded",
+            "step": 0.03,
+            "temperatures": [1.0, 2.0],
+        }
         facts = json.loads((workplace / "run" / output / "provenance.json").read_text())
         assert {"argv", "seed", "versions", "hardware", "written_at", "store"} <= facts.keys()
 

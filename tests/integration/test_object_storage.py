@@ -514,7 +514,7 @@ def test_a_store_in_a_bucket_is_listed_verified_repaired_and_removed(
     assert listed["num_shards"] == NUM_SHARDS
     assert listed["age_s"] < 600
     (described,) = json.loads(in_this_process("cache", "info", cache, "--json").stdout)
-    assert {column["name"] for column in described["columns"]} >= {"tokens", "hidden/2/int8", "logits/topk/16/float16"}
+    assert {column["name"] for column in described["columns"]} >= {"tokens", "hidden/2/int8", "logits/topk/16/delta"}
     arrays = [name for name in place.tree if "/hidden/2/int8/" in name and "/c." in name]
     damaged, missing = arrays[0], arrays[-1]
     endpoint.write(filled, damaged, flip(place.tree[damaged]))

@@ -114,7 +114,7 @@ class Extension:
 EXTENSIONS = [
     Extension("block", ("targets.hidden.blocks=[0,1,2,3]",), ("hidden/3/int8",)),
     Extension("temperature", ("targets.logits.temperatures=[1,2,4]",), ("logsumexp/4",)),
-    Extension("larger k", ("targets.logits.k=32",), ("logits/topk/32/float16",)),
+    Extension("larger k", ("targets.logits.k=32",), ("logits/topk/32/delta",)),
     Extension("smaller k", ("targets.logits.k=8",), ()),
     Extension("dropped block", ("targets.hidden.blocks=[0]", "loss.gamma=0"), ()),
     Extension("encoding", ("targets.hidden.encoding=float16",), tuple(f"hidden/{b}/float16" for b in range(3))),
@@ -247,7 +247,7 @@ def test_rows_are_read_while_the_store_is_being_extended(
     recipe = write_recipe()
     coldstill("precompute", recipe)
     run = find_run_rows(load_recipe(recipe, []))
-    names = ["tokens", "label_logit", "logits/topk/16/float16", "logsumexp/2", "hidden/1/int8"]
+    names = ["tokens", "label_logit", "logits/topk/16/delta", "logsumexp/2", "hidden/1/int8"]
 
     def read() -> list[Any]:
         reader = Reader(open_store(run.store.path), run.selections["train"], names)

@@ -1,5 +1,6 @@
 """The recipe: overrides, numbers as people write them, and one helpful line for each mistake."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,18 @@ WRONG = [
     ({"targets.hidden.blocks": "none"}, "r: loss.gamma is above 0 but targets.hidden.blocks is none"),
     ({"targets.hidden.blocks": [-1]}, "targets.hidden.blocks in r: Input should be 'mapped' or 'none', got [-1]"),
     ({"targets.logits.temperatures": [2, 2]}, "targets.logits.temperatures in r: needs at least one temperature"),
+    ({"targets.logits.kind": "top"}, "targets.logits.kind in r: Input should be 'topk', 'topk_sampled', 'final' "),
+    ({"targets.logits.values": "float16"}, "targets.logits.values in r: Input should be 'delta' or 'float32'"),
+    ({"targets.logits.step": 0}, "targets.logits.step in r: Input should be greater than 0, got 0"),
+    ({"targets.logits.samples": 0}, "targets.logits.samples in r: Input should be greater than 0, got 0"),
+    ({"targets.logits.encoding": "bfloat16"}, "targets.logits.encoding in r: Input should be 'coded', 'int8', "),
+    ({"targets.hidden.step": 0}, "targets.hidden.step in r: Input should be greater than 0, got 0"),
+    ({"targets.hidden.token_fraction": 0}, "targets.hidden.token_fraction in r: Input should be greater than 0, got 0"),
+    ({"targets.hidden.token_fraction": 1.5}, "targets.hidden.token_fraction in r: Input should be less than or "),
+    ({"loss.divergence": "kl"}, "loss.divergence in r: Input should be 'forward_kl', 'reverse_kl', "),
+    ({"loss.divergence_weight": 0.5}, "loss in r: divergence_weight has no effect on forward_kl; it belongs to "),
+    ({"loss": {"divergence": "selective", "divergence_weight": 0.5}}, "loss in r: divergence_weight has no effect on "),
+    ({"loss": {"divergence": "skewed_kl", "divergence_weight": 1}}, "loss.divergence_weight in r: Input should "),
     ({"data.eval.path": "text"}, "data in r: train and eval read the same source, so eval.max_rows must say"),
     ({"data.train.prompt_column": "q"}, "data in r: prompt_column needs one document a row: set data.packing to false"),
     ({"train.lerning_rate": 1}, "train in r: unknown key 'train.lerning_rate': transformers' Training"),
@@ -89,6 +102,24 @@ def test_each_mistake_is_one_line_that_names_the_key(data, changes, message):
         parse_recipe(data, name="r")
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "message"),
+    [
+        ("topk", 385, "targets.logits.k is 385, but the teacher's vocabulary has 384 entries"),
+        ("topk_sampled", 384, "has 384 entries: no tail is left to draw from"),
+        ("topk_sampled", 500, "targets.logits.k is 500, but the teacher's vocabulary has 384 entries"),
+    ],
+)
+def test_more_tokens_than_the_teacher_has_are_refused_before_any_work(
+    write_recipe: Callable[..., Path], coldstill: Callable[..., Any], workplace: Path, kind: str, k: int, message: str
+):
+    recipe = write_recipe(targets__logits={"kind": kind, "k": k, "temperatures": [1, 2]})
+    said = coldstill("precompute", recipe, expect=2).stderr
+    assert said.strip().endswith(message)
+    assert said.count("\n") == 1
+    assert not (workplace / "caches").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.losses import HIDDEN_LOSSES, bucketed_kl, cross_entropy, hidden_mse, hidden_normalised_mse
+from pipeline.divergences import Divergence
+from pipeline.logits_targets import BucketedTopk
+from pipeline.losses import HIDDEN_LOSSES, cross_entropy, hidden_mse, hidden_normalised_mse
 
 N, V, D = 5, 24, 7
 
@@ -25,8 +27,16 @@ def stored(teacher: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor,
 
 
 def kl(student: Tensor, teacher: Tensor, *, k: int, temperature: float) -> Tensor:
-    values, ids, normaliser = stored(teacher, k, temperature)
-    return bucketed_kl(student, values, ids, normaliser, temperature=temperature, num_positions=N)
+    return bucketed_kl(student, *stored(teacher, k, temperature), temperature=temperature, num_positions=N)
+
+
+def bucketed_kl(
+    student: Tensor, values: Tensor, ids: Tensor, normaliser: Tensor, *, temperature: float, num_positions: float
+) -> Tensor:
+    """The logits loss as the distiller makes it of the stored tokens and a bucket."""
+    target = BucketedTopk(values, ids, normaliser, temperature)
+    divergence_N = Divergence("forward_kl")(target.events(slice(0, len(values)), student))
+    return divergence_N.sum() * temperature**2 / num_positions
 
 
 def slope_at(loss: Callable[[Tensor], Tensor], point: Tensor, index: tuple[int, int], step: float = 1e-2) -> float:

@@ -1,0 +1,99 @@
+"""What commands share: their arguments, how a stage is called, and how a summary is printed as JSON.
+
+Torch and transformers are imported by the commands that need them, so that `--help` answers at once. What libraries
+print while a stage runs goes to standard error; standard output is the summary's alone.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cache.errors import RecipeError
+
+RecipesArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="RECIPE|KEY=VALUE", help="Recipes, and changes to all of them.", show_default=False),
+]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to it, such as loss.temperature=3.", show_default=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+
+
+def run_stage(name: str, recipe: Path, overrides: list[str] | None, **options: Any) -> Any:
+    """Load the recipe and call the stage's function."""
+    quieten_libraries()
+    from pipeline.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    _note_idle_keys(loaded)
+    return call(name, loaded, **options)
+
+
+def call(name: str, *arguments: Any, **options: Any) -> Any:
+    """Call a stage; what libraries print meanwhile goes to standard error."""
+    stage = getattr(importlib.import_module(f"pipeline.{name}"), name)
+    with contextlib.redirect_stdout(sys.stderr):
+        return stage(*arguments, **options)
+
+
+def load_recipes(arguments: list[str]) -> list[Any]:
+    """Load recipes, each with all the overrides: an argument with `=` that is no file is an override."""
+    quieten_libraries()
+    from pipeline.recipe_file import load_recipe
+
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
+    files = [argument for argument in arguments if argument not in overrides]
+    if not files:
+        raise RecipeError(f"no recipe among {' '.join(arguments)}; the first argument is a YAML file")
+    recipes = [load_recipe(Path(file), overrides) for file in files]
+    for recipe in recipes:
+        _note_idle_keys(recipe)
+    return recipes
+
+
+def _note_idle_keys(recipe: Any) -> None:
+    """Say, where the screen is not for machines, which keys of a recipe do nothing."""
+    for note in recipe.idle_keys() if speaks() else ():
+        typer.echo(f"coldstill: {note}", err=True)
+
+
+def speaks() -> bool:
+    """Whether this process prints: under torchrun or accelerate launch, the first one speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print a summary line by line."""
+    for line in lines:
+        print(line)
+
+
+def quieten_libraries() -> None:
+    """Leave the screen to this program's own progress; warnings and errors still come through."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def print_json(result: Any) -> None:
+    """Print a summary as JSON."""
+    print(json.dumps(result, indent=1, default=_json_default))
+
+
+def _json_default(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return sorted(value) if isinstance(value, set) else str(value)
