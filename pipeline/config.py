@@ -35,13 +35,6 @@ MappingStrategy = Literal["uniform", "last", "kept", "stride", "endpoints", "pai
 ProjectorKind = Literal["auto", "linear", "mlp", "none"]
 LogitsKind = Literal["topk", "topk_sampled", "final", "none"]
 HiddenLoss = Literal["mse", "normalised_mse", "cosine"]
-
-
-def _changed(section: BaseModel) -> list[str]:
-    defaults = type(section).model_fields
-    return [key for key, field in defaults.items() if getattr(section, key) != field.default]
-
-
 WEIGHTED_DIVERGENCES = ("jensen_shannon", "skewed_kl", "bidirectional")
 
 
@@ -142,7 +135,7 @@ class StudentConfig(_Section):
 class LogitsTargetConfig(_Section):
     """What is kept of the teacher's next-token distribution."""
 
-    kind: LogitsKind = "topk"
+    kind: LogitsKind = "final"  # the default by measured fidelity and recovery: docs/results.md
     k: Count = 64
     values: Literal["delta", "float32"] = "delta"
     samples: Count = 32
@@ -275,21 +268,13 @@ class Recipe(_Section):
         """Say which keys are not as they are by default and yet have no effect, each with the reason."""
         logits, hidden, loss = self.targets.logits, self.targets.hidden, self.loss
         is_top, is_coded = logits.kind in ("topk", "topk_sampled"), logits.encoding == "coded"
-        read = {
-            "kind": True,
-            "k": is_top,
-            "values": is_top,
-            "temperatures": is_top,
-            "samples": logits.kind == "topk_sampled",
-            "encoding": logits.kind == "final",
-            "step": logits.kind == "final" and is_coded,
-        }
+        is_final = logits.kind == "final"
+        read = {"kind": True, **dict.fromkeys(("k", "values", "temperatures"), is_top)}
+        read |= {"samples": logits.kind == "topk_sampled", "encoding": is_final, "step": is_final}
         idle = [
-            f"targets.logits.{key} has no effect: kind is {logits.kind}"
-            for key in _changed(logits)
-            if not read[key] and not (key == "step" and logits.kind == "final")
+            f"targets.logits.{key} has no effect: kind is {logits.kind}" for key in _changed(logits) if not read[key]
         ]
-        if logits.kind == "final" and not is_coded and "step" in _changed(logits):
+        if is_final and not is_coded and "step" in _changed(logits):
             idle.append(f"targets.logits.step has no effect: encoding is {logits.encoding}")
         if hidden.encoding != "coded" and "step" in _changed(hidden):
             idle.append(f"targets.hidden.step has no effect: encoding is {hidden.encoding}")
@@ -302,3 +287,9 @@ class Recipe(_Section):
     def seed(self) -> int:
         """The seed of training, and of every random choice that is not the data's."""
         return int(self.train.get("seed", 42))
+
+
+def _changed(section: BaseModel) -> list[str]:
+    """Name the keys of a section that are not as they are by default."""
+    defaults = type(section).model_fields
+    return [key for key, field in defaults.items() if getattr(section, key) != field.default]

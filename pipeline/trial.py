@@ -19,6 +19,7 @@ from cache.manifest import Manifest
 from cache.store import CONSTANTS
 from pipeline.byte_estimates import measured_bytes
 from pipeline.config import Recipe
+from pipeline.peak_memory import release_memory
 from pipeline.precompute import PrecomputeSummary, precompute
 from pipeline.recipe_file import dump_recipe, parse_recipe
 from pipeline.run_index import RunRows, find_run_rows
@@ -74,6 +75,7 @@ class Trial:
         Raises:
             RecipeError: Training fails; says what it said last.
         """
+        release_memory()
         recipe = Path(self.recipe.output) / "trial.yaml"
         recipe.write_text(dump_recipe(self.recipe))
         command = [sys.executable, "-m", "cli", "train", str(recipe), "--json"]

@@ -98,7 +98,7 @@ def recipe_data(workplace: Path) -> dict[str, Any]:
             "eval": {**source, "max_rows": 6},
         },
         "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
-        "targets": {"logits": {"k": 16, "temperatures": [1, 2]}},
+        "targets": {"logits": {"kind": "topk", "k": 16, "temperatures": [1, 2]}},
         "mapping": {"strategy": "kept"},
         "loss": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2.0},
         "train": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.001, "logging_steps": 2},

@@ -125,10 +125,12 @@ class Place:
         return [name for name in sorted(self.files) if not (name.startswith("students/") and name.endswith(records))]
 
     def damages(self) -> list[Damage]:
-        """Draw damages of all files that are guarded, the same ones each time."""
+        """Draw damages of all files that are guarded, one of each kind among them, the same ones each time."""
         generator = random.Random(0)
         names = self.guarded()
-        return [Damage(generator.choice(names), generator.choice(WAYS), seed) for seed in range(NUM_DAMAGES)]
+        files = list({kind_of(name): name for name in names}.values())
+        files += generator.choices(names, k=NUM_DAMAGES - len(files))
+        return [Damage(file, generator.choice(WAYS), seed) for seed, file in enumerate(files)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -308,7 +310,7 @@ def test_repair_restores_every_kind_of_file(place: Place):
     assert not found, report(found)
 
 
-@pytest.mark.parametrize(("old", "new"), [("group", "grouq"), ('"format": 2', '"format": 3')], ids=["node", "format"])
+@pytest.mark.parametrize(("old", "new"), [("group", "grouq"), ('"format": 3', '"format": 4')], ids=["node", "format"])
 def test_repair_restores_root_metadata_outside_of_what_its_check_covers(place: Place, old: str, new: str):
     path = place.store / "arrays.zarr/zarr.json"
     try:

@@ -19,7 +19,8 @@ def place(
 ) -> Iterator[Place]:
     """A recipe of three shards and few columns, and the server that runs it."""
     folder = tmp_path_factory.mktemp("kills")
-    targets = {"logits": {"k": 4, "temperatures": [1]}, "hidden": {"blocks": [1], "encoding": "float16"}}
+    # Coded columns, so that the calibrations are among what is killed.
+    targets = {"logits": {"kind": "final"}, "hidden": {"blocks": [1], "encoding": "coded", "token_fraction": 0.5}}
     recipe = small_recipe(folder, model_folders["teacher"], corpus[:30], targets=targets)
     with serving(folder, recipe) as place:
         yield place

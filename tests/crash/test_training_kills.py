@@ -34,7 +34,7 @@ def place(
         model_folders["teacher"],
         corpus[:30],
         student={"path": str(model_folders["narrow"])},
-        targets={"logits": {"k": 4, "temperatures": [1]}},
+        targets={"logits": {"kind": "topk", "k": 4, "temperatures": [1]}},
         loss={"temperature": 1},
         train=train,
     )

@@ -58,6 +58,9 @@ def small_recipe(
             "eval": {**source, "max_rows": eval_rows},
         },
         "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
-        "targets": {"logits": {"k": 4, "temperatures": [1]}, "hidden": {"blocks": [1]}},
+        "targets": {
+            "logits": {"kind": "topk", "k": 4, "temperatures": [1]},
+            "hidden": {"blocks": [1], "encoding": "coded"},
+        },
         **sections,
     }

@@ -244,7 +244,7 @@ class Place:
                 "eval": {**source, "max_rows": 6},
             },
             "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
-            "targets": {"logits": {"k": 16, "temperatures": [2]}, "hidden": {"blocks": [2]}},
+            "targets": {"logits": {"kind": "topk", "k": 16, "temperatures": [2]}, "hidden": {"blocks": [2]}},
             "mapping": {"strategy": "pairs", "pairs": {2: 2}},
             "train": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.001, "logging_steps": 2},
         }
