@@ -179,7 +179,7 @@ def plot(lines: Path, image: Path) -> None:
     mpl.use("svg")
     import matplotlib.pyplot as plt
 
-    mpl.rcParams["svg.hashsalt"] = "coldstill"
+    mpl.rcParams.update({"svg.hashsalt": "coldstill", "svg.fonttype": "none"})
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     shown = [row for row in rows if row["domain"] == "calibration" and row["temperature"] in (1.0, 2.0)]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
@@ -193,7 +193,7 @@ def plot(lines: Path, image: Path) -> None:
                 distance = [max(1 - row["grad_cosine"], 1e-7) for row in points]
                 axis.plot([row["bytes_per_token"] for row in points], distance, "o-", label=label, markersize=4)
         axis.axhline(1e-3, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", yscale="log", title=f"T = {temperature:g}", xlabel="bytes a token on disk")
+        axis.set(xlim=(0, None), yscale="log", title=f"T = {temperature:g}", xlabel="bytes a token on disk")
         axis.grid(visible=True, which="major", alpha=0.3)
     axes[0].set_ylabel("1 - cosine with live distillation's gradient")
     axes[1].legend(fontsize=8)

@@ -113,10 +113,13 @@ def plan(recipe: Recipe, *, budget_bytes: int | None = None, num_rows: int = 16,
 
 def _column_plan(cost: ColumnCost, per_token: Mapping[str, float]) -> ColumnPlan:
     measured = per_token.get(cost.name)
-    if measured is None:
+    blocks = [value for name, value in per_token.items() if name.startswith(HIDDEN_PREFIX)]
+    if measured is None and cost.name.startswith(HIDDEN_PREFIX) and blocks:
         # Which blocks these are is known when the student was pruned; the trial's own blocks stand for them.
-        blocks = [value for name, value in per_token.items() if name.startswith(HIDDEN_PREFIX)]
         measured = sum(blocks) / len(blocks)
+    if measured is None:
+        # A column of the store that serves the recipe, such as more logits than it asks for: the store knows its size.
+        measured = cost.missing_bytes / max(cost.missing_tokens, 1)
     return ColumnPlan(cost.name, measured, round(measured * cost.missing_tokens))
 
 
