@@ -232,4 +232,6 @@ def check_tail(arrays: dict[str, Tensor], logits: Tensor, *, k: int) -> None:
     assert not is_head.gather(-1, ids).any()
     tail = logits.masked_fill(is_head, -torch.inf)
     proposal = (tail.softmax(-1) + (tail / 2).softmax(-1)) / 2
-    assert torch.allclose(log_weights, -(ids.shape[-1] * proposal.gather(-1, ids)).log(), atol=1e-2)
+    want = -(ids.shape[-1] * proposal.gather(-1, ids)).log()
+    # float16, and what float32 has to round in another batch: a tail that began a token later would be off by 0.01.
+    assert ((log_weights - want).abs() <= 2**-11 * want.abs() + 2e-4).all()

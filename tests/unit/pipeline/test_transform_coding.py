@@ -115,6 +115,7 @@ def test_the_layout_is_a_function_of_the_spreads_alone(spreads, step):
     code = plain_code(spread_D)
     other = dataclasses.replace(code, centre_D=code.centre_D + 1, analysis_DD=2 * code.analysis_DD)
     assert code.layout(step) == other.layout(step)
+    assert code.layout(step) == dataclasses.replace(code, spread_D=2 * spread_D).layout(2 * step), "in units of steps"
     covered = [index for part in code.layout(step) for index in range(part.begin, part.end)]
     assert covered == list(range(len(spreads)))
 
