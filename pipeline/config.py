@@ -13,7 +13,7 @@ from pipeline.training_keys import check_training_keys
 def _nameable(value: float) -> float:
     text = f"{value:g}"
     if "e" in text or float(text) != value:
-        raise ValueError(f"is part of a column's name: at most six digits and no exponent, got {value!r}")
+        raise ValueError("is part of a column's name: at most six digits and no exponent")
     return value
 
 

@@ -17,8 +17,10 @@ def print_plan(result: "Plan") -> None:
     screen.print(_plan_table(result))
     for line in _plan_lines(result):
         screen.print(line, highlight=False, soft_wrap=True)
+    screen.print()
     screen.print(_kinds_table(result))
     if result.budget_bytes is not None:
+        screen.print()
         screen.print(_proposals_table(result, result.budget_bytes))
 
 

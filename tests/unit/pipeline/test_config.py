@@ -140,3 +140,30 @@ def test_an_override_of_another_form_is_refused(data, tmp_path, override):
     path.write_text(yaml.safe_dump(data))
     with pytest.raises(RecipeError, match="override '"):
         load_recipe(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"targets__logits": {"kind": "final", "k": 8}}, "targets.logits.k has no effect: kind is final"),
+        ({"targets__logits": {"kind": "final", "encoding": "int8", "step": 0.1}}, "targets.logits.step has no effect"),
+        ({"targets__logits": {"kind": "topk", "samples": 8}}, "targets.logits.samples has no effect: kind is topk"),
+        ({"targets__hidden": {"step": 0.1}}, "targets.hidden.step has no effect: encoding is int8"),
+        ({"loss__selective_k": 4}, "loss.selective_k has no effect: divergence is forward_kl"),
+    ],
+)
+def test_a_key_without_effect_is_noted(write_recipe: Callable[..., Path], changes: dict[str, Any], note: str):
+    (said,) = load_recipe(write_recipe(**changes)).idle_keys()
+    assert said.startswith(note)
+
+
+def test_a_recipe_whose_keys_all_count_has_no_note(write_recipe: Callable[..., Path]):
+    assert load_recipe(write_recipe()).idle_keys() == []
+
+
+@pytest.mark.parametrize("step", [1e-5, 0.03123456789])
+def test_a_number_that_cannot_stand_in_a_columns_name_is_refused(write_recipe: Callable[..., Path], step: float):
+    with pytest.raises(
+        RecipeError, match=r"targets\.logits\.step in .*: is part of a column's name: at most six digits"
+    ):
+        load_recipe(write_recipe(targets__logits={"kind": "final", "step": step}))
