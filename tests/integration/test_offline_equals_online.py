@@ -20,7 +20,8 @@ from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
 from pipeline.run_index import find_run_rows
 from pipeline.student_folders import find_student
-from pipeline.train import _load_student, _make_trainer, _plan, train
+from pipeline.train import train
+from pipeline.trainer_setup import create_trainer
 
 TERMS = {
     "task": {"alpha": 1.0, "beta": 0.0, "gamma": 0.0},
@@ -36,10 +37,7 @@ EXACT = {
 
 def offline(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     """The trainer that stage two would run, and its first batch."""
-    run, folder = find_run_rows(recipe), find_student(recipe)
-    student = _load_student(recipe, run, folder)
-    layer_map, collator = _plan(recipe, run, student.config)
-    trainer = _make_trainer(recipe, run, student, layer_map, collator, folder)
+    trainer = create_trainer(recipe, find_run_rows(recipe), find_student(recipe))
     return trainer, next(iter(trainer.get_train_dataloader()))
 
 

@@ -17,7 +17,8 @@ from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
 from pipeline.run_index import find_run_rows
 from pipeline.student_folders import find_student
-from pipeline.train import _load_student, _make_trainer, _plan, train
+from pipeline.train import train
+from pipeline.trainer_setup import create_trainer
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -110,10 +111,7 @@ def test_every_term_is_logged_and_the_terms_make_up_the_loss(write_recipe: Calla
 
 
 def trainer_of(recipe: Any) -> Any:
-    run, folder = find_run_rows(recipe), find_student(recipe)
-    student = _load_student(recipe, run, folder)
-    layer_map, collator = _plan(recipe, run, student.config)
-    return _make_trainer(recipe, run, student, layer_map, collator, folder)
+    return create_trainer(recipe, find_run_rows(recipe), find_student(recipe))
 
 
 def test_accumulated_parts_of_rows_of_several_lengths_train_as_the_whole_batch(

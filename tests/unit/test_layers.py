@@ -80,6 +80,7 @@ LAYERS = [
     "pipeline.live_errors",
     "pipeline.live_check",
     "pipeline.dry_run",
+    "pipeline.trainer_setup",
     "pipeline.train",
     "pipeline.evaluate",
     "pipeline.repair",

@@ -1,0 +1,148 @@
+"""From a recipe to the trainer of stage two: student, projectors, losses and rows, each checked against the others."""
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from cache.errors import ModelError, RecipeError
+from cache.manifest import Manifest
+from cache.reader import require_complete
+from pipeline.batches import BatchCollator, BatchColumns, StoredRows
+from pipeline.config import Recipe
+from pipeline.distiller import Distiller, LossWeights
+from pipeline.divergences import Divergence
+from pipeline.models import check_vocabularies, load_config, load_model, load_tokenizer, text_config
+from pipeline.pairing import layer_map_of
+from pipeline.projectors import create_projectors
+from pipeline.run_folder import checkpoints_folder
+from pipeline.run_index import RunRows
+from pipeline.target_forms import column_axes, logits_columns, target_forms
+from pipeline.targets import columns_of
+from pipeline.trainer import UniversalDistillationTrainer
+
+
+def create_trainer(recipe: Recipe, run: RunRows, student_folder: Path) -> UniversalDistillationTrainer:
+    """Make the trainer of a recipe, over the rows and the student that were found for it.
+
+    Raises:
+        StoreError: The store lacks a column that the recipe needs.
+        RecipeError: The recipe does not fit the store or the student.
+        ModelError: The student cannot be loaded, or has another vocabulary.
+    """
+    student = _load_student(recipe, run, student_folder)
+    layer_map, collator = _plan(recipe, run, student.config)
+    return _make_trainer(recipe, run, student, layer_map, collator, student_folder)
+
+
+def _load_student(recipe: Recipe, run: RunRows, folder: Path) -> PreTrainedModel:
+    """Load the student in float32: mixed precision is `train.bf16`, over float32 weights."""
+    config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
+    check_vocabularies(run.store.teacher["vocab_size"], config)
+    return load_model(folder, dtype="float32", trust_remote_code=recipe.student.trust_remote_code)
+
+
+def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict[int, int], BatchCollator]:
+    """Decide the layer map and the columns of a batch, and check that the store has them."""
+    loss, logits = recipe.loss, recipe.targets.logits
+    layer_map: dict[int, int] = {}
+    if loss.gamma:
+        layer_map = layer_map_of(recipe.mapping, student, num_teacher_blocks=run.store.teacher["num_blocks"])
+        _check_blocks(recipe, layer_map)
+    if loss.beta and logits.kind != "final" and loss.temperature not in logits.temperatures:
+        stored = ", ".join(f"{temperature:g}" for temperature in logits.temperatures)
+        raise RecipeError(
+            f"loss.temperature {loss.temperature:g} is not stored; targets.logits.temperatures has {stored}: "
+            "use one of these, add it there and run: coldstill precompute, or store what gives every temperature: "
+            "targets.logits.kind=final"
+        )
+    manifest = Manifest(run.store)
+    blocks = list(layer_map.values())
+    shards = run.selections["train"].shard_names
+    wanted = columns_of(recipe.targets, blocks=blocks, split="train", manifest=manifest, shards=shards)
+    columns = BatchColumns(logits=logits_columns(wanted, loss.temperature) if loss.beta else {}, hidden=wanted.hidden)
+    for selection in run.selections.values():
+        require_complete(manifest, selection, columns.names(), store=run.store.path)
+    return layer_map, BatchCollator(columns, column_axes(manifest, columns, shards[0]))
+
+
+def _check_blocks(recipe: Recipe, layer_map: Mapping[int, int]) -> None:
+    stored = recipe.targets.hidden.blocks
+    if isinstance(stored, list):
+        lacking = sorted(set(layer_map.values()) - set(stored))
+        if lacking:
+            raise RecipeError(
+                f"the mapping needs teacher block {lacking[0]}, but targets.hidden.blocks stores {stored}"
+            )
+
+
+def _make_trainer(
+    recipe: Recipe,
+    run: RunRows,
+    student: PreTrainedModel,
+    layer_map: dict[int, int],
+    collator: BatchCollator,
+    student_folder: Path,
+) -> UniversalDistillationTrainer:
+    loss, projector = recipe.loss, recipe.projector
+    projectors = create_projectors(
+        layer_map,
+        student_width=int(text_config(student.config).hidden_size),
+        teacher_width=run.store.teacher["hidden_size"],
+        kind=projector.kind,
+        learnable=projector.learnable,
+        seed=recipe.seed,
+    )
+    weights = LossWeights(
+        alpha=loss.alpha,
+        beta=loss.beta,
+        gamma=loss.gamma,
+        temperature=loss.temperature,
+        divergence=Divergence(loss.divergence, loss.divergence_weight, loss.selective_k, loss.selective_entropy),
+        hidden=loss.hidden,
+    )
+    datasets = {
+        split: StoredRows(run.store.path, selection, collator.columns, local_copy=recipe.local_copy)
+        for split, selection in run.selections.items()
+    }
+    tokenizer = None
+    with contextlib.suppress(ModelError):
+        tokenizer = load_tokenizer(student_folder, trust_remote_code=recipe.student.trust_remote_code)
+    forms = target_forms(recipe, run.store, collator.columns)
+    distiller = Distiller(student, projectors, layer_map=layer_map, weights=weights, forms=forms)
+    try:
+        return UniversalDistillationTrainer(
+            distiller,
+            _training_arguments(recipe),
+            data_collator=collator,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets["eval"],
+            processing_class=tokenizer,
+            projector_learning_rate=projector.learning_rate,
+        )
+    except (ImportError, RuntimeError) as error:
+        # What `report_to`, `deepspeed` and their like need and do not find.
+        raise RecipeError(f"train: {' '.join(str(error).split())}") from None
+
+
+def _training_arguments(recipe: Recipe) -> TrainingArguments:
+    # Without an accelerator there is no memory to pin, and bf16 has to be asked of the CPU.
+    has_accelerator = torch.accelerator.is_available()
+    defaults = {
+        "logging_steps": 10,
+        "dataloader_pin_memory": has_accelerator,
+        "use_cpu": not has_accelerator,
+        # With the hidden term alone the student's output head gets no gradient, and DDP must be told to look.
+        "ddp_find_unused_parameters": not (recipe.loss.alpha or recipe.loss.beta),
+    }
+    owned = {
+        "output_dir": str(checkpoints_folder(recipe)),
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+    }
+    try:
+        return TrainingArguments(**{**defaults, **recipe.train, **owned})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"train: {' '.join(str(error).split())}") from None
