@@ -32,7 +32,7 @@ from pipeline.capture import CaptureRequest, capture
 from pipeline.config import Recipe
 from pipeline.divergences import Events
 from pipeline.fidelity import FidelityJudge
-from pipeline.logits_targets import BucketedTopk, FullDistribution, LogitsTarget
+from pipeline.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, StudentEvents
 from pipeline.models import load_model
 from pipeline.precompute import precompute
 from pipeline.recipe_file import parse_recipe
@@ -62,16 +62,27 @@ class RenormalisedTopk:
 
     stored: BucketedTopk
 
+    has_rest: bool = False
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by."""
+        return self.stored.temperature
+
     @property
     def token_ids(self) -> Tensor:
         """The K tokens."""
         return self.stored.token_ids
 
-    def events(self, chunk: slice, student_logits_CV: Tensor) -> Events:
+    @property
+    def event_ids(self) -> Tensor:
+        """The K tokens."""
+        return self.stored.event_ids
+
+    def events(self, chunk: slice, student: StudentEvents) -> Events:
         """Give K events that sum to one for the teacher, and to less for the student."""
-        events = self.stored.events(chunk, student_logits_CV)
-        teacher_CK = events.teacher_logprobs_NE[:, : events.num_tokens].log_softmax(dim=-1)
-        return Events(teacher_CK, events.student_logprobs_NE[:, : events.num_tokens])
+        events = self.stored.events(chunk, student)
+        return Events(events.teacher_logprobs_NE.log_softmax(dim=-1), events.student_logprobs_NE)
 
 
 def main() -> None:

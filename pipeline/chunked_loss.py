@@ -6,27 +6,31 @@ Shapes: N positions that count, C positions of a chunk, D width, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.output_head import OutputHead
+from pipeline.output_head import Head, OutputHead
 
-# The logits of a chunk of positions and which they are, to loss terms: each a sum over these positions.
+# Tokens whose gradient is added at once.
+_PART = 4096
+
+# The logits of a chunk of positions and which they are, to loss terms: each a sum over these positions. The logits are
+# in the dtype of the head's product.
 TermsOfChunk = Callable[[Tensor, slice], Tensor]
 
 
-def chunked_loss(
-    state_ND: Tensor, head: OutputHead, terms_of_chunk: TermsOfChunk, weights: Tensor
-) -> tuple[Tensor, Tensor]:
+def chunked_loss(state_ND: Tensor, head: Head, terms_of_chunk: TermsOfChunk, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Give the weighted sum of some losses over the output head's logits, which carries the gradient, and each loss.
 
+    Under autocast the products with the head's matrix are in its dtype, and all else is in float32.
+
     Args:
-        state_ND: The student's post-norm last states.
+        state_ND: The student's post-norm last states, or whatever its head makes logits of.
         head: Its output head.
-        terms_of_chunk: Gives, for logits [C, V] in float32 and a slice of positions, one sum for each term.
+        terms_of_chunk: Gives, for logits [C, V] and a slice of positions, one sum for each term. It may overwrite the
+            logits unless the head keeps them.
         weights: Of each term, in the weighted sum.
 
     Returns:
@@ -44,38 +48,75 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         state_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        head: OutputHead,
+        _weight_VD: Tensor | None,
+        _bias_V: Tensor | None,
+        head: Head,
         terms_of_chunk: TermsOfChunk,
         weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[:3]
-        weight, bias = (_leaf(values, needed) for values, needed in ((weight_VD, wanted[1]), (bias_V, wanted[2])))
-        assert weight is not None
-        own_head = replace(head, weight_VD=weight, bias_V=bias)
-        state_gradient_ND = torch.zeros_like(state_ND) if wanted[0] else None
+        device = state_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        wants_gradient = any(ctx.needs_input_grad[:3])
+        gradients = _Gradients(state_ND, head, needed=ctx.needs_input_grad[:3])
         totals = torch.zeros_like(weights)
-        for chunk in head.chunks(len(state_ND)):
-            chunk_CD = state_ND[chunk].detach().requires_grad_(wanted[0])
-            with torch.set_grad_enabled(any(wanted)):
-                terms = terms_of_chunk(own_head(chunk_CD), chunk)
-                if any(wanted):
-                    (terms * weights).sum().backward()
-            totals += terms.detach()
-            if state_gradient_ND is not None:
-                assert chunk_CD.grad is not None
-                state_gradient_ND[chunk] = chunk_CD.grad
-        ctx.gradients = [state_gradient_ND, weight.grad, None if bias is None else bias.grad]
+        with torch.autocast(device, enabled=False):
+            own_head = head.detached(dtype)
+            for chunk in head.chunks(len(state_ND)):
+                logits_CV = own_head.product(state_ND[chunk]).detach().requires_grad_(wants_gradient)
+                with torch.set_grad_enabled(wants_gradient):
+                    terms = terms_of_chunk(logits_CV, chunk)
+                    if wants_gradient:
+                        (terms * weights).sum().backward()
+                totals += terms.detach()
+                if logits_CV.grad is not None:
+                    gradients.add(chunk, own_head, logits_CV)
+        ctx.gradients, ctx.dtype = gradients, state_ND.dtype
         ctx.mark_non_differentiable(totals)
         return (totals * weights).sum(), totals
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _of_terms: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if values is None else values.mul_(gradient) for values in ctx.gradients]
-        ctx.gradients = [None] * len(scaled)
-        return (*scaled, None, None, None)
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of a chunked loss is computed with it, and can be used once")
+        kept = (ctx.gradients.state_ND, ctx.gradients.weight_VD, ctx.gradients.bias_V)
+        state, *of_head = (None if values is None else values.mul_(gradient) for values in kept)
+        ctx.gradients = None
+        return None if state is None else state.to(ctx.dtype), *of_head, None, None, None
 
 
-def _leaf(values: Tensor | None, needs_gradient: bool) -> Tensor | None:
-    return None if values is None else values.detach().requires_grad_(needs_gradient)
+class _Gradients:
+    """What remains of the chunks: the gradients of the states and of the head's weights, each where it is needed."""
+
+    def __init__(self, state_ND: Tensor, head: Head, *, needed: tuple[bool, bool, bool]) -> None:
+        self._state_source_ND = state_ND
+        # In float16 a gradient would vanish before the loss is scaled up for it.
+        dtype = torch.float32 if state_ND.dtype == torch.float16 else state_ND.dtype
+        self.state_ND = torch.zeros_like(state_ND, dtype=dtype) if needed[0] else None
+        self.weight_VD = torch.zeros_like(head.weight_VD) if needed[1] and head.weight_VD is not None else None
+        self.bias_V = torch.zeros_like(head.bias_V) if needed[2] and head.bias_V is not None else None
+
+    def add(self, chunk: slice, head: Head, logits_CV: Tensor) -> None:
+        """Add what a chunk's gradient, which stands at its logits, gives each of them."""
+        gradient_CV = logits_CV.grad
+        assert gradient_CV is not None
+        if not isinstance(head, OutputHead):
+            if self.state_ND is not None:
+                self.state_ND[chunk] = gradient_CV
+            return
+        gradient_CV = head.before_caps(gradient_CV, logits_CV)
+        if self.bias_V is not None:
+            self.bias_V += gradient_CV.sum(dim=0)
+        # Brought to about 1, float16 holds it; bfloat16 and float32 have range enough.
+        scale = float(len(self._state_source_ND)) if head.weight_VD.dtype == torch.float16 else 1.0
+        product_CV = (gradient_CV if scale == 1.0 else gradient_CV.mul_(scale)).to(head.weight_VD.dtype)
+        if self.state_ND is not None:
+            self.state_ND[chunk] = (product_CV @ head.weight_VD).float() / scale
+        if self.weight_VD is not None:
+            state_CD = self._state_source_ND[chunk].to(product_CV.dtype)
+            if self.weight_VD.dtype == product_CV.dtype and scale == 1.0:
+                self.weight_VD.addmm_(product_CV.T, state_CD)
+                return
+            # A part of the vocabulary at a time: what is added in float32 is still in the cache, and needs no room.
+            for part in range(0, len(self.weight_VD), _PART):
+                product_CP = product_CV[:, part : part + _PART]
+                self.weight_VD[part : part + _PART].add_(product_CP.T @ state_CD, alpha=1.0 / scale)

@@ -5,44 +5,22 @@ Knows nothing of files, models or stores; `pipeline.recipe_file` reads and write
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-from pipeline.training_keys import check_training_keys
+from pipeline.loss_config import LossConfig
+from pipeline.recipe_types import BlockIndex, Count, Nameable, Positive, Section
+from pipeline.training_keys import check_lora_keys, check_training_keys
 
-
-def _nameable(value: float) -> float:
-    text = f"{value:g}"
-    if "e" in text or float(text) != value:
-        raise ValueError("is part of a column's name: at most six digits and no exponent")
-    return value
-
-
-Positive = Annotated[float, Field(gt=0)]
-# A number that stands in a column's name, where it must say exactly what it is.
-Nameable = Annotated[float, Field(gt=0), AfterValidator(_nameable)]
-Weight = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(gt=0)]
-BlockIndex = Annotated[int, Field(ge=0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PruneMethod = Literal["last", "first", "importance", "explicit"]
 HiddenEncoding = Literal["int8", "coded", "float16", "bfloat16", "float32"]
 FinalEncoding = Literal["coded", "int8", "float16", "float32"]
-DivergenceName = Literal[
-    "forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "bidirectional", "selective", "total_variation"
-]
-Share = Annotated[float, Field(gt=0, lt=1)]
 MappingStrategy = Literal["uniform", "last", "kept", "stride", "endpoints", "pairs"]
 ProjectorKind = Literal["auto", "linear", "mlp", "none"]
 LogitsKind = Literal["topk", "topk_sampled", "final", "none"]
-HiddenLoss = Literal["mse", "normalised_mse", "cosine"]
-WEIGHTED_DIVERGENCES = ("jensen_shannon", "skewed_kl", "bidirectional")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class TeacherConfig(_Section):
+class TeacherConfig(Section):
     """The model to learn from: a folder or a hub name."""
 
     path: str
@@ -53,7 +31,7 @@ class TeacherConfig(_Section):
     trust_remote_code: bool = False
 
 
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """Where documents come from: the arguments of `datasets.load_dataset`, or `builtin:python-docs`."""
 
     path: str
@@ -63,7 +41,7 @@ class SourceConfig(_Section):
     split: str = "train"
     revision: str | None = None
     streaming: bool = False
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     text_column: str = "text"
     prompt_column: str | None = None
     max_rows: Count | None = None
@@ -73,7 +51,7 @@ class SourceConfig(_Section):
         return self.model_dump(exclude={"max_rows"})
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """How documents become rows of tokens."""
 
     sequence_length: Annotated[int, Field(ge=2)] = 512
@@ -92,7 +70,7 @@ class DataConfig(_Section):
         return self
 
 
-class PruneLayersConfig(_Section):
+class PruneLayersConfig(Section):
     """Which decoder blocks to remove."""
 
     remove: Count | None = None
@@ -111,19 +89,25 @@ class PruneLayersConfig(_Section):
         return self
 
 
-class PruneConfig(_Section):
+class PruneConfig(Section):
     """How the student is cut from the teacher."""
 
     layers: PruneLayersConfig
 
 
-class StudentConfig(_Section):
+class StudentConfig(Section):
     """The model to train: one that is there already, or the teacher pruned."""
 
     path: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     prune: PruneConfig | None = None
+    lora: dict[str, Any] | None = None
+
+    @field_validator("lora")
+    @classmethod
+    def _lora_arguments(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if value is None else check_lora_keys(value)
 
     @model_validator(mode="after")
     def _check(self) -> "StudentConfig":
@@ -132,7 +116,7 @@ class StudentConfig(_Section):
         return self
 
 
-class LogitsTargetConfig(_Section):
+class LogitsTargetConfig(Section):
     """What is kept of the teacher's next-token distribution."""
 
     kind: LogitsKind = "final"  # the default by measured fidelity and recovery: docs/results.md
@@ -141,7 +125,7 @@ class LogitsTargetConfig(_Section):
     samples: Count = 32
     encoding: FinalEncoding = "coded"
     step: Nameable = 0.03
-    temperatures: list[Nameable] = [1.0, 2.0, 3.0, 4.0]
+    temperatures: list[Nameable] = Field(default=[1.0, 2.0, 3.0, 4.0])
 
     @field_validator("temperatures", mode="before")
     @classmethod
@@ -158,7 +142,7 @@ class LogitsTargetConfig(_Section):
         return value
 
 
-class HiddenTargetConfig(_Section):
+class HiddenTargetConfig(Section):
     """Which blocks' outputs are kept, and how."""
 
     blocks: Literal["mapped", "none"] | list[BlockIndex] = "mapped"
@@ -167,14 +151,14 @@ class HiddenTargetConfig(_Section):
     token_fraction: Annotated[Nameable, Field(le=1)] = 1.0
 
 
-class TargetsConfig(_Section):
+class TargetsConfig(Section):
     """What stage one keeps of the teacher."""
 
     logits: LogitsTargetConfig = LogitsTargetConfig()
     hidden: HiddenTargetConfig = HiddenTargetConfig()
 
 
-class MappingConfig(_Section):
+class MappingConfig(Section):
     """Which teacher block each student block learns from."""
 
     strategy: MappingStrategy = "uniform"
@@ -192,46 +176,24 @@ class MappingConfig(_Section):
         return self
 
 
-class ProjectorConfig(_Section):
+class ProjectorConfig(Section):
     """How a student's hidden state is brought to the teacher's width."""
 
     kind: ProjectorKind = "auto"
     learnable: bool = True
     learning_rate: Positive | None = None
+    init: Literal["xavier", "least_squares"] = "xavier"
+    init_rows: Count = 16
 
 
-class LossConfig(_Section):
-    """alpha * cross entropy + beta * divergence * temperature^2 + gamma * hidden."""
-
-    alpha: Weight = 0.5
-    beta: Weight = 0.5
-    gamma: Weight = 0.1
-    temperature: Positive = 2.0
-    divergence: DivergenceName = "forward_kl"
-    divergence_weight: Share | None = None
-    selective_k: Count = 16
-    selective_entropy: Weight = 0.0
-    hidden: HiddenLoss = "mse"  # the default by measured recovery: docs/results.md
-
-    @model_validator(mode="after")
-    def _check(self) -> "LossConfig":
-        if self.alpha == self.beta == self.gamma == 0:
-            raise ValueError("alpha, beta and gamma are all 0: there is nothing to learn from")
-        if self.divergence_weight is not None and self.divergence not in WEIGHTED_DIVERGENCES:
-            raise ValueError(
-                f"divergence_weight has no effect on {self.divergence}; it belongs to {', '.join(WEIGHTED_DIVERGENCES)}"
-            )
-        return self
-
-
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """How models are judged on the eval rows."""
 
     batch_size: Count = 8
     device: str = "auto"
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe; the README explains every key."""
 
     output: str
@@ -244,7 +206,7 @@ class Recipe(_Section):
     mapping: MappingConfig = MappingConfig()
     projector: ProjectorConfig = ProjectorConfig()
     loss: LossConfig = LossConfig()
-    train: dict[str, Any] = {}
+    train: dict[str, Any] = Field(default={})
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @field_validator("train")
@@ -254,13 +216,21 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        if self.targets.logits.kind == "none" and self.loss.beta > 0:
+        loss, kind = self.loss, self.targets.logits.kind
+        if kind == "none" and loss.ever("beta"):
             raise ValueError(
                 "loss.beta is above 0 but targets.logits.kind is none: store logits, or set loss.beta to 0"
             )
-        if self.targets.hidden.blocks == "none" and self.loss.gamma > 0:
+        for weight in ("gamma", "delta"):
+            if self.targets.hidden.blocks == "none" and loss.ever(weight):
+                raise ValueError(
+                    f"loss.{weight} is above 0 but targets.hidden.blocks is none: store blocks, or set loss.{weight} "
+                    "to 0"
+                )
+        if loss.temperature_moves and kind in ("topk", "topk_sampled"):
             raise ValueError(
-                "loss.gamma is above 0 but targets.hidden.blocks is none: store blocks, or set loss.gamma to 0"
+                f"loss.schedule.temperature passes through temperatures that targets.logits.kind {kind} does not "
+                "store; targets.logits.kind final answers every temperature: use it, or a constant temperature"
             )
         return self
 
@@ -278,6 +248,14 @@ class Recipe(_Section):
             idle.append(f"targets.logits.step has no effect: encoding is {logits.encoding}")
         if hidden.encoding != "coded" and "step" in _changed(hidden):
             idle.append(f"targets.hidden.step has no effect: encoding is {hidden.encoding}")
+        if not loss.ever("delta") and "dynamics" in _changed(loss):
+            idle.append("loss.dynamics has no effect: delta is 0")
+        projector = _changed(self.projector)
+        if "init_rows" in projector and self.projector.init != "least_squares":
+            idle.append(f"projector.init_rows has no effect: init is {self.projector.init}")
+        if "init" in projector and (self.projector.kind == "none" or not loss.needs_hidden):
+            reason = "kind is none" if self.projector.kind == "none" else "gamma and delta are 0"
+            idle.append(f"projector.init has no effect: {reason}")
         if loss.divergence != "selective":
             given = [key for key in _changed(loss) if key.startswith("selective_")]
             idle += [f"loss.{key} has no effect: divergence is {loss.divergence}" for key in given]

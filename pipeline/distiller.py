@@ -4,8 +4,8 @@ Knows tensors only: no store, no recipe. Targets come in as they are stored and 
 Shapes: B rows, T positions, N positions that count, C positions of a chunk, D width, V vocabulary.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,36 +14,63 @@ from transformers import PreTrainedModel
 
 from pipeline.chunked_loss import chunked_loss
 from pipeline.divergences import Divergence
-from pipeline.encodings import STORED, StateForm, decode_state
-from pipeline.forward import block_outputs
+from pipeline.hidden_terms import HiddenForm, HiddenTerms, StoredStates
 from pipeline.logits_targets import LogitsForm, LogitsTarget, StoredLogits
-from pipeline.losses import HIDDEN_LOSSES, cross_entropy
-from pipeline.models import take_apart, text_config
-from pipeline.output_head import OutputHead
-from pipeline.transform_coding import TransformCode
+from pipeline.output_head import Head
+from pipeline.schedules import Schedule
+from pipeline.student_forward import StudentForward
+from pipeline.vocabulary_losses import vocabulary_losses
 
 IGNORED = -100
+# The terms of the loss, and what the recipe calls the weight of each.
+WEIGHT_OF_TERM = {"loss_task": "alpha", "loss_logits": "beta", "loss_hidden": "gamma", "loss_dynamics": "delta"}
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The loss: alpha * task + beta * logits + gamma * hidden.
+    """The loss: alpha * task + beta * logits + gamma * hidden + delta * dynamics, at one step.
 
     Attributes:
         alpha: Weight of the cross entropy.
         beta: Weight of the divergence times temperature squared.
         gamma: Weight of the hidden loss.
         temperature: Of the divergence.
-        divergence: Of the student's distribution from the teacher's.
-        hidden: A name of `pipeline.losses.HIDDEN_LOSSES`.
+        delta: Weight of the loss of changes between mapped blocks.
     """
 
     alpha: float
     beta: float
     gamma: float
     temperature: float
+    delta: float = 0.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss over a whole run.
+
+    Attributes:
+        weights: At the first step.
+        schedules: Of the weights that change, by name.
+        divergence: Of the student's distribution from the teacher's.
+        hidden: Of block outputs, a name of `pipeline.losses.HIDDEN_LOSSES`.
+        dynamics: Of their changes, one too.
+    """
+
+    weights: LossWeights
     divergence: Divergence
-    hidden: str
+    hidden: str = "mse"
+    dynamics: str = "cosine"
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)
+
+    def at(self, step: int, num_steps: int) -> LossWeights:
+        """Give the weights at a step, counted from 0, of a run of so many."""
+        return replace(self.weights, **{name: value.at(step, num_steps) for name, value in self.schedules.items()})
+
+    def ever(self, weight: str) -> bool:
+        """Whether a weight is above 0 at any step."""
+        schedule = self.schedules.get(weight)
+        return getattr(self.weights, weight) > 0 or (schedule is not None and schedule.end > 0)
 
 
 @dataclass(frozen=True)
@@ -53,12 +80,10 @@ class TargetForms:
     Attributes:
         logits: The kind of logits target; None where there is none.
         hidden: How block outputs are stored; None where there are none.
-        hidden_codes: The transform code of each teacher block, where they are coded.
     """
 
     logits: LogitsForm | None = None
-    hidden: StateForm | None = None
-    hidden_codes: Mapping[int, TransformCode] = field(default_factory=dict)
+    hidden: HiddenForm | None = None
 
 
 class Distiller(nn.Module):
@@ -67,8 +92,8 @@ class Distiller(nn.Module):
     Args:
         student: Any causal language model.
         projectors: One for each mapped student block, by its index as text.
-        layer_map: Student block to teacher block; empty where gamma is 0.
-        weights: The loss.
+        layer_map: Student block to teacher block; empty where block outputs are not learned from.
+        loss: The loss.
         forms: How stored targets are read; what they hold of the teacher is no parameter and is never saved.
     """
 
@@ -81,23 +106,35 @@ class Distiller(nn.Module):
         projectors: nn.ModuleDict,
         *,
         layer_map: Mapping[int, int],
-        weights: LossWeights,
+        loss: Loss,
         forms: TargetForms,
     ) -> None:
         super().__init__()
         self.student = student
         self.projectors = projectors
         self.layer_map = dict(layer_map)
-        self.weights = weights
+        self.loss = loss
+        self.weights = loss.weights
         self.forms = forms
-        self._codes = dict(forms.hidden_codes)
-        parts = take_apart(student)
-        self._blocks_name, self._body_name = parts.blocks_name, parts.body_name
+        self._hidden_terms = _hidden_terms(self.layer_map, loss, forms)
+        self._student = StudentForward(student)
 
     @property
     def config(self) -> Any:
         """The student's config, which the Trainer and its integrations read."""
         return self.student.config
+
+    def set_step(self, step: int, num_steps: int) -> None:
+        """Take the weights and the temperature of a step, counted from 0, of a run of so many."""
+        self.weights = self.loss.at(step, num_steps)
+
+    def state_pairs(
+        self, input_ids: Tensor, attention_mask: Tensor | None, hidden: StoredStates, counts_BT: Tensor
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Give, for each mapped pair, its projector's name, the student's states [N, Ds] and the teacher's [N, Dt]."""
+        assert self._hidden_terms is not None
+        outputs, _, _ = self._student(input_ids, attention_mask, list(self.layer_map))
+        return self._hidden_terms.pairs(outputs, hidden, counts_BT)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Trade compute for memory in the student's blocks; what the hidden loss reads stays in the graph."""
@@ -109,7 +146,7 @@ class Distiller(nn.Module):
         labels: Tensor,
         attention_mask: Tensor | None = None,
         logits: StoredLogits | None = None,
-        hidden: Mapping[str, Mapping[str, Tensor]] | None = None,
+        hidden: StoredStates | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss of a batch.
@@ -123,78 +160,64 @@ class Distiller(nn.Module):
             num_items_in_batch: Positions that count in the whole accumulated batch; of this one where it is None.
 
         Returns:
-            `loss`, which carries the gradient, and each term of weight above 0 as `loss_task`, `loss_logits` and
-            `loss_hidden`, unweighted.
+            `loss`, which carries the gradient, and each term that has a weight at any step of the run, unweighted:
+            `loss_task`, `loss_logits`, `loss_hidden` and `loss_dynamics`.
         """
-        blocks, body = self.student.get_submodule(self._blocks_name), self.student.get_submodule(self._body_name)
-        with block_outputs(blocks, list(self.layer_map)) as outputs:
-            output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        outputs, state_BTD, head = self._student(input_ids, attention_mask, list(self.layer_map))
         counts_BT = labels != IGNORED
         num_positions = counts_BT.sum() if num_items_in_batch is None else num_items_in_batch
         target = None
-        if self.weights.beta and logits is not None and self.forms.logits is not None:
+        if self.loss.ever("beta") and logits is not None and self.forms.logits is not None:
             with torch.no_grad():
-                target = self.forms.logits.read(logits, counts_BT)
-        state_ND = output.last_hidden_state[counts_BT]
-        loss, terms = self._vocabulary_loss(state_ND, labels[counts_BT], target, num_positions)
-        if self.weights.gamma and hidden is not None:
+                target = self.forms.logits.read(logits, counts_BT, self.weights.temperature)
+        loss, terms = self._vocabulary_loss(state_BTD[counts_BT], head, labels[counts_BT], target, num_positions)
+        if self._hidden_terms is not None and hidden is not None:
             # A loss in half precision would be noise: whatever autocast does to the body ends here.
             with torch.autocast(device_type=input_ids.device.type, enabled=False):
-                terms["loss_hidden"] = self._hidden_loss(outputs, hidden, counts_BT, num_positions)
-            loss = loss + self.weights.gamma * terms["loss_hidden"]
+                terms |= self._hidden_terms(outputs, hidden, self.projectors, counts_BT, num_positions)
+            for name in ("loss_hidden", "loss_dynamics"):
+                loss = loss + self._weight(name) * terms[name] if name in terms else loss
         return {"loss": loss, **terms}
 
     def _vocabulary_loss(
-        self, state_ND: Tensor, next_tokens_N: Tensor, target: LogitsTarget | None, num_positions: Tensor | int
+        self,
+        state_ND: Tensor,
+        head: Head,
+        next_tokens_N: Tensor,
+        target: LogitsTarget | None,
+        num_positions: Tensor | int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Give the weighted sum of the terms over the vocabulary, with its gradient, and each term."""
-        weight_of = {"loss_task": self.weights.alpha, "loss_logits": self.weights.beta if target else 0.0}
-        weight_of = {name: weight for name, weight in weight_of.items() if weight}
-        if not weight_of:
+        names = ["loss_task"] * self.loss.ever("alpha") + ["loss_logits"] * (target is not None)
+        if not names:
             return state_ND.new_zeros((), dtype=torch.float32), {}
 
+        scales = {"loss_task": 1.0, "loss_logits": self.weights.temperature**2}
+        scale = torch.tensor([scales[name] for name in names], device=state_ND.device) / num_positions
+
         def terms_of_chunk(logits_CV: Tensor, chunk: slice) -> Tensor:
-            # The head ran as autocast wants it; the losses do not.
-            with torch.autocast(device_type=logits_CV.device.type, enabled=False):
-                terms = []
-                if "loss_task" in weight_of:
-                    terms.append(cross_entropy(logits_CV, next_tokens_N[chunk], num_positions=num_positions))
-                if target is not None:
-                    divergence_C = self.weights.divergence(target.events(chunk, logits_CV))
-                    terms.append(divergence_C.sum() * self.weights.temperature**2 / num_positions)
-                return torch.stack(terms)
+            losses = vocabulary_losses(
+                logits_CV,
+                chunk=chunk,
+                next_tokens_C=next_tokens_N[chunk] if "loss_task" in names else None,
+                target=target,
+                divergence=self.loss.divergence,
+                overwrites=not head.keeps_logits,
+            )
+            return torch.stack(losses) * scale
 
-        head = OutputHead.of_model(self.student.get_output_embeddings(), text_config(self.student.config))
-        weights = torch.tensor(list(weight_of.values()), device=state_ND.device)
+        weights = torch.tensor([self._weight(name) for name in names], device=state_ND.device)
         loss, terms = chunked_loss(state_ND, head, terms_of_chunk, weights)
-        return loss, dict(zip(weight_of, terms.unbind(), strict=True))
+        return loss, dict(zip(names, terms.unbind(), strict=True))
 
-    def _hidden_loss(
-        self,
-        outputs: Mapping[int, Tensor],
-        hidden: Mapping[str, Mapping[str, Tensor]],
-        counts_BT: Tensor,
-        num_positions: Tensor | int,
-    ) -> Tensor:
-        """Take the mean over mapped pairs; of positions stored at random, the sum is divided by their share."""
-        form = self.forms.hidden
-        assert form is not None
-        loss_of = HIDDEN_LOSSES[self.weights.hidden]
-        losses = []
-        for student_block, teacher_block in self.layer_map.items():
-            arrays = hidden[str(teacher_block)]
-            chosen_BT = counts_BT & arrays[STORED].bool() if STORED in arrays else counts_BT
-            code = self._code(teacher_block, counts_BT.device)
-            teacher_ND = decode_state(arrays, form=form, code=code)[chosen_BT]
-            projector = self.projectors[str(student_block)]
-            # The student's state may be bfloat16 under autocast; the projector's weights are float32.
-            student_ND = projector(outputs[student_block][chosen_BT].float())
-            losses.append(loss_of(student_ND, teacher_ND, num_positions=num_positions * form.fraction))
-        return torch.stack(losses).mean()
+    def _weight(self, term: str) -> float:
+        return float(getattr(self.weights, WEIGHT_OF_TERM[term]))
 
-    def _code(self, teacher_block: int, device: torch.device) -> TransformCode | None:
-        """Give a block's transform code on a device, which it is brought to once."""
-        code = self._codes.get(teacher_block)
-        if code is not None and code.centre_D.device != device:
-            code = self._codes[teacher_block] = code.to(device)
-        return code
+
+def _hidden_terms(layer_map: Mapping[int, int], loss: Loss, forms: TargetForms) -> HiddenTerms | None:
+    if forms.hidden is None or not (loss.ever("gamma") or loss.ever("delta")):
+        return None
+    hidden, dynamics = (
+        name if loss.ever(weight) else None for weight, name in (("gamma", loss.hidden), ("delta", loss.dynamics))
+    )
+    return HiddenTerms(layer_map, forms.hidden, hidden, dynamics)

@@ -19,11 +19,12 @@ from cache.tokens import TOKENS
 from pipeline.config import Recipe
 from pipeline.encodings import decode_state
 from pipeline.forward import pad_rows
-from pipeline.models import check_vocabularies, load_config, load_model, resolve_device, take_apart
+from pipeline.models import check_vocabularies, load_config, load_model, resolve_device
 from pipeline.provenance import write_record
 from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.stored_head import load_head
 from pipeline.student_folders import find_student
+from pipeline.student_forward import StudentForward
 from pipeline.targets import EVAL_FORM, LABEL_LOGIT, LOSS_TEMPERATURE, final_name, logsumexp_name
 
 _CHUNK_POSITIONS = 256
@@ -133,16 +134,17 @@ def _judge(
 ) -> Quality:
     trust = recipe.student.trust_remote_code
     check_vocabularies(run.store.teacher["vocab_size"], load_config(folder, trust_remote_code=trust))
-    parts = take_apart(load_model(folder, dtype="float32", trust_remote_code=trust).to(teacher.device))
+    model = load_model(folder, dtype="float32", trust_remote_code=trust).to(teacher.device)
+    student = StudentForward(model)
     loss, kl, agreed = 0.0, 0.0, 0
     with tqdm(total=len(teacher), unit="row", desc=f"evaluate {name}", disable=not show_progress) as bar:
         for batch in teacher.batches(recipe.evaluate.batch_size):
             ids_BT, mask_BT = pad_rows([ids for ids, _, _ in batch], device=teacher.device)
-            state_BTD = parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).last_hidden_state
+            _, state_BTD, head = student(ids_BT, mask_BT.long(), [])
             for row, (ids, counted, teacher_state) in enumerate(batch):
                 for positions in counted.split(_CHUNK_POSITIONS):
                     sums = _compare(
-                        parts.output_head(state_BTD[row, positions]),
+                        head(state_BTD[row, positions]),
                         teacher.head(teacher_state[positions].to(teacher.device)),
                         ids[positions + 1].to(teacher.device),
                     )

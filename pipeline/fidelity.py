@@ -17,6 +17,7 @@ from pipeline.chunked_loss import chunked_loss
 from pipeline.divergences import Divergence
 from pipeline.logits_targets import BucketedTopk, FullDistribution, LogitsTarget
 from pipeline.models import take_apart
+from pipeline.vocabulary_losses import events_of, vocabulary_losses
 
 _FORWARD_KL = Divergence("forward_kl")
 
@@ -81,7 +82,10 @@ class FidelityJudge:
         """Give the gradient of the forward KL, summed over positions, by each of the student's parameters."""
 
         def divergence_of_chunk(logits_CV: Tensor, chunk: slice) -> Tensor:
-            return _FORWARD_KL(target.events(chunk, logits_CV)).sum().unsqueeze(0)
+            losses = vocabulary_losses(
+                logits_CV, chunk=chunk, next_tokens_C=None, target=target, divergence=_FORWARD_KL
+            )
+            return torch.stack(losses)
 
         state_ND = self._state_ND.detach().requires_grad_()
         weight_VD = self._head.weight_VD.detach().requires_grad_()
@@ -104,7 +108,7 @@ class FidelityJudge:
     def _distribution(self, target: LogitsTarget) -> tuple[float, float | None]:
         """Give the stored mass and the KL from the live distribution to the rebuilt one."""
         mass, kl, count = 0.0, 0.0, len(self._state_ND)
-        ids_NK = target.token_ids
+        ids_NK = None if isinstance(target, FullDistribution) else target.token_ids
         for chunk in self._head.chunks(count):
             live_CV = self._teacher.logprobs(chunk)
             mass += float(len(live_CV) if ids_NK is None else live_CV.exp().gather(-1, ids_NK[chunk]).sum())
@@ -117,7 +121,7 @@ class FidelityJudge:
 
 def _spread_bucket(target: BucketedTopk, chunk: slice, live_CV: Tensor) -> Tensor:
     """Give the whole distribution that stored tokens and a bucket say: the bucket's mass, equal for all in it."""
-    events = target.events(chunk, live_CV)
+    events = events_of(target, chunk, live_CV)
     logprobs_CE, ids_CK = events.teacher_logprobs_NE, target.top_ids_NK[chunk]
     num_rest = live_CV.shape[-1] - ids_CK.shape[-1]
     if num_rest == 0:

@@ -1,7 +1,8 @@
 """The teacher's distribution from what a store holds of it, as events beside the student's.
 
 One class for each kind: the largest logits and one bucket for the rest; the largest logits and draws from the tail; the
-final state and the output head, which give every token. All are at one temperature, that of the loss.
+final state and the output head, which give every token. A form says how a column is read; a target is what it says of
+a batch at one temperature.
 Shapes: N positions that count, C positions of a chunk, K stored tokens, M draws, D width, V vocabulary.
 """
 
@@ -24,22 +25,52 @@ TOPK, NORMALISER, TAIL, FINAL = "topk", "logsumexp", "tail", "final"
 StoredLogits = Mapping[str, Mapping[str, Tensor]]
 
 
-class LogitsTarget(Protocol):
-    """The teacher's distribution at the N positions of a batch that count."""
+@dataclass(frozen=True)
+class StudentEvents:
+    """What events take of the student at a chunk of positions, in float32 and with its gradient.
+
+    Attributes:
+        logits_CE: Its logits of the target's tokens, undivided.
+        normaliser_C: Its logsumexp over the vocabulary of logits / temperature.
+        rest_C: The same over all but the target's tokens; None where the target has no use for it.
+    """
+
+    logits_CE: Tensor
+    normaliser_C: Tensor
+    rest_C: Tensor | None = None
+
+
+class ChosenTokens(Protocol):
+    """The teacher's probabilities of some tokens, at the N positions of a batch that count."""
 
     @property
-    def token_ids(self) -> Tensor | None:
-        """The tokens that are stored exactly, [N, K] in int64; None where that is all of them."""
+    def temperature(self) -> float:
+        """What logits are divided by."""
 
-    def events(self, chunk: slice, student_logits_CV: Tensor) -> Events:
-        """Give the events of some of the positions, with the student's logits there in float32, undivided."""
+    @property
+    def token_ids(self) -> Tensor:
+        """The tokens that are stored exactly, [N, K] in int64."""
+
+    @property
+    def event_ids(self) -> Tensor:
+        """The tokens that are compared, [N, E] in int64."""
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether all tokens but these, which are all different, are one more event."""
+
+    def events(self, chunk: slice, student: StudentEvents) -> Events:
+        """Give the events of some of the positions."""
 
 
 class LogitsForm(Protocol):
     """How a recipe's kind of logits target is read."""
 
-    def read(self, stored: StoredLogits, counts_BT: Tensor) -> LogitsTarget:
-        """Decode a batch's columns, [B, T, ...] by role and array, at the positions that count."""
+    def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> "LogitsTarget":
+        """Decode a batch's columns, [B, T, ...] by role and array, at the positions that count.
+
+        The normaliser among them, where the kind has one, is the one of this temperature.
+        """
 
 
 @dataclass(frozen=True)
@@ -48,16 +79,17 @@ class BucketedForm:
 
     Attributes:
         k: How many of the stored tokens to read.
-        temperature: Of the loss.
+        vocab_size: V.
     """
 
     k: int
-    temperature: float
+    vocab_size: int
 
-    def read(self, stored: StoredLogits, counts_BT: Tensor) -> "BucketedTopk":
+    def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> "BucketedTopk":
         """Decode a batch's columns."""
         top_logits, top_ids = decode_topk(_at(stored[TOPK], counts_BT), k=self.k)
-        return BucketedTopk(top_logits, top_ids, stored[NORMALISER]["values"][counts_BT], self.temperature)
+        normaliser_N = stored[NORMALISER]["values"][counts_BT]
+        return BucketedTopk(top_logits, top_ids, normaliser_N, temperature, self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -69,35 +101,44 @@ class BucketedTopk:
         top_ids_NK: Their token ids, int64, all different.
         log_normaliser_N: The teacher's logsumexp over the whole vocabulary of logits / temperature.
         temperature: What logits are divided by.
+        vocab_size: V.
     """
 
     top_logits_NK: Tensor
     top_ids_NK: Tensor
     log_normaliser_N: Tensor
     temperature: float
+    vocab_size: int
 
     @property
     def token_ids(self) -> Tensor:
         """The K tokens."""
         return self.top_ids_NK
 
-    def events(self, chunk: slice, student_logits_CV: Tensor) -> Events:
+    @property
+    def event_ids(self) -> Tensor:
+        """The K tokens."""
+        return self.top_ids_NK
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether the bucket is an event: it is, unless the vocabulary has no more tokens."""
+        return self.top_ids_NK.shape[-1] < self.vocab_size
+
+    def events(self, chunk: slice, student: StudentEvents) -> Events:
         """Give K + 1 events; K where the vocabulary has no more."""
-        ids_CK = self.top_ids_NK[chunk]
-        logits_CV = student_logits_CV / self.temperature
-        normaliser_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
-        student_CK = logits_CV.gather(-1, ids_CK) - normaliser_C1
+        num_tokens = self.top_ids_NK.shape[-1]
+        normaliser_C1 = student.normaliser_C.unsqueeze(-1)
+        student_CK = student.logits_CE / self.temperature - normaliser_C1
         teacher_CK = self.top_logits_NK[chunk] / self.temperature - self.log_normaliser_N[chunk].unsqueeze(-1)
-        if ids_CK.shape[-1] == logits_CV.shape[-1]:
-            return Events(teacher_CK, student_CK, num_tokens=ids_CK.shape[-1])
+        if student.rest_C is None:
+            return Events(teacher_CK, student_CK, num_tokens=num_tokens)
         stored_C1 = teacher_CK.exp().sum(dim=-1, keepdim=True)
         rest_C1 = (1.0 - stored_C1).clamp(min=torch.finfo(torch.float32).tiny)
         # Rounded stored logits may sum to a little over one; divided by their total they are a distribution again.
         teacher_CE = torch.cat([teacher_CK, rest_C1.log()], dim=-1) - (stored_C1 + rest_C1).log()
-        # The rest's logsumexp is taken over the rest itself: one minus the stored mass would lose all its digits
-        # where the student is sure.
-        rest_logprob_C1 = logits_CV.scatter(-1, ids_CK, -torch.inf).logsumexp(dim=-1, keepdim=True) - normaliser_C1
-        return Events(teacher_CE, torch.cat([student_CK, rest_logprob_C1], dim=-1), num_tokens=ids_CK.shape[-1])
+        rest_logprob_C1 = student.rest_C.unsqueeze(-1) - normaliser_C1
+        return Events(teacher_CE, torch.cat([student_CK, rest_logprob_C1], dim=-1), num_tokens=num_tokens)
 
 
 @dataclass(frozen=True)
@@ -106,13 +147,11 @@ class SampledForm:
 
     Attributes:
         k: How many of the likeliest tokens there are; the tail begins behind them.
-        temperature: Of the loss.
     """
 
     k: int
-    temperature: float
 
-    def read(self, stored: StoredLogits, counts_BT: Tensor) -> "SampledTail":
+    def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> "SampledTail":
         """Decode a batch's columns."""
         head_logits, head_ids = decode_topk(_at(stored[TOPK], counts_BT), k=self.k)
         tail_logits, tail_ids, log_weights = decode_tail(_at(stored[TAIL], counts_BT))
@@ -122,7 +161,7 @@ class SampledForm:
             weights_NE=torch.cat([torch.ones_like(head_logits), log_weights.exp()], dim=-1),
             log_normaliser_N=stored[NORMALISER]["values"][counts_BT],
             num_tokens=self.k,
-            temperature=self.temperature,
+            temperature=temperature,
         )
 
 
@@ -153,10 +192,19 @@ class SampledTail:
         """The K likeliest tokens; a draw stands for others too."""
         return self.ids_NE[:, : self.num_tokens]
 
-    def events(self, chunk: slice, student_logits_CV: Tensor) -> Events:
+    @property
+    def event_ids(self) -> Tensor:
+        """The K tokens and the M draws."""
+        return self.ids_NE
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether there is a bucket: the draws stand for all others."""
+        return False
+
+    def events(self, chunk: slice, student: StudentEvents) -> Events:
         """Give K + M weighted events."""
-        logits_CV = student_logits_CV / self.temperature
-        student_CE = logits_CV.gather(-1, self.ids_NE[chunk]) - logits_CV.logsumexp(dim=-1, keepdim=True)
+        student_CE = student.logits_CE / self.temperature - student.normaliser_C.unsqueeze(-1)
         teacher_CE = self.logits_NE[chunk] / self.temperature - self.log_normaliser_N[chunk].unsqueeze(-1)
         return Events(teacher_CE, student_CE, self.weights_NE[chunk], self.num_tokens)
 
@@ -168,23 +216,21 @@ class FinalForm:
     Attributes:
         form: How the states are stored.
         head: The teacher's output head.
-        temperature: Of the loss.
         code: The states' transform code, where they are coded.
         correction_V: What is added to the logits at temperature 1 for the states' rounding, divided by T^2 at T.
     """
 
     form: StateForm
     head: OutputHead
-    temperature: float
     code: TransformCode | None = None
     correction_V: Tensor | None = None
     _copies: dict[torch.device, "FinalForm"] = field(default_factory=dict, repr=False, compare=False)
 
-    def read(self, stored: StoredLogits, counts_BT: Tensor) -> "FullDistribution":
+    def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> "FullDistribution":
         """Decode a batch's columns."""
         own = self.on(counts_BT.device)
         state_ND = decode_state(stored[FINAL], form=own.form, code=own.code)[counts_BT]
-        return FullDistribution(state_ND, own.head, own.temperature, own.correction_V)
+        return FullDistribution(state_ND, own.head, temperature, own.correction_V)
 
     def on(self, device: torch.device) -> "FinalForm":
         """Give the form with what it holds on a device, which it is brought to once."""
@@ -213,23 +259,25 @@ class FullDistribution:
     temperature: float
     correction_V: Tensor | None = None
 
-    @property
-    def token_ids(self) -> None:
-        """Every token is there."""
-        return
+    @torch.no_grad()
+    def logits(self, chunk: slice) -> Tensor:
+        """Give the teacher's logits of some of the positions, [C, V], undivided."""
+        logits_CV = self.head(self.state_ND[chunk])
+        if self.correction_V is not None:
+            logits_CV += self.correction_V / self.temperature
+        return logits_CV
 
     def logprobs(self, chunk: slice) -> Tensor:
         """Give the teacher's log-probabilities of some of the positions, [C, V]."""
-        logits_CV = self.head(self.state_ND[chunk]).div_(self.temperature)
-        if self.correction_V is not None:
-            logits_CV += self.correction_V / self.temperature**2
-        return logits_CV.log_softmax(dim=-1)
+        return self.logits(chunk).div_(self.temperature).log_softmax(dim=-1)
 
     def events(self, chunk: slice, student_logits_CV: Tensor) -> Events:
-        """Give V events."""
-        with torch.no_grad():
-            teacher_CV = self.logprobs(chunk)
-        return Events(teacher_CV, (student_logits_CV / self.temperature).log_softmax(dim=-1))
+        """Give V events, with the student's logits in float32, undivided."""
+        return Events(self.logprobs(chunk), (student_logits_CV / self.temperature).log_softmax(dim=-1))
+
+
+# The teacher's distribution at the N positions of a batch that count.
+LogitsTarget = ChosenTokens | FullDistribution
 
 
 def _at(arrays: Mapping[str, Tensor], counts_BT: Tensor) -> dict[str, Tensor]:

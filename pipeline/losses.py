@@ -6,6 +6,9 @@ accumulated in parts has the loss and gradient of the whole.
 Shapes: N positions that count, K stored tokens, V vocabulary, D width.
 """
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,3 +48,9 @@ def hidden_cosine(student_ND: Tensor, teacher_ND: Tensor, *, num_positions: Tens
 
 
 HIDDEN_LOSSES = {"mse": hidden_mse, "normalised_mse": hidden_normalised_mse, "cosine": hidden_cosine}
+# What the squared error of a position weighs in each, about, given the teacher's states [N, D].
+POSITION_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mse": lambda teacher_ND: torch.ones_like(teacher_ND[:, 0]),
+    "normalised_mse": lambda teacher_ND: 1.0 / teacher_ND.var(dim=-1, correction=0).clamp(min=_SMALLEST_VARIANCE),
+    "cosine": lambda teacher_ND: 1.0 / teacher_ND.square().sum(dim=-1).clamp(min=_SMALLEST_NORM**2),
+}

@@ -7,8 +7,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from pipeline.config import LogitsTargetConfig, LossConfig, Recipe
+from pipeline.config import LogitsTargetConfig, Recipe
 from pipeline.divergences import DEFAULT_WEIGHTS
+from pipeline.loss_config import LossConfig
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -26,6 +26,22 @@ _PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
+class Structure:
+    """Where a causal language model keeps its decoder blocks.
+
+    Attributes:
+        blocks_name: The name of the block list within the model, such as `model.layers`.
+    """
+
+    blocks_name: str
+
+    @property
+    def body_name(self) -> str:
+        """The name of the model without its output head, such as `model`; empty where it is the model itself."""
+        return self.blocks_name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
 class ModelParts:
     """A causal language model taken apart; every part still belongs to the model.
 
@@ -44,11 +60,6 @@ class ModelParts:
     blocks_name: str
     final_norm: nn.Module
     output_head: OutputHead
-
-    @property
-    def body_name(self) -> str:
-        """The name of the body within the model, such as `model`; empty where it is the model itself."""
-        return self.blocks_name.rpartition(".")[0]
 
     @property
     def hidden_size(self) -> int:
@@ -164,33 +175,70 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise ModelError(f"{folder} holds no tokenizer: {_first_line(error)}") from None
 
 
+def find_structure(model: PreTrainedModel) -> Structure:
+    """Find a model's list of decoder blocks, as long as its config says, and the body that holds it.
+
+    Raises:
+        ModelError: There is no such list, or no output embedding.
+    """
+    name = type(model).__name__
+    num_blocks = text_config(model.config).num_hidden_layers
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    matching = [path for path, module in lists if len(module) == num_blocks]
+    if not matching:
+        raise ModelError(f"{name} has no list of {num_blocks} decoder blocks, the number that its config gives")
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"{name} has no output embedding: it is no causal language model")
+    return Structure(min(matching, key=lambda path: path.count(".")))
+
+
 def take_apart(model: PreTrainedModel) -> ModelParts:
     """Find a model's parts by structure, and check that they make up the model.
 
     Raises:
         ModelError: A part cannot be found, or head over body does not give the model's own logits.
     """
-    name = type(model).__name__
-    num_blocks = text_config(model.config).num_hidden_layers
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    matching = [(path, module) for path, module in lists if len(module) == num_blocks]
-    if not matching:
-        raise ModelError(f"{name} has no list of {num_blocks} decoder blocks, the number that its config gives")
-    blocks_name, blocks = min(matching, key=lambda item: item[0].count("."))
-    body = model.get_submodule(blocks_name.rpartition(".")[0])
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{name} has no output embedding: it is no causal language model")
+    structure = find_structure(model)
+    body, blocks = model.get_submodule(structure.body_name), model.get_submodule(structure.blocks_name)
+    assert isinstance(blocks, nn.ModuleList)
     parts = ModelParts(
         model=model,
         body=body,
         blocks=blocks,
-        blocks_name=blocks_name,
-        final_norm=_find_final_norm(body, blocks, name),
-        output_head=OutputHead.of_model(head, text_config(model.config)),
+        blocks_name=structure.blocks_name,
+        final_norm=_find_final_norm(body, blocks, type(model).__name__),
+        output_head=OutputHead.of_model(model.get_output_embeddings(), text_config(model.config)),
     )
-    _check_parts(parts)
+    problem = head_problem(model, structure)
+    if problem is not None:
+        raise ModelError(problem)
     return parts
+
+
+@torch.no_grad()
+def head_problem(model: PreTrainedModel, structure: Structure) -> str | None:
+    """Say what keeps a model's logits from being its output head over its body's last state; None where they are.
+
+    Runs both over a few tokens, so that an unknown scaling or soft-cap cannot slip by.
+    """
+    name, head = type(model).__name__, model.get_output_embeddings()
+    if type(head).forward is not nn.Linear.forward:
+        # Adapters begin at zero and would slip by.
+        return f"{name}: its output head is a {type(head).__name__}, which Coldstill does not take apart"
+    device = next(model.parameters()).device
+    ids = torch.arange(_PROBE_TOKENS, device=device).remainder(head.weight.shape[0]).unsqueeze(0)
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    state = model.get_submodule(structure.body_name)(input_ids=ids, use_cache=False).last_hidden_state
+    got = OutputHead.of_model(head, text_config(model.config))(state)
+    tolerance = 32 * torch.finfo(next(model.parameters()).dtype).eps * expected.abs().max().clamp(min=1.0)
+    error = (got - expected).abs().max()
+    # A teacher that gives NaN here gives it everywhere; the capture says where it begins.
+    if bool(torch.isfinite(expected).all()) and not error <= tolerance:
+        return (
+            f"{name}: output head over last hidden state differs from the model's logits by {error:.3g} (at most "
+            f"{tolerance:.3g} expected): its head does something that Coldstill does not know"
+        )
+    return None
 
 
 def identify(folder: Path, config: PreTrainedConfig, *, dtype: str) -> dict[str, str]:
@@ -248,23 +296,6 @@ def _is_norm(module: nn.Module) -> bool:
     if not parameters:
         return "norm" in type(module).__name__.lower()  # OLMo's norm has no parameters
     return all(parameter.dim() == 1 for parameter in parameters)
-
-
-@torch.no_grad()
-def _check_parts(parts: ModelParts) -> None:
-    """Hold head(body(ids)) against the model's own logits, so that an unknown scaling or soft-cap cannot slip by."""
-    device = next(parts.model.parameters()).device
-    ids = torch.arange(_PROBE_TOKENS, device=device).remainder(parts.vocab_size).unsqueeze(0)
-    expected = parts.model(input_ids=ids, use_cache=False).logits.float()
-    got = parts.output_head(parts.body(input_ids=ids, use_cache=False).last_hidden_state)
-    tolerance = 32 * torch.finfo(next(parts.model.parameters()).dtype).eps * expected.abs().max().clamp(min=1.0)
-    error = (got - expected).abs().max()
-    # A teacher that gives NaN here gives it everywhere; the capture says where it begins.
-    if bool(torch.isfinite(expected).all()) and not error <= tolerance:
-        raise ModelError(
-            f"{type(parts.model).__name__}: output head over last hidden state differs from the model's logits by "
-            f"{error:.3g} (at most {tolerance:.3g} expected): its head does something that Coldstill does not know"
-        )
 
 
 def _first_line(error: Exception) -> str:

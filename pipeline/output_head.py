@@ -11,7 +11,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK_BYTES = 64 << 20
+# Of a chunk's logits in float32, at most: a processor is as fast with few rows, a GPU wants many.
+_CHUNK_BYTES = 32 << 20
+_GPU_CHUNK_BYTES = 256 << 20
+# Below so many rows the products with the weights wait for memory, however large the vocabulary is.
+_FEWEST_ROWS = 128
+
+
+@dataclass(frozen=True)
+class PlainLogits:
+    """The head of a model that gives its logits itself.
+
+    Attributes:
+        vocab_size: V.
+    """
+
+    vocab_size: int
+    weight_VD: None = None
+    bias_V: None = None
+
+    def chunks(self, num_positions: int) -> Iterator[slice]:
+        """Cut positions into chunks whose float32 copies are small."""
+        return _chunks(num_positions, self.vocab_size, torch.device("cpu"))
+
+    def detached(self, _dtype: torch.dtype | None) -> "PlainLogits":
+        """Give the head itself: it has no weights."""
+        return self
+
+    def product(self, logits_NV: Tensor) -> Tensor:
+        """Give the logits as they are."""
+        return logits_NV
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the logits are another's: they are the model's own."""
+        return True
+
+    def __call__(self, logits_NV: Tensor) -> Tensor:
+        """Give the logits in float32."""
+        return logits_NV.float()
 
 
 @dataclass(frozen=True)
@@ -49,10 +87,31 @@ class OutputHead:
         )
 
     def chunks(self, num_positions: int) -> Iterator[slice]:
-        """Cut positions into chunks whose float32 logits take 64 MiB at most."""
-        length = max(_CHUNK_BYTES // (4 * self.vocab_size), 1)
-        for start in range(0, num_positions, length):
-            yield slice(start, start + length)
+        """Cut positions into chunks whose float32 logits are small: 32 MiB, 256 MiB on a GPU, or 128 rows."""
+        return _chunks(num_positions, self.vocab_size, self.weight_VD.device)
+
+    def detached(self, dtype: torch.dtype | None) -> "OutputHead":
+        """Give the head without its weights' gradient, in a dtype; in their own where it is None."""
+        dtype = dtype or self.weight_VD.dtype
+        bias_V = None if self.bias_V is None else self.bias_V.detach().to(dtype)
+        return replace(self, weight_VD=self.weight_VD.detach().to(dtype), bias_V=bias_V)
+
+    def product(self, state_ND: Tensor) -> Tensor:
+        """Give logits in the weights' dtype, or in float32 where something comes behind the product."""
+        if self.scale != 1.0 or self.softcap is not None:
+            return self(state_ND)
+        return F.linear(state_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the gradient has use for the logits once they are taken."""
+        return self.softcap is not None
+
+    def before_caps(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Bring a gradient of logits, in place, to before scale and soft-cap: to the product of state and weights."""
+        if self.softcap is not None:
+            return gradient.mul_(self.slope(logits))
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
     def slope(self, logits: Tensor) -> Tensor:
         """Give the derivative of each logit by the product of state and weights, from the logits themselves."""
@@ -73,3 +132,18 @@ class OutputHead:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+
+# What makes logits of a student's last values, chunk by chunk of positions.
+Head = OutputHead | PlainLogits
+
+
+def _chunk_rows(vocab_size: int, device: torch.device) -> int:
+    num_bytes = _CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
+    return max(num_bytes // (4 * vocab_size), _FEWEST_ROWS)
+
+
+def _chunks(num_positions: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
+    length = _chunk_rows(vocab_size, device)
+    for start in range(0, num_positions, length):
+        yield slice(start, start + length)

@@ -19,6 +19,15 @@ class LearnableProjector(nn.Module):
         self.linear = nn.Linear(student_width, teacher_width, bias=False)
         nn.init.xavier_uniform_(self.linear.weight, gain=_XAVIER_GAIN)
 
+    @property
+    def last(self) -> nn.Linear:
+        """The last linear map."""
+        return self.linear
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """Give what the last linear map takes: the hidden states themselves."""
+        return hidden
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Project hidden states [..., Ds]."""
         return self.linear(hidden)
@@ -32,9 +41,18 @@ class MlpProjector(nn.Module):
         self.enter = nn.Linear(student_width, teacher_width)
         self.leave = LearnableProjector(teacher_width, teacher_width)
 
+    @property
+    def last(self) -> nn.Linear:
+        """The last linear map."""
+        return self.leave.linear
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """Give what the last linear map takes, [..., Dt]."""
+        return nn.functional.gelu(self.enter(hidden))
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Project hidden states [..., Ds]."""
-        return self.leave(nn.functional.gelu(self.enter(hidden)))
+        return self.leave(self.features(hidden))
 
 
 def create_projectors(

@@ -3,6 +3,7 @@
 <output>/
     checkpoints/        the Trainer's, with the run's key in provenance.json
     student/            the trained student, a plain transformers model
+    adapters/           of a student with LoRA: the adapters alone, as PEFT loads them
     train.json          summary and log; written last: it says that the run is complete
 """
 
@@ -16,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from cache.errors import RecipeError
 from cache.identity import digest_of
+from pipeline.adapters import has_adapters, merged
 from pipeline.config import Recipe
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE, write_record
 from pipeline.run_index import RunRows, trained_student
@@ -23,6 +25,7 @@ from pipeline.trainer import UniversalDistillationTrainer
 from pipeline.whole import whole_folder, write_whole
 
 _METRICS_FILE = "train.json"
+_ADAPTERS = "adapters"
 
 # Of a recipe, what decides the trained student. The data is in the selections' names.
 _DECISIVE_SECTIONS = ("student", "targets", "mapping", "projector", "loss", "train")
@@ -109,10 +112,16 @@ def _is_whole(checkpoint: Path) -> bool:
 def export_student(
     trainer: UniversalDistillationTrainer, recipe: Recipe, facts: Mapping[str, Any], *, card: str
 ) -> None:
-    """Write the student alone, so that plain `from_pretrained` loads it; the folder appears whole."""
+    """Write the student alone, so that plain `from_pretrained` loads it; the folder appears whole.
+
+    Adapters are merged into it; they are kept by themselves too.
+    """
+    student = trainer.accelerator.unwrap_model(trainer.model).student
+    if has_adapters(student):
+        with whole_folder(Path(recipe.output) / _ADAPTERS) as partial:
+            student.save_pretrained(partial)
     with whole_folder(trained_student(recipe)) as partial:
-        student = trainer.accelerator.unwrap_model(trainer.model).student
-        student.save_pretrained(partial)
+        merged(student).save_pretrained(partial)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(partial)
         write_whole(partial / "README.md", card)
@@ -127,5 +136,5 @@ def write_metrics(recipe: Recipe, record: Mapping[str, Any]) -> None:
 def remove_run(recipe: Recipe) -> None:
     """Remove what an earlier run left, the word that it was complete first."""
     (Path(recipe.output) / _METRICS_FILE).unlink(missing_ok=True)
-    for folder in (checkpoints_folder(recipe), trained_student(recipe)):
+    for folder in (checkpoints_folder(recipe), trained_student(recipe), Path(recipe.output) / _ADAPTERS):
         shutil.rmtree(folder, ignore_errors=True)

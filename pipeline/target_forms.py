@@ -14,6 +14,7 @@ from pipeline.batches import BatchCollator, BatchColumns, StoredRows
 from pipeline.calibrations import read_codes
 from pipeline.config import Recipe
 from pipeline.distiller import IGNORED, TargetForms
+from pipeline.hidden_terms import HiddenForm
 from pipeline.logits_targets import (
     FINAL,
     NORMALISER,
@@ -77,13 +78,12 @@ def read_logits(
 ) -> LogitsTarget:
     """Read the teacher's distribution at the positions that count of a split's first rows, at a temperature."""
     batch = read_batch(recipe, run, split=split, num_rows=num_rows, temperature=temperature, device=device)
-    at_temperature = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"temperature": temperature})})
     manifest = Manifest(run.store)
     columns = BatchColumns(_columns_at(recipe, manifest, run.selections[split], split, temperature), hidden={})
-    logits = target_forms(at_temperature, run.store, columns).logits
+    logits = target_forms(recipe, run.store, columns).logits
     assert logits is not None
     with torch.no_grad():
-        return logits.read(batch["logits"], batch["labels"] != IGNORED)
+        return logits.read(batch["logits"], batch["labels"] != IGNORED, temperature)
 
 
 def _columns_at(
@@ -107,15 +107,16 @@ def target_forms(recipe: Recipe, store: Store, columns: BatchColumns) -> TargetF
     logits = None
     if columns.logits:
         logits = _logits_form(recipe, store, codes.get(columns.logits.get(FINAL, "")))
-    return TargetForms(logits, hidden_form(recipe.targets.hidden) if columns.hidden else None, hidden_codes)
+    hidden = HiddenForm(hidden_form(recipe.targets.hidden), hidden_codes) if columns.hidden else None
+    return TargetForms(logits, hidden)
 
 
 def _logits_form(recipe: Recipe, store: Store, code: TransformCode | None) -> LogitsForm:
-    logits, temperature = recipe.targets.logits, recipe.loss.temperature
+    logits = recipe.targets.logits
     if logits.kind == "topk":
-        return BucketedForm(logits.k, temperature)
+        return BucketedForm(logits.k, int(store.teacher["vocab_size"]))
     if logits.kind == "topk_sampled":
-        return SampledForm(logits.k, temperature)
+        return SampledForm(logits.k)
     form, head = final_form(logits), load_head(store, _HOST)
     correction_V = None if code is None or form.step is None else logit_correction(head, code, form.step)
-    return FinalForm(form, head, temperature, code, correction_V)
+    return FinalForm(form, head, code, correction_V)

@@ -68,7 +68,7 @@ def measure_kinds(recipe: Recipe, trial: Trial, *, show_progress: bool) -> list[
 
 def measure_hidden(recipe: Recipe, trial: Trial, *, show_progress: bool) -> list[HiddenOption]:
     """Store the recipe's blocks in several forms for the trial's rows; empty where it keeps none."""
-    if recipe.targets.hidden.blocks == "none" or not recipe.loss.gamma:
+    if recipe.targets.hidden.blocks == "none" or not recipe.loss.needs_hidden:
         return []
     sections: dict[str, dict[str, Any]] = {"targets.hidden.encoding=int8": {"encoding": "int8"}}
     for step in _HIDDEN_STEPS:

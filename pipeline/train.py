@@ -82,6 +82,8 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
         sweep_checkpoints(recipe)
     started = time.monotonic()
     first_step, checkpoint = last_checkpoint(recipe)
+    if checkpoint is None and recipe.projector.init == "least_squares" and recipe.loss.needs_hidden:
+        trainer.fit_projectors(recipe.projector.init_rows)
     trainer.train(resume_from_checkpoint=checkpoint)
     return _finish(recipe, run, trainer, key, first_step=first_step, seconds=time.monotonic() - started)
 

@@ -13,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cache.errors import StoreNotFoundError
 from cache.local_objects import sync_path
+from pipeline.adapters import has_adapters, load_adapters
 from pipeline.batches import EpochOrder
 from pipeline.distiller import Distiller
 from pipeline.models import load_model
+from pipeline.warm_start import fit_projectors
 from pipeline.whole import disk_errors, write_whole
 
 PROJECTORS_FILE = "projectors.safetensors"
@@ -52,6 +55,15 @@ class UniversalDistillationTrainer(Trainer):
         self._terms: dict[str, Tensor] = {}
         self._terms_since_step = 0
         super().__init__(model, *args, **kwargs)
+        self.add_callback(_LossOfStep(model))
+
+    def fit_projectors(self, num_rows: int) -> None:
+        """Let the projectors begin as least-squares maps over the first train rows."""
+        rows, size = min(num_rows, len(self.train_dataset)), self.args.per_device_train_batch_size
+        indices = [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+        batches = (self.data_collator(self.train_dataset.__getitems__(chosen)) for chosen in indices)
+        device = next(self._distiller.parameters()).device
+        fit_projectors(self._distiller, (send_to_device(batch, device) for batch in batches))
 
     def compute_loss(
         self,
@@ -60,7 +72,7 @@ class UniversalDistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute alpha * task + beta * logits + gamma * hidden, and note each term for the next log."""
+        """Compute the weighted sum of the terms, and note each of them for the next log."""
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The count is over all processes, while DDP averages their gradients.
@@ -92,6 +104,7 @@ class UniversalDistillationTrainer(Trainer):
             for name, total in sorted(self._terms.items()):
                 logs[name] = self.accelerator.gather(total).mean().item() / num_steps
             self._terms = {}
+            logs |= {name: getattr(self._distiller.weights, name) for name in self._distiller.loss.schedules}
         super().log(logs, start_time)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -143,12 +156,24 @@ class UniversalDistillationTrainer(Trainer):
             return
         distiller = self._distiller
         folder = Path(resume_from_checkpoint)
-        dtype = str(next(distiller.student.parameters()).dtype).removeprefix("torch.")
-        saved = load_model(folder, dtype=dtype)
-        distiller.student.load_state_dict(saved.state_dict())
+        if has_adapters(distiller.student):
+            load_adapters(distiller.student, folder)
+        else:
+            dtype = str(next(distiller.student.parameters()).dtype).removeprefix("torch.")
+            distiller.student.load_state_dict(load_model(folder, dtype=dtype).state_dict())
         projectors = {name: value for name, value in distiller.state_dict().items() if name.startswith(_PROJECTORS)}
         if projectors:
             distiller.projectors.load_state_dict(_read_projectors(folder))
+
+
+class _LossOfStep(TrainerCallback):
+    """Sets the weights of each step, which are a function of the step alone."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        self._distiller = distiller
+
+    def on_step_begin(self, _args: TrainingArguments, state: TrainerState, _control: Any, **_: Any) -> None:
+        self._distiller.set_step(state.global_step, state.max_steps)
 
 
 def _publish_state(state: TrainerState, json_path: str) -> None:

@@ -10,15 +10,18 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from cache.errors import ModelError, RecipeError
 from cache.manifest import Manifest
 from cache.reader import require_complete
+from pipeline.adapters import add_adapters
 from pipeline.batches import BatchCollator, BatchColumns, StoredRows
 from pipeline.config import Recipe
-from pipeline.distiller import Distiller, LossWeights
+from pipeline.distiller import Distiller, Loss, LossWeights
 from pipeline.divergences import Divergence
+from pipeline.loss_config import LossConfig
 from pipeline.models import check_vocabularies, load_config, load_model, load_tokenizer, text_config
 from pipeline.pairing import layer_map_of
 from pipeline.projectors import create_projectors
 from pipeline.run_folder import checkpoints_folder
 from pipeline.run_index import RunRows
+from pipeline.schedules import Schedule
 from pipeline.target_forms import column_axes, logits_columns, target_forms
 from pipeline.targets import columns_of
 from pipeline.trainer import UniversalDistillationTrainer
@@ -33,6 +36,8 @@ def create_trainer(recipe: Recipe, run: RunRows, student_folder: Path) -> Univer
         ModelError: The student cannot be loaded, or has another vocabulary.
     """
     student = _load_student(recipe, run, student_folder)
+    if recipe.student.lora is not None:
+        student = add_adapters(student, recipe.student.lora)
     layer_map, collator = _plan(recipe, run, student.config)
     return _make_trainer(recipe, run, student, layer_map, collator, student_folder)
 
@@ -48,10 +53,10 @@ def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict
     """Decide the layer map and the columns of a batch, and check that the store has them."""
     loss, logits = recipe.loss, recipe.targets.logits
     layer_map: dict[int, int] = {}
-    if loss.gamma:
+    if loss.needs_hidden:
         layer_map = layer_map_of(recipe.mapping, student, num_teacher_blocks=run.store.teacher["num_blocks"])
         _check_blocks(recipe, layer_map)
-    if loss.beta and logits.kind != "final" and loss.temperature not in logits.temperatures:
+    if loss.ever("beta") and logits.kind != "final" and loss.temperature not in logits.temperatures:
         stored = ", ".join(f"{temperature:g}" for temperature in logits.temperatures)
         raise RecipeError(
             f"loss.temperature {loss.temperature:g} is not stored; targets.logits.temperatures has {stored}: "
@@ -62,7 +67,8 @@ def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict
     blocks = list(layer_map.values())
     shards = run.selections["train"].shard_names
     wanted = columns_of(recipe.targets, blocks=blocks, split="train", manifest=manifest, shards=shards)
-    columns = BatchColumns(logits=logits_columns(wanted, loss.temperature) if loss.beta else {}, hidden=wanted.hidden)
+    of_logits = logits_columns(wanted, loss.temperature) if loss.ever("beta") else {}
+    columns = BatchColumns(logits=of_logits, hidden=wanted.hidden)
     for selection in run.selections.values():
         require_complete(manifest, selection, columns.names(), store=run.store.path)
     return layer_map, BatchCollator(columns, column_axes(manifest, columns, shards[0]))
@@ -86,7 +92,7 @@ def _make_trainer(
     collator: BatchCollator,
     student_folder: Path,
 ) -> UniversalDistillationTrainer:
-    loss, projector = recipe.loss, recipe.projector
+    projector = recipe.projector
     projectors = create_projectors(
         layer_map,
         student_width=int(text_config(student.config).hidden_size),
@@ -94,14 +100,6 @@ def _make_trainer(
         kind=projector.kind,
         learnable=projector.learnable,
         seed=recipe.seed,
-    )
-    weights = LossWeights(
-        alpha=loss.alpha,
-        beta=loss.beta,
-        gamma=loss.gamma,
-        temperature=loss.temperature,
-        divergence=Divergence(loss.divergence, loss.divergence_weight, loss.selective_k, loss.selective_entropy),
-        hidden=loss.hidden,
     )
     datasets = {
         split: StoredRows(run.store.path, selection, collator.columns, local_copy=recipe.local_copy)
@@ -111,7 +109,7 @@ def _make_trainer(
     with contextlib.suppress(ModelError):
         tokenizer = load_tokenizer(student_folder, trust_remote_code=recipe.student.trust_remote_code)
     forms = target_forms(recipe, run.store, collator.columns)
-    distiller = Distiller(student, projectors, layer_map=layer_map, weights=weights, forms=forms)
+    distiller = Distiller(student, projectors, layer_map=layer_map, loss=_loss_of(recipe.loss), forms=forms)
     try:
         return UniversalDistillationTrainer(
             distiller,
@@ -127,6 +125,24 @@ def _make_trainer(
         raise RecipeError(f"train: {' '.join(str(error).split())}") from None
 
 
+def _loss_of(section: LossConfig) -> Loss:
+    given = {name: schedule for name, schedule in section.schedule if schedule is not None}
+    schedules = {}
+    for name, schedule in given.items():
+        start = getattr(section, name)
+        end = start if schedule.end is None else schedule.end
+        schedules[name] = Schedule(schedule.shape, start, end, schedule.warmup)
+    return Loss(
+        weights=LossWeights(section.alpha, section.beta, section.gamma, section.temperature, section.delta),
+        divergence=Divergence(
+            section.divergence, section.divergence_weight, section.selective_k, section.selective_entropy
+        ),
+        hidden=section.hidden,
+        dynamics=section.dynamics,
+        schedules=schedules,
+    )
+
+
 def _training_arguments(recipe: Recipe) -> TrainingArguments:
     # Without an accelerator there is no memory to pin, and bf16 has to be asked of the CPU.
     has_accelerator = torch.accelerator.is_available()
@@ -135,7 +151,7 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
         "dataloader_pin_memory": has_accelerator,
         "use_cpu": not has_accelerator,
         # With the hidden term alone the student's output head gets no gradient, and DDP must be told to look.
-        "ddp_find_unused_parameters": not (recipe.loss.alpha or recipe.loss.beta),
+        "ddp_find_unused_parameters": not (recipe.loss.ever("alpha") or recipe.loss.ever("beta")),
     }
     owned = {
         "output_dir": str(checkpoints_folder(recipe)),

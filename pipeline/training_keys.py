@@ -1,11 +1,13 @@
-"""Which keys of a recipe's `train` section are arguments of transformers' Trainer, and which the recipe owns.
+"""Which keys of a recipe are arguments of transformers' Trainer or of PEFT's LoRA, and which of them the recipe owns.
 
-Reads the names and types off `transformers.TrainingArguments` itself, so that a recipe can use whatever the installed
-release knows, and a misspelt key is caught before any work. Transformers is imported only when there is a key to check.
+Reads the names and types off `transformers.TrainingArguments` and `peft.LoraConfig` themselves, so that a recipe can
+use whatever the installed release knows, and a misspelt key is caught before any work. Both are imported only when
+there is a key to check.
 """
 
+import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 # What each key that the recipe or the stage decides is decided by.
@@ -24,6 +26,14 @@ OWNED_KEYS: Mapping[str, str] = {
 }
 
 
+_OWNED_LORA_KEYS: Mapping[str, str] = {
+    "task_type": "the student: a causal language model",
+    "peft_type": "student.lora",
+    "inference_mode": "the command",
+    "base_model_name_or_path": "the recipe's student",
+}
+
+
 def check_training_keys(values: dict[str, Any]) -> dict[str, Any]:
     """Check names and plain types of `train` keys, and give the values back, whole numbers made floats where floats go.
 
@@ -32,8 +42,6 @@ def check_training_keys(values: dict[str, Any]) -> dict[str, Any]:
     """
     if not values:
         return values
-    import dataclasses
-
     from transformers import TrainingArguments
 
     declared = {field.name: field.type for field in dataclasses.fields(TrainingArguments) if field.init}
@@ -41,12 +49,34 @@ def check_training_keys(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if key in OWNED_KEYS:
             raise ValueError(f"train.{key} is decided by {OWNED_KEYS[key]}; remove it")
-        if key not in declared:
-            nearest = difflib.get_close_matches(key, declared, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"unknown key 'train.{key}': transformers' TrainingArguments has no such argument{hint}")
+        _check_name(f"train.{key}", key, declared, "transformers' TrainingArguments")
         checked[key] = _checked_value(key, value, declared[key])
     return checked
+
+
+def check_lora_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Check names of `student.lora` keys, where PEFT is at hand, and give the values back.
+
+    Raises:
+        ValueError: A key is unknown or owned.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        return values  # stage one does without; stage two says that it is missing
+    declared = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
+    for key in values:
+        if key in _OWNED_LORA_KEYS:
+            raise ValueError(f"student.lora.{key} is decided by {_OWNED_LORA_KEYS[key]}; remove it")
+        _check_name(f"student.lora.{key}", key, declared, "peft's LoraConfig")
+    return values
+
+
+def _check_name(dotted: str, key: str, declared: Collection[str], where: str) -> None:
+    if key not in declared:
+        nearest = difflib.get_close_matches(key, declared, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"unknown key {dotted!r}: {where} has no such argument{hint}")
 
 
 def _checked_value(key: str, value: Any, declared: Any) -> Any:

@@ -13,6 +13,7 @@ from pipeline.divergences import DIVERGENCES, Divergence, Events
 from pipeline.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, SampledTail
 from pipeline.output_head import OutputHead
 from pipeline.tail_sampling import draw_tail
+from pipeline.vocabulary_losses import events_of
 
 N, V, K, M = 5, 40, 4, 6
 ALL = slice(0, None)
@@ -76,7 +77,7 @@ def target_of(kind: str, teacher: Tensor, temperature: float = 1.0, uniforms: Te
     if kind == "full":
         return FullDistribution(teacher, OutputHead(torch.eye(teacher.shape[-1], dtype=teacher.dtype)), temperature)
     if kind == "bucketed":
-        return BucketedTopk(top.values, top.indices, normaliser, temperature)
+        return BucketedTopk(top.values, top.indices, normaliser, temperature, teacher.shape[-1])
     uniforms = torch.as_tensor(uniforms).expand(len(teacher))
     drawn, ids, log_weights = draw_tail(
         teacher, top.indices, temperatures=TEMPERATURES, num_draws=M, uniforms_C=uniforms
@@ -102,7 +103,7 @@ def poured(logits: Tensor, top_ids: Tensor, temperature: float) -> Tensor:
 @each_temperature
 def test_over_every_token_it_is_its_definition(logits, divergence, temperature):
     student, teacher = logits
-    events = target_of("full", teacher, temperature).events(ALL, student)
+    events = events_of(target_of("full", teacher, temperature), ALL, student)
     p, q = ((values / temperature).double().softmax(-1) for values in (teacher, student))
     want = by_definition(divergence, p, q)
     assert want.min() > 0.001
@@ -113,7 +114,7 @@ def test_over_every_token_it_is_its_definition(logits, divergence, temperature):
 @each_temperature
 def test_over_a_bucket_it_is_that_of_the_poured_distributions(logits, divergence, temperature):
     student, teacher = logits
-    events = target_of("bucketed", teacher, temperature).events(ALL, student)
+    events = events_of(target_of("bucketed", teacher, temperature), ALL, student)
     top_ids = teacher.topk(K).indices
     want = by_definition(divergence, *(poured(values, top_ids, temperature) for values in (teacher, student)))
     assert torch.allclose(divergence(events).double(), want, rtol=1e-5, atol=1e-6)
@@ -127,7 +128,7 @@ def test_over_draws_loss_and_gradient_are_the_whole_vocabularys_in_the_mean(logi
         assert len(uniforms) > V / 2
         target = target_of("sampled", teacher.expand(len(uniforms), V), temperature, uniforms)
         point = student.clone().requires_grad_()
-        losses = divergence(target.events(ALL, point.expand(len(uniforms), V)))
+        losses = divergence(events_of(target, ALL, point.expand(len(uniforms), V)))
         assert losses.min() >= 0
         (losses * probabilities).sum().backward()
         exact = student.double().requires_grad_()
@@ -149,7 +150,7 @@ def test_at_student_equal_to_teacher_loss_and_gradient_are_zero(logits, divergen
     _, teacher = logits
     for uniform in (0.0, 0.3, 0.99):
         point = teacher.clone().requires_grad_()
-        loss = divergence(target_of(kind, teacher, temperature, uniform).events(ALL, point))
+        loss = divergence(events_of(target_of(kind, teacher, temperature, uniform), ALL, point))
         assert loss.abs().max() < 1e-6
         loss.sum().backward()
         assert point.grad is not None
@@ -167,7 +168,7 @@ def test_its_gradient_is_that_of_finite_differences(logits, divergence, kind):
     student, teacher = (values[:2].double() for values in logits)
     target = target_of(kind, teacher, 2.0)
     point = student.clone().requires_grad_()
-    divergence(target.events(ALL, point)).sum().backward()
+    divergence(events_of(target, ALL, point)).sum().backward()
     assert point.grad is not None
     step = 1e-5
     drawn = teacher[0].argmax().item()
@@ -175,7 +176,7 @@ def test_its_gradient_is_that_of_finite_differences(logits, divergence, kind):
         ahead, behind = student.clone(), student.clone()
         ahead[index] += step
         behind[index] -= step
-        loss = [divergence(target.events(ALL, values)).sum().item() for values in (ahead, behind)]
+        loss = [divergence(events_of(target, ALL, values)).sum().item() for values in (ahead, behind)]
         slope = (loss[0] - loss[1]) / (2 * step)
         assert point.grad[index].item() == pytest.approx(slope, rel=1e-4, abs=1e-7)
 
@@ -193,7 +194,7 @@ def test_it_is_never_negative_and_never_without_an_end(divergence, kind, scale, 
     teacher = scale * torch.randn(N, V, generator=generator)
     student = (scale * torch.randn(N, V, generator=generator)).requires_grad_()
     uniform = torch.rand((), generator=generator).item()
-    loss = divergence(target_of(kind, teacher, temperature, uniform).events(ALL, student))
+    loss = divergence(events_of(target_of(kind, teacher, temperature, uniform), ALL, student))
     assert torch.isfinite(loss).all()
     # float32 rounds the terms of a KL, each as large as what it is of, to either side.
     assert (loss >= -1e-6 * (1 + loss.detach().abs().max())).all()
@@ -209,12 +210,12 @@ def test_near_the_teacher_it_is_not_negative_either(logits, divergence, kind):
     _, teacher = logits
     for seed in range(5):
         noise = 1e-4 * torch.randn(N, V, generator=torch.Generator().manual_seed(seed))
-        assert (divergence(target_of(kind, teacher, 1.0).events(ALL, teacher + noise)) >= -1e-6).all()
+        assert (divergence(events_of(target_of(kind, teacher, 1.0), ALL, teacher + noise)) >= -1e-6).all()
 
 
 def test_the_defaults_are_what_a_recipe_that_gives_no_weight_means(logits):
     student, teacher = logits
-    events = target_of("full", teacher).events(ALL, student)
+    events = events_of(target_of("full", teacher), ALL, student)
     for name, weight in DEFAULTS.items():
         assert torch.equal(Divergence(name)(events), Divergence(name, weight)(events))
 
@@ -240,7 +241,7 @@ class Ends:
 @each_kind
 def test_at_the_ends_of_its_weight_it_is_the_plain_one(logits, case, kind):
     student, teacher = logits
-    events = target_of(kind, teacher).events(ALL, student)
+    events = events_of(target_of(kind, teacher), ALL, student)
     assert torch.allclose(Divergence(case.name, case.weight)(events), Divergence(case.becomes)(events), rtol=1e-3)
 
 
@@ -249,7 +250,7 @@ def test_at_the_ends_of_its_weight_it_is_the_plain_one(logits, case, kind):
 def test_the_selective_one_looks_at_the_likeliest_tokens_alone(logits, kind, selective_k):
     student, teacher = logits
     divergence = Divergence("selective", selective_k=selective_k)
-    events = target_of(kind, teacher).events(ALL, student)
+    events = events_of(target_of(kind, teacher), ALL, student)
     want = by_definition(divergence, teacher.double().softmax(-1), student.double().softmax(-1))
     assert torch.allclose(divergence(events).double(), want, rtol=1e-5, atol=1e-6)
 
@@ -257,8 +258,8 @@ def test_the_selective_one_looks_at_the_likeliest_tokens_alone(logits, kind, sel
 @pytest.mark.parametrize("kind", ["bucketed", "sampled"])
 def test_the_selective_one_never_takes_bucket_or_draw_for_a_likely_token(logits, kind):
     student, teacher = logits
-    wide = Divergence("selective", selective_k=K + 3)(target_of(kind, teacher).events(ALL, student))
-    assert torch.equal(wide, Divergence("selective", selective_k=K)(target_of(kind, teacher).events(ALL, student)))
+    wide = Divergence("selective", selective_k=K + 3)(events_of(target_of(kind, teacher), ALL, student))
+    assert torch.equal(wide, Divergence("selective", selective_k=K)(events_of(target_of(kind, teacher), ALL, student)))
 
 
 @each_kind
@@ -270,7 +271,7 @@ def test_the_selective_one_leaves_out_positions_where_the_teacher_is_sure(kind):
     # Of a bucket the entropy is that of the poured distribution, which is lower.
     threshold = 0.3 if kind == "bucketed" else 1.0
     divergence = Divergence("selective", selective_k=2, selective_entropy=threshold)
-    loss = divergence(target_of(kind, teacher).events(ALL, point))
+    loss = divergence(events_of(target_of(kind, teacher), ALL, point))
     assert (loss > 0).tolist() == [True, False, True, False, True]
     loss.sum().backward()
     assert point.grad is not None

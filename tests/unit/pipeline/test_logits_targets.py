@@ -22,6 +22,7 @@ from pipeline.output_head import OutputHead
 from pipeline.tail_sampling import draw_tail
 from pipeline.token_encodings import encode_tail, encode_topk, tail_column, topk_column
 from pipeline.transform_coding import fit_code, logit_correction
+from pipeline.vocabulary_losses import events_of
 
 B, T, D, V, K, M = 2, 6, 8, 40, 4, 5
 TEMPERATURE = 2.0
@@ -48,14 +49,14 @@ def stored_as(kind: str) -> tuple[LogitsForm, StoredLogits]:
         form = StateForm("coded", 0.3) if kind == "coded" else StateForm("float32")
         columns[FINAL] = encode_state(STATES, form=form, code=code)
         correction = None if code is None else logit_correction(HEAD, code, 0.3)
-        read: LogitsForm = FinalForm(form, HEAD, TEMPERATURE, code, correction)
+        read: LogitsForm = FinalForm(form, HEAD, code, correction)
     else:
         top = logits.topk(2 * K)
         # Twice as many as are read, as a store may hold them that serves several recipes.
         column = topk_column("logits/topk/8/float32", k=2 * K, values="float32", vocab_size=V)
         columns[TOPK] = encode_topk(top.values, top.indices, column=column)
         columns[NORMALISER] = {"values": (logits / TEMPERATURE).logsumexp(-1)}
-        read = BucketedForm(K, TEMPERATURE)
+        read = BucketedForm(K, V)
     if kind == "sampled":
         drawn = draw_tail(
             logits,
@@ -65,7 +66,7 @@ def stored_as(kind: str) -> tuple[LogitsForm, StoredLogits]:
             uniforms_C=torch.rand(B * T, generator=torch.Generator().manual_seed(4)),
         )
         columns[TAIL] = encode_tail(*drawn, column=tail_column("logits/tail/4_5/1_2", num_draws=M, vocab_size=V))
-        read = SampledForm(K, TEMPERATURE)
+        read = SampledForm(K)
     batch = {
         role: {name: values.unflatten(0, (B, T)) for name, values in arrays.items()} for role, arrays in columns.items()
     }
@@ -74,9 +75,9 @@ def stored_as(kind: str) -> tuple[LogitsForm, StoredLogits]:
 
 def events_in_chunks(kind: str, length: int) -> Events:
     form, stored = stored_as(kind)
-    target = form.read(stored, COUNTS)
+    target = form.read(stored, COUNTS, TEMPERATURE)
     parts = [
-        target.events(slice(start, start + length), STUDENT[start : start + length])
+        events_of(target, slice(start, start + length), STUDENT[start : start + length])
         for start in range(0, NUM_COUNTED, length)
     ]
     weights = [part.weights_NE for part in parts if part.weights_NE is not None]
@@ -131,7 +132,7 @@ def test_a_k_of_the_whole_vocabulary_has_no_bucket():
     batch = {
         role: {name: each.unflatten(0, (B, T)) for name, each in arrays.items()} for role, arrays in stored.items()
     }
-    events = BucketedForm(V, TEMPERATURE).read(batch, COUNTS).events(slice(0, NUM_COUNTED), STUDENT)
+    events = events_of(BucketedForm(V, V).read(batch, COUNTS, TEMPERATURE), slice(0, NUM_COUNTED), STUDENT)
     assert events.teacher_logprobs_NE.shape == (NUM_COUNTED, V)
     assert torch.allclose(events.student_logprobs_NE.exp().sum(-1), torch.ones(NUM_COUNTED), atol=1e-5)
 
@@ -145,13 +146,13 @@ def test_the_correction_is_divided_by_the_temperature_squared(temperature):
 
 
 def test_a_form_on_its_own_device_is_itself():
-    form = FinalForm(StateForm("float32"), HEAD, TEMPERATURE)
+    form = FinalForm(StateForm("float32"), HEAD)
     assert form.on(torch.device("cpu")) is form
 
 
 def test_a_form_is_brought_to_another_device_once_with_all_that_it_holds():
     code = fit_code(STATES)
-    form = FinalForm(StateForm("coded", 0.3), HEAD, TEMPERATURE, code, logit_correction(HEAD, code, 0.3))
+    form = FinalForm(StateForm("coded", 0.3), HEAD, code, logit_correction(HEAD, code, 0.3))
     other = form.on(torch.device("meta"))
     assert form.on(torch.device("meta")) is other
     assert other.code is not None

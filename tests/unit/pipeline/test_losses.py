@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.divergences import Divergence
 from pipeline.logits_targets import BucketedTopk
 from pipeline.losses import HIDDEN_LOSSES, cross_entropy, hidden_mse, hidden_normalised_mse
+from pipeline.vocabulary_losses import events_of
 
 N, V, D = 5, 24, 7
 
@@ -34,8 +35,8 @@ def bucketed_kl(
     student: Tensor, values: Tensor, ids: Tensor, normaliser: Tensor, *, temperature: float, num_positions: float
 ) -> Tensor:
     """The logits loss as the distiller makes it of the stored tokens and a bucket."""
-    target = BucketedTopk(values, ids, normaliser, temperature)
-    divergence_N = Divergence("forward_kl")(target.events(slice(0, len(values)), student))
+    target = BucketedTopk(values, ids, normaliser, temperature, student.shape[-1])
+    divergence_N = Divergence("forward_kl")(events_of(target, slice(0, len(values)), student))
     return divergence_N.sum() * temperature**2 / num_positions
 
 

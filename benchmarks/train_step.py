@@ -1,0 +1,150 @@
+"""What a step of training costs beside plain fine-tuning, and beside distillation with a live teacher.
+
+    python benchmarks/train_step.py --teacher FOLDER --text FILE [--rounds 6] [--precision float32 bf16]
+    python benchmarks/train_step.py --teacher FOLDER --text FILE --profile topk
+
+The teacher loses four decoder blocks by importance, and every arm (benchmarks/step_arm.py) takes steps on the same
+student, rows and optimizer: `plain`, the cross entropy of the stock transformers Trainer; `topk` and `final`,
+Coldstill's trainer with these logits targets and six int8 blocks; `live`, the stock Trainer with the teacher in memory,
+dense logits and the same hidden terms. Every arm is a process of its own with its own peak memory; they take steps
+in turns, one at a time, so that whatever the machine does meanwhile falls on all of them alike. A step's time contains
+the wait for its data. The loss over a large vocabulary is measured alone, dense and in chunks
+(benchmarks/loss_memory.py).
+
+Prints one JSON object a line; the last one holds the ratios, each the worse of the precisions, and then each of them.
+With --profile, one arm's five largest costs by operator.
+
+Without --teacher, or the variable SMOLLM2, the teacher of `coldstill demo` stands in.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from recovery import build_recipe, teacher_and_source
+
+HERE = Path(__file__).parent
+ARMS = ("plain", "topk", "final", "live")
+KINDS = {"topk": {"kind": "topk", "k": 64, "temperatures": [1, 2, 3, 4]}, "final": {"kind": "final"}}
+
+
+def main() -> None:
+    options = parse()
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    recipes = write_recipes(options)
+    if options.profile:
+        for precision in options.precision:
+            subprocess.run(arm_command(options.profile, recipes, precision, "--profile"), check=True)
+        return
+    subprocess.run([sys.executable, "-m", "cli", "precompute", *recipes.values()], check=True, stdout=sys.stderr)
+    head = {arm: measure_head(arm) for arm in ("dense", "chunked")}
+    print(json.dumps({"head": head}), flush=True)
+    by_precision = {}
+    for precision in options.precision:
+        arms = measure_steps(options, recipes, precision)
+        by_precision[precision] = ratios(arms)
+        print(json.dumps({precision: arms}), flush=True)
+    worst = {key: worse(key, [values[key] for values in by_precision.values()]) for key in by_precision[precision]}
+    worst["head_memory_over_dense"] = round(head["chunked"]["peak_bytes"] / head["dense"]["peak_bytes"], 3)
+    print(json.dumps({**worst, **by_precision}))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default=os.environ.get("SMOLLM2"), help="the teacher's folder or hub name")
+    parser.add_argument("--text", help="a text file; its first rows judge, the next ones train")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/train_step"))
+    parser.add_argument("--rounds", type=int, default=6, help="steps of each arm that count; one more comes before")
+    parser.add_argument("--precision", nargs="+", choices=["float32", "bf16"], default=["float32", "bf16"])
+    parser.add_argument("--profile", choices=[*KINDS])
+    # What `build_recipe` reads; the rows of one epoch hold every step.
+    parser.set_defaults(temperature=2.0, remove=4, train_rows=64, eval_rows=4, learning_rate=1e-5)
+    return parser.parse_args()
+
+
+def write_recipes(options: argparse.Namespace) -> dict[str, Path]:
+    teacher, source = teacher_and_source(options)
+    recipes = {}
+    for kind, logits in KINDS.items():
+        recipe = build_recipe(options, teacher, source)
+        recipe["output"] = str(options.workdir / kind)
+        recipe["targets"] = {"logits": logits}
+        recipes[kind] = options.workdir / f"{kind}.yaml"
+        recipes[kind].write_text(yaml.safe_dump(recipe))
+    return recipes
+
+
+def arm_command(arm: str, recipes: dict[str, Path], precision: str, *more: str) -> list[str]:
+    recipe = recipes.get(arm, recipes["topk"])
+    return [sys.executable, str(HERE / "step_arm.py"), arm, str(recipe), precision, *more]
+
+
+def measure_head(arm: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, str(HERE / "loss_memory.py"), arm], check=True, stdout=subprocess.PIPE)
+    return dict(json.loads(done.stdout))
+
+
+def measure_steps(options: argparse.Namespace, recipes: dict[str, Path], precision: str) -> dict[str, Any]:
+    """Let each arm take a step in turn, round by round, and give each arm's medians and peak."""
+    steps = str(options.rounds + 1)
+    commands = {arm: arm_command(arm, recipes, precision, "--steps", steps) for arm in ARMS}
+    processes = {
+        arm: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for arm, command in commands.items()
+    }
+    for process in processes.values():
+        answer(process)  # loaded and ready
+    measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    for _ in range(options.rounds + 1):
+        for arm, process in processes.items():
+            pipe_of(process.stdin).write("go\n")
+            pipe_of(process.stdin).flush()
+            measured[arm].append(answer(process))
+    peaks = {arm: answer(process)["peak_bytes"] for arm, process in processes.items()}
+    return {
+        arm: {
+            "seconds": round(statistics.median(step["seconds"] for step in steps[1:]), 3),
+            "all_seconds": [round(step["seconds"], 3) for step in steps[1:]],
+            "wait": round(statistics.median(step["wait"] for step in steps[1:]), 4),
+            "peak_bytes": peaks[arm],
+        }
+        for arm, steps in measured.items()
+    }
+
+
+def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+    line = pipe_of(process.stdout).readline()
+    if not line:
+        raise SystemExit(f"an arm ended: {process.args}")
+    return dict(json.loads(line))
+
+
+def pipe_of(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe
+
+
+def ratios(arms: dict[str, Any]) -> dict[str, float]:
+    seconds = {arm: values["seconds"] for arm, values in arms.items()}
+    values = {
+        "step_over_plain": seconds["topk"] / seconds["plain"],
+        "final_step_over_plain": seconds["final"] / seconds["plain"],
+        "live_over_train": seconds["live"] / seconds["topk"],
+        "memory_over_plain": arms["topk"]["peak_bytes"] / arms["plain"]["peak_bytes"],
+        "data_wait_share": max(arms[arm]["wait"] / seconds[arm] for arm in KINDS),
+    }
+    return {key: round(value, 4) for key, value in values.items()}
+
+
+def worse(key: str, values: list[float]) -> float:
+    return min(values) if key == "live_over_train" else max(values)
+
+
+if __name__ == "__main__":
+    main()

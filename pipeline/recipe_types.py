@@ -1,0 +1,28 @@
+"""What the sections of a recipe are made of: a strict section, and numbers with their ranges."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _nameable(value: float) -> float:
+    text = f"{value:g}"
+    if "e" in text or float(text) != value:
+        raise ValueError("is part of a column's name: at most six digits and no exponent")
+    return value
+
+
+Positive = Annotated[float, Field(gt=0)]
+# A number that stands in a column's name, where it must say exactly what it is.
+Nameable = Annotated[float, Field(gt=0), AfterValidator(_nameable)]
+Weight = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(gt=0)]
+BlockIndex = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+WarmupShare = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: no unknown keys, no conversions, nothing changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

@@ -1,0 +1,35 @@
+"""Values of the loss that change over a run: a pure function of the step, so that a resumed run meets the same ones."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """From one value at the first step to another at the last.
+
+    Attributes:
+        shape: `constant`, `linear`, `cosine` (half a wave: slow, fast, slow) or `exponential` (a constant ratio a step;
+            both values are above 0).
+        start: The value at the first step.
+        end: The value at the last; equal to `start` where the shape is constant.
+        warmup: The share of the steps at the beginning that keep `start`.
+    """
+
+    shape: str
+    start: float
+    end: float
+    warmup: float = 0.0
+
+    def at(self, step: int, num_steps: int) -> float:
+        """Give the value at a step, counted from 0, of a run of so many."""
+        first = int(self.warmup * num_steps)
+        way = (step - first) / max(num_steps - 1 - first, 1)
+        way = min(max(way, 0.0), 1.0)
+        if self.shape == "constant":
+            return self.start
+        if self.shape == "exponential":
+            return self.start * (self.end / self.start) ** way
+        if self.shape == "cosine":
+            way = (1.0 - math.cos(math.pi * way)) / 2.0
+        return self.start + (self.end - self.start) * way

@@ -1,0 +1,55 @@
+"""A student's forward pass as training needs it: mapped block outputs, and what its logits are made of.
+
+Shapes: B rows, T positions, D width, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.forward import block_outputs
+from pipeline.models import find_structure, head_problem, text_config
+from pipeline.output_head import Head, OutputHead, PlainLogits
+
+
+class StudentForward:
+    """Runs a student so that its logits need never exist at once, where its output head allows that.
+
+    A student whose head does something unknown gives its plain logits [B, T, V], with one warning.
+
+    Args:
+        student: Any causal language model, with or without adapters. What wraps its blocks afterwards is found anew in
+            each call.
+    """
+
+    def __init__(self, student: PreTrainedModel) -> None:
+        self._student = student
+        self._structure = find_structure(student)
+        problem = head_problem(student, self._structure)
+        self._has_known_head = problem is None
+        if problem is not None:
+            warnings.warn(f"{problem}: the student's logits are computed whole, which takes more memory", stacklevel=2)
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None, blocks: Sequence[int]
+    ) -> tuple[dict[int, Tensor], Tensor, Head]:
+        """Run the student.
+
+        Args:
+            input_ids: Token ids [B, T].
+            attention_mask: 1 at real positions [B, T]; None where nothing is padded.
+            blocks: Whose outputs to give.
+
+        Returns:
+            These outputs [B, T, D], by block; the post-norm last state [B, T, D] and the head that makes logits of it,
+            or the logits [B, T, V] and the head that takes them as they are.
+        """
+        runs = self._student.get_submodule(self._structure.body_name) if self._has_known_head else self._student
+        with block_outputs(self._student.get_submodule(self._structure.blocks_name), blocks) as outputs:
+            output = runs(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        if not self._has_known_head:
+            return outputs, output.logits, PlainLogits(output.logits.shape[-1])
+        head = OutputHead.of_model(self._student.get_output_embeddings(), text_config(self._student.config))
+        return outputs, output.last_hidden_state, head
