@@ -5,10 +5,9 @@ from the wait for its batch to the end of the optimizer's update.
 """
 
 import argparse
-import json
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from turns import reporting, wait_for_turn
 
 from cache.tokens import TOKENS
 from pipeline.config import Recipe
@@ -28,20 +28,23 @@ from pipeline.run_index import find_run_rows
 from pipeline.student_folders import find_student
 from pipeline.trainer_setup import create_trainer
 
+_LARGEST = 16
+
 
 def main() -> None:
     options = parse()
+    report = reporting()
     overrides = [f"train.max_steps={options.steps}", "train.report_to=none", "train.disable_tqdm=true"]
     recipe = load_recipe(options.recipe, [*overrides, f"train.bf16={str(options.precision == 'bf16').lower()}"])
     trainer = make_trainer(options.arm, recipe)
-    trainer.add_callback(Profiled(options.steps) if options.profile else Turns())
+    trainer.add_callback(Profiled(report, options.steps) if options.profile else Turns(report))
     trainer.train()
-    print(json.dumps({"peak_bytes": peak_memory_bytes()}), file=REPORT, flush=True)
+    report({"peak_bytes": peak_memory_bytes()})
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arm", choices=["plain", "topk", "final", "live"])
+    parser.add_argument("arm", choices=["plain", "topk", "selective", "final", "live"])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("precision", choices=["float32", "bf16"])
     parser.add_argument("--steps", type=int, default=4)
@@ -51,7 +54,7 @@ def parse() -> argparse.Namespace:
 
 def make_trainer(arm: str, recipe: Recipe) -> Trainer:
     trainer = create_trainer(recipe, find_run_rows(recipe), find_student(recipe))
-    if arm in ("topk", "final"):
+    if arm in ("topk", "selective", "final"):
         return trainer
     # What decides a step's cost stays the recipe's; only the model, the loss and the rows are other ones.
     arguments = TrainingArguments(
@@ -122,30 +125,31 @@ class LiveDistillation(nn.Module):
 class Turns(TrainerCallback):
     """Waits for its turn before each step, and reports what the step took."""
 
+    def __init__(self, report: Callable[[dict[str, Any]], None]) -> None:
+        self._report = report
+
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        print(json.dumps({"ready": True}), file=REPORT, flush=True)
+        self._report({"ready": True})
         self._wait_for_turn()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._wait = time.perf_counter() - self._started
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        report = {"seconds": time.perf_counter() - self._started, "wait": self._wait}
-        print(json.dumps(report), file=REPORT, flush=True)
+        self._report({"seconds": time.perf_counter() - self._started, "wait": self._wait})
         if state.global_step < state.max_steps:
             self._wait_for_turn()
 
     def _wait_for_turn(self) -> None:
-        if not sys.stdin.readline():
-            raise SystemExit("nobody gives turns any more")
+        wait_for_turn()
         self._started = time.perf_counter()
 
 
 class Profiled(TrainerCallback):
-    """Profiles all steps but the first, and prints the costs by operator."""
+    """Profiles all steps but the first, and reports the largest costs by operator, in seconds a step."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps - 1
+    def __init__(self, report: Callable[[dict[str, Any]], None], steps: int) -> None:
+        self._report, self._steps = report, steps - 1
         self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -153,11 +157,13 @@ class Profiled(TrainerCallback):
             self._profiler.start()
         if state.global_step == state.max_steps:
             self._profiler.stop()
-            print(self._profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), file=REPORT)
+            costs = {
+                event.key: event.self_cpu_time_total / 1e6 / self._steps for event in self._profiler.key_averages()
+            }
+            self._report({"step": round(sum(costs.values()), 3)})
+            for name, seconds in sorted(costs.items(), key=lambda cost: -cost[1])[:_LARGEST]:
+                self._report({"operator": name, "seconds": round(seconds, 3)})
 
-
-# What the Trainer prints is not for the reader of this process.
-REPORT, sys.stdout = sys.stdout, sys.stderr
 
 if __name__ == "__main__":
     main()

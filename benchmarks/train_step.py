@@ -5,11 +5,11 @@
 
 The teacher loses four decoder blocks by importance, and every arm (benchmarks/step_arm.py) takes steps on the same
 student, rows and optimizer: `plain`, the cross entropy of the stock transformers Trainer; `topk` and `final`,
-Coldstill's trainer with these logits targets and six int8 blocks; `live`, the stock Trainer with the teacher in memory,
-dense logits and the same hidden terms. Every arm is a process of its own with its own peak memory; they take steps
-in turns, one at a time, so that whatever the machine does meanwhile falls on all of them alike. A step's time contains
-the wait for its data. The loss over a large vocabulary is measured alone, dense and in chunks
-(benchmarks/loss_memory.py).
+Coldstill's trainer with these logits targets and six int8 blocks; `selective`, `topk` with selective activation
+checkpointing; `live`, the stock Trainer with the teacher in memory, dense logits and the same hidden terms. Every arm
+is a process of its own with its own peak memory; they take steps in turns, one at a time, so that whatever the machine
+does meanwhile falls on all of them alike. A step's time contains the wait for its data. The loss over a large
+vocabulary is measured alone, dense and in chunks (benchmarks/loss_memory.py).
 
 Prints one JSON object a line; the last one holds the ratios, each the worse of the precisions, and then each of them.
 With --profile, one arm's five largest costs by operator.
@@ -24,14 +24,20 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 from recovery import build_recipe, teacher_and_source
+from turns import Turn
 
 HERE = Path(__file__).parent
-ARMS = ("plain", "topk", "final", "live")
-KINDS = {"topk": {"kind": "topk", "k": 64, "temperatures": [1, 2, 3, 4]}, "final": {"kind": "final"}}
+ARMS = ("plain", "topk", "selective", "final", "live")
+TOPK = {"kind": "topk", "k": 64, "temperatures": [1, 2, 3, 4]}
+RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "topk": (TOPK, {}),
+    "selective": (TOPK, {"activation_checkpointing": "selective"}),
+    "final": ({"kind": "final"}, {}),
+}
 
 
 def main() -> None:
@@ -62,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workdir", type=Path, default=Path("runs/train_step"))
     parser.add_argument("--rounds", type=int, default=6, help="steps of each arm that count; one more comes before")
     parser.add_argument("--precision", nargs="+", choices=["float32", "bf16"], default=["float32", "bf16"])
-    parser.add_argument("--profile", choices=[*KINDS])
+    parser.add_argument("--profile", choices=[*RECIPES])
     # What `build_recipe` reads; the rows of one epoch hold every step.
     parser.set_defaults(temperature=2.0, remove=4, train_rows=64, eval_rows=4, learning_rate=1e-5)
     return parser.parse_args()
@@ -71,12 +77,13 @@ def parse() -> argparse.Namespace:
 def write_recipes(options: argparse.Namespace) -> dict[str, Path]:
     teacher, source = teacher_and_source(options)
     recipes = {}
-    for kind, logits in KINDS.items():
+    for arm, (logits, changes) in RECIPES.items():
         recipe = build_recipe(options, teacher, source)
-        recipe["output"] = str(options.workdir / kind)
+        recipe["output"] = str(options.workdir / arm)
         recipe["targets"] = {"logits": logits}
-        recipes[kind] = options.workdir / f"{kind}.yaml"
-        recipes[kind].write_text(yaml.safe_dump(recipe))
+        recipe["train"] |= changes
+        recipes[arm] = options.workdir / f"{arm}.yaml"
+        recipes[arm].write_text(yaml.safe_dump(recipe))
     return recipes
 
 
@@ -93,41 +100,18 @@ def measure_head(arm: str) -> dict[str, Any]:
 def measure_steps(options: argparse.Namespace, recipes: dict[str, Path], precision: str) -> dict[str, Any]:
     """Let each arm take a step in turn, round by round, and give each arm's medians and peak."""
     steps = str(options.rounds + 1)
-    commands = {arm: arm_command(arm, recipes, precision, "--steps", steps) for arm in ARMS}
-    processes = {
-        arm: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for arm, command in commands.items()
-    }
-    for process in processes.values():
-        answer(process)  # loaded and ready
-    measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    for _ in range(options.rounds + 1):
-        for arm, process in processes.items():
-            pipe_of(process.stdin).write("go\n")
-            pipe_of(process.stdin).flush()
-            measured[arm].append(answer(process))
-    peaks = {arm: answer(process)["peak_bytes"] for arm, process in processes.items()}
-    return {
-        arm: {
-            "seconds": round(statistics.median(step["seconds"] for step in steps[1:]), 3),
-            "all_seconds": [round(step["seconds"], 3) for step in steps[1:]],
-            "wait": round(statistics.median(step["wait"] for step in steps[1:]), 4),
-            "peak_bytes": peaks[arm],
+    arms = {arm: Turn(arm_command(arm, recipes, precision, "--steps", steps)) for arm in ARMS}
+    rounds = [{arm: turn.take() for arm, turn in arms.items()} for _ in range(options.rounds + 1)]
+    measured = {}
+    for arm, turn in arms.items():
+        seconds, waits = ([round_[arm][name] for round_ in rounds[1:]] for name in ("seconds", "wait"))
+        measured[arm] = {
+            "seconds": round(statistics.median(seconds), 3),
+            "all_seconds": [round(value, 3) for value in seconds],
+            "wait": round(statistics.median(waits), 4),
+            "peak_bytes": turn.answer()["peak_bytes"],
         }
-        for arm, steps in measured.items()
-    }
-
-
-def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-    line = pipe_of(process.stdout).readline()
-    if not line:
-        raise SystemExit(f"an arm ended: {process.args}")
-    return dict(json.loads(line))
-
-
-def pipe_of(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None
-    return pipe
+    return measured
 
 
 def ratios(arms: dict[str, Any]) -> dict[str, float]:
@@ -137,7 +121,9 @@ def ratios(arms: dict[str, Any]) -> dict[str, float]:
         "final_step_over_plain": seconds["final"] / seconds["plain"],
         "live_over_train": seconds["live"] / seconds["topk"],
         "memory_over_plain": arms["topk"]["peak_bytes"] / arms["plain"]["peak_bytes"],
-        "data_wait_share": max(arms[arm]["wait"] / seconds[arm] for arm in KINDS),
+        "selective_step_over_plain": seconds["selective"] / seconds["plain"],
+        "selective_memory_over_plain": arms["selective"]["peak_bytes"] / arms["plain"]["peak_bytes"],
+        "data_wait_share": max(arms[arm]["wait"] / seconds[arm] for arm in RECIPES),
     }
     return {key: round(value, 4) for key, value in values.items()}
 

@@ -15,7 +15,7 @@ from cache.tokens import LENGTHS, TOKENS
 
 RowArrays = dict[str, dict[str, np.ndarray]]
 
-_CHUNK_CACHE_BYTES = 64 << 20
+_CHUNK_CACHE_BYTES = 16 << 20
 _OPEN_COLUMNS = 1024
 # A block stays in memory as long as one of its chunks does.
 _BLOCK_BYTES = 1 << 20

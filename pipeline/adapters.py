@@ -1,9 +1,11 @@
 """Students that learn through LoRA adapters: made, saved, restored and merged by PEFT, which is an extra."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from cache.errors import RecipeError
@@ -14,12 +16,13 @@ except ImportError:
     peft = None
 
 
-def add_adapters(student: PreTrainedModel, lora: Mapping[str, Any]) -> PreTrainedModel:
+def add_adapters(student: PreTrainedModel, lora: Mapping[str, Any], *, seed: int) -> PreTrainedModel:
     """Freeze a student and put LoRA adapters into it.
 
     Args:
         student: The student.
         lora: Arguments of `peft.LoraConfig`.
+        seed: Of the adapters' first values.
 
     Raises:
         RecipeError: PEFT is not installed, or refuses an argument.
@@ -27,7 +30,11 @@ def add_adapters(student: PreTrainedModel, lora: Mapping[str, Any]) -> PreTraine
     if peft is None:
         raise RecipeError("student.lora needs PEFT; run: pip install 'coldstill[lora]'")
     try:
-        return peft.get_peft_model(student, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            # PEFT asks for a property of models by a name that transformers calls deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.get_peft_model(student, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"student.lora: {' '.join(str(error).split())}") from None
 

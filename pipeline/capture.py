@@ -5,6 +5,7 @@ head runs in chunks of positions, so that the logits of a batch never exist at o
 Shapes: B rows, T positions, N real positions of all rows, V vocabulary, K stored tokens, D width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +16,12 @@ from torch import Tensor
 from cache.errors import NonFiniteError
 from pipeline.forward import block_outputs, pad_rows
 from pipeline.models import ModelParts
+from pipeline.row_blocks import row_blocks
 from pipeline.tail_sampling import draw_tail
 from pipeline.targets import Tail
 
 NO_LABEL = -1
+_LARGEST_POWER = 24
 
 Draws = tuple[Tensor, Tensor, Tensor]
 
@@ -70,6 +73,24 @@ class Captured:
     logsumexp_N: dict[float, Tensor]
     tail_NM: dict[Tail, Draws] = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> "Captured":
+        """Give the same on a device."""
+
+        def there(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device)
+
+        return Captured(
+            hidden_ND={block: values.to(device) for block, values in self.hidden_ND.items()},
+            final_state_ND=there(self.final_state_ND),
+            top_NK={k: (logits.to(device), ids.to(device)) for k, (logits, ids) in self.top_NK.items()},
+            label_logit_N=there(self.label_logit_N),
+            logsumexp_N={temperature: values.to(device) for temperature, values in self.logsumexp_N.items()},
+            tail_NM={
+                tail: (logits.to(device), ids.to(device), log_weights.to(device))
+                for tail, (logits, ids, log_weights) in self.tail_NM.items()
+            },
+        )
+
 
 @torch.inference_mode()
 def capture(
@@ -117,21 +138,39 @@ def capture(
 def logsumexp_at(logits_NV: Tensor, temperatures: Sequence[float]) -> dict[float, Tensor]:
     """Give the logsumexp of logits / T over the vocabulary for several temperatures, [N] in float32 each.
 
-    Temperatures are taken from the highest down; where one is half of the last, its exponentials are the last ones
-    squared, exp(z / T) = exp(z / 2T)^2, which costs a product in place of an exponential.
+    exp(z / T) is exp(z / L) to the power of L / T: for whole temperatures, L is their least common multiple, and
+    products take the place of exponentials.
     """
-    maximum_N1 = logits_NV.amax(dim=-1, keepdim=True)
-    shifted_NV = logits_NV - maximum_N1
-    result = {}
-    exponentials_NV, of_temperature = torch.empty(0), 0.0
-    for temperature in sorted(temperatures, reverse=True):
-        if of_temperature == 2 * temperature:
-            exponentials_NV.square_()
-        else:
-            exponentials_NV = (shifted_NV / temperature).exp_()
-        of_temperature = temperature
-        result[temperature] = exponentials_NV.sum(dim=-1).log() + maximum_N1.squeeze(-1) / temperature
-    return result
+    if not temperatures:
+        return {}
+    maximum_N = torch.empty(len(logits_NV), device=logits_NV.device)
+    sums_N = {temperature: torch.empty_like(maximum_N) for temperature in temperatures}
+    common = _common_multiple(temperatures)
+    for block in row_blocks(logits_NV):
+        maximum_N[block] = logits_NV[block].amax(dim=-1)
+        shifted = logits_NV[block] - maximum_N[block].unsqueeze(-1)
+        powers = {1: (shifted / common).exp_()} if common else {}
+        for temperature, values_N in sums_N.items():
+            power = round(common / temperature)
+            exponentials = _power(powers, power) if common else (shifted / temperature).exp_()
+            values_N[block] = exponentials.sum(dim=-1)
+    return {temperature: values_N.log() + maximum_N / temperature for temperature, values_N in sums_N.items()}
+
+
+def _common_multiple(temperatures: Sequence[float]) -> int:
+    """Give the least common multiple of whole temperatures; 0 where there is none that a few products reach."""
+    if not all(temperature.is_integer() for temperature in temperatures):
+        return 0
+    common = math.lcm(*map(int, temperatures))
+    return common if common <= _LARGEST_POWER else 0
+
+
+def _power(powers: dict[int, Tensor], exponent: int) -> Tensor:
+    """Give a power from those that are there, and keep it and what led to it."""
+    if exponent not in powers:
+        half = exponent // 2
+        powers[exponent] = _power(powers, half) * _power(powers, exponent - half)
+    return powers[exponent]
 
 
 class _Logits:

@@ -106,17 +106,20 @@ class _Gradients:
         gradient_CV = head.before_caps(gradient_CV, logits_CV)
         if self.bias_V is not None:
             self.bias_V += gradient_CV.sum(dim=0)
-        # Brought to about 1, float16 holds it; bfloat16 and float32 have range enough.
-        scale = float(len(self._state_source_ND)) if head.weight_VD.dtype == torch.float16 else 1.0
-        product_CV = (gradient_CV if scale == 1.0 else gradient_CV.mul_(scale)).to(head.weight_VD.dtype)
+        scale: float | Tensor = 1.0
+        if head.weight_VD.dtype == torch.float16:
+            # Of a mean over many positions, most would be below its range; bfloat16 and float32 have range enough.
+            scale = 1.0 / gradient_CV.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+            gradient_CV = gradient_CV * scale
+        product_CV = gradient_CV.to(head.weight_VD.dtype)
         if self.state_ND is not None:
-            self.state_ND[chunk] = (product_CV @ head.weight_VD).float() / scale
+            self.state_ND[chunk] = (product_CV @ head.weight_VD) / scale
         if self.weight_VD is not None:
             state_CD = self._state_source_ND[chunk].to(product_CV.dtype)
-            if self.weight_VD.dtype == product_CV.dtype and scale == 1.0:
+            if self.weight_VD.dtype == product_CV.dtype:
                 self.weight_VD.addmm_(product_CV.T, state_CD)
                 return
             # A part of the vocabulary at a time: what is added in float32 is still in the cache, and needs no room.
             for part in range(0, len(self.weight_VD), _PART):
                 product_CP = product_CV[:, part : part + _PART]
-                self.weight_VD[part : part + _PART].add_(product_CP.T @ state_CD, alpha=1.0 / scale)
+                self.weight_VD[part : part + _PART].add_((product_CP.T @ state_CD) / scale)

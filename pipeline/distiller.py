@@ -18,6 +18,7 @@ from pipeline.hidden_terms import HiddenForm, HiddenTerms, StoredStates
 from pipeline.logits_targets import LogitsForm, LogitsTarget, StoredLogits
 from pipeline.output_head import Head
 from pipeline.schedules import Schedule
+from pipeline.selective_checkpointing import SELECTIVE, selective_kwargs
 from pipeline.student_forward import StudentForward
 from pipeline.vocabulary_losses import vocabulary_losses
 
@@ -136,9 +137,20 @@ class Distiller(nn.Module):
         outputs, _, _ = self._student(input_ids, attention_mask, list(self.layer_map))
         return self._hidden_terms.pairs(outputs, hidden, counts_BT)
 
-    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Trade compute for memory in the student's blocks; what the hidden loss reads stays in the graph."""
-        self.student.activation_checkpointing_enable(**kwargs)
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Trade compute for memory in the student's blocks; what the hidden loss reads stays in the graph.
+
+        Args:
+            activation_checkpointing_kwargs: Of `torch.utils.checkpoint.checkpoint`; or `selective`, to compute only
+                cheap operations again.
+            kwargs: Passed on to the student.
+        """
+        own = dict(activation_checkpointing_kwargs or {})
+        if own.pop(SELECTIVE, False):
+            own |= selective_kwargs()
+        self.student.activation_checkpointing_enable(activation_checkpointing_kwargs=own or None, **kwargs)
 
     def forward(
         self,

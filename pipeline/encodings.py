@@ -118,9 +118,8 @@ def decode_state(arrays: Mapping[str, Tensor], *, form: StateForm, code: Transfo
         return decode_coefficients(arrays, code, form.step)
     values = arrays["values"]
     if form.encoding == "int8":
-        levels = values.float() + _INT8_BASE * arrays["overflow"]
-        standardised = levels * arrays["scale"].unsqueeze(-1)
-        return standardised * arrays["spread"].unsqueeze(-2) + arrays["centre"].unsqueeze(-2)
+        states = values.float().add_(arrays["overflow"], alpha=_INT8_BASE).mul_(arrays["scale"].unsqueeze(-1))
+        return states.mul_(arrays["spread"].unsqueeze(-2)).add_(arrays["centre"].unsqueeze(-2))
     if values.dtype == torch.uint16:
         return values.view(torch.bfloat16).float()
     return values.float()

@@ -8,15 +8,14 @@ a few at a time, so that the passes in between find them in the processor's cach
 Shapes: C positions of a chunk, G gathered tokens, K bucketed ones among them, R temperatures, V vocabulary.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# A block of rows that stays in the last cores' caches, and is long enough for two threads.
-_BLOCK_BYTES = 4 << 20
+from pipeline.row_blocks import row_blocks
+
 # The least sum that can be divided by without an overflow.
 _SMALLEST = 1e-30
 
@@ -87,7 +86,7 @@ class _Statistics(torch.autograd.Function):
         sums_RC = [exps_CV.new_empty(len(exps_CV)) for _ in sought.temperatures]
         rest_C, kl_C = exps_CV.new_ones(len(exps_CV)), exps_CV.new_zeros(len(exps_CV))
         teacher_sum_C = torch.ones_like(kl_C)
-        for block in _blocks(exps_CV):
+        for block in row_blocks(exps_CV):
             exps = exps_CV[block].copy_(logits_CV[block])
             maximum_C1[block] = exps.amax(dim=-1, keepdim=True)
             exps.sub_(maximum_C1[block])
@@ -141,7 +140,7 @@ class _Statistics(torch.autograd.Function):
             _weigh(bucket_CK, factors, ctx.highest)
             of_rest_C = torch.where(ctx.rest_C > _SMALLEST, of_rest_C / (ctx.rest_C * first), 0.0)
             factors[first] = factors[first] + of_rest_C.unsqueeze(-1)
-        for block in _blocks(gradient_CV):
+        for block in row_blocks(gradient_CV):
             _weigh(gradient_CV[block], {t: values[block] for t, values in factors.items()}, ctx.highest)
             if sought.teacher_logits_CV is not None:
                 of_teacher_C1 = (of_kl_C / (ctx.teacher_sum_C * first))[block].unsqueeze(-1)
@@ -150,14 +149,6 @@ class _Statistics(torch.autograd.Function):
             gradient_CV.scatter_(-1, ids_CK, bucket_CK)
         gradient_CV.scatter_add_(-1, sought.ids_CG, of_logits_CG)
         return gradient_CV if ctx.given_CV is None else ctx.given_CV.copy_(gradient_CV), None
-
-
-def _blocks(values_CV: Tensor) -> Iterator[slice]:
-    rows = len(values_CV)
-    # A GPU has no use for blocks: each would be another launch.
-    length = max(_BLOCK_BYTES // (4 * values_CV.shape[-1]), 1) if values_CV.device.type == "cpu" else max(rows, 1)
-    for start in range(0, rows, length):
-        yield slice(start, start + length)
 
 
 def _power(exps: Tensor, ratio: float) -> Tensor:

@@ -224,23 +224,31 @@ class FinalForm:
     head: OutputHead
     code: TransformCode | None = None
     correction_V: Tensor | None = None
-    _copies: dict[torch.device, "FinalForm"] = field(default_factory=dict, repr=False, compare=False)
+    _copies: dict[tuple[torch.device, torch.dtype], "FinalForm"] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> "FullDistribution":
         """Decode a batch's columns."""
-        own = self.on(counts_BT.device)
+        own = self.on(counts_BT.device, _product_dtype(counts_BT.device, self.head.weight_VD.dtype))
         state_ND = decode_state(stored[FINAL], form=own.form, code=own.code)[counts_BT]
         return FullDistribution(state_ND, own.head, temperature, own.correction_V)
 
-    def on(self, device: torch.device) -> "FinalForm":
-        """Give the form with what it holds on a device, which it is brought to once."""
-        if self.head.weight_VD.device == device:
+    def on(self, device: torch.device, dtype: torch.dtype) -> "FinalForm":
+        """Give the form with what it holds on a device, and the head in a dtype; it is brought there once."""
+        if self.head.weight_VD.device == device and self.head.weight_VD.dtype == dtype:
             return self
-        if device not in self._copies:
+        if (device, dtype) not in self._copies:
             code = None if self.code is None else self.code.to(device)
             correction_V = None if self.correction_V is None else self.correction_V.to(device)
-            self._copies[device] = replace(self, head=self.head.to(device), code=code, correction_V=correction_V)
-        return self._copies[device]
+            head = self.head.to(device).detached(dtype)
+            self._copies[device, dtype] = replace(self, head=head, code=code, correction_V=correction_V, _copies={})
+        return self._copies[device, dtype]
+
+
+def _product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Give the dtype of the teacher's product: that of the student's under autocast, its own elsewhere."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,11 @@ class OutputHead:
         return replace(self, weight_VD=self.weight_VD.detach().to(dtype), bias_V=bias_V)
 
     def product(self, state_ND: Tensor) -> Tensor:
-        """Give logits in the weights' dtype, or in float32 where something comes behind the product."""
-        if self.scale != 1.0 or self.softcap is not None:
+        """Give logits in the weights' dtype; in float32 where something comes behind the product, or of float16.
+
+        Their gradient has their dtype, and would vanish in float16.
+        """
+        if self.scale != 1.0 or self.softcap is not None or self.weight_VD.dtype == torch.float16:
             return self(state_ND)
         return F.linear(state_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
 

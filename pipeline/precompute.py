@@ -41,6 +41,7 @@ from pipeline.stored_head import write_head
 from pipeline.targets import OUTPUT_HEAD
 from pipeline.teacher import Teacher
 from pipeline.workers import Share, first_process_first, launched_share, sum_over_processes, wait_for_everyone
+from pipeline.write_behind import WriteBehind
 
 
 @dataclass(frozen=True)
@@ -201,12 +202,14 @@ def _compute_held(
             row_names=row_names(requests),
         )
         started = time.monotonic()
-        written_bytes = _run(computer, jobs, check_room, lease, show_progress=show_progress)
+        written_bytes = _run(computer, store, manifest, jobs, check_room, lease, show_progress=show_progress)
         return sum(job.num_tokens for job in jobs), written_bytes, time.monotonic() - started
 
 
 def _run(
     computer: ShardComputer,
+    store: Store,
+    manifest: Manifest,
     jobs: Sequence[ShardJob],
     check_room: Callable[[Sequence[ShardJob]], None],
     lease: Lease,
@@ -218,18 +221,19 @@ def _run(
     total = sum(job.num_tokens for job in jobs)
     with tqdm(total=total, unit="tok", unit_scale=True, desc="precompute", disable=not show_progress) as bar:
 
-        def on_progress(num_tokens: int, num_bytes: int) -> None:
+        def on_written(num_bytes: int) -> None:
             nonlocal written_bytes
             written_bytes += num_bytes
             bar.set_postfix_str(f"{written_bytes / 1e6:.1f} MB written", refresh=False)
-            bar.update(num_tokens)
 
-        for number, job in enumerate(jobs):
-            lease.require()
-            computer.run(job, on_progress)
-            if number == 0:
-                # What each column takes is known now, before the hours are spent.
-                check_room(jobs[1:])
+        with WriteBehind(store, manifest, on_written) as writer:
+            for number, job in enumerate(jobs):
+                lease.require()
+                computer.run(job, writer, bar.update)
+                if number == 0:
+                    # What each column takes is known now, before the hours are spent.
+                    writer.flush()
+                    check_room(jobs[1:])
     return written_bytes
 
 

@@ -1,4 +1,4 @@
-"""Compute what one shard lacks: teacher batches, encodings, one column after another committed.
+"""Compute what one shard lacks: teacher batches, encodings on the teacher's device, columns handed to their writer.
 
 Batches never straddle a shard and depend on nothing but the shard and the batch size, so a shard that is computed again
 has the same bytes.
@@ -19,7 +19,6 @@ from cache.errors import RecipeError
 from cache.manifest import Manifest
 from cache.store import Store
 from cache.tokens import TOKENS
-from cache.writer import write_column
 from pipeline.capture import Captured, CaptureRequest, capture, join_parts
 from pipeline.column_specs import describe_column
 from pipeline.encodings import encode_state, to_numpy
@@ -37,8 +36,13 @@ from pipeline.targets import (
 )
 from pipeline.token_encodings import encode_tail, encode_topk
 from pipeline.transform_coding import TransformCode
+from pipeline.write_behind import WriteBehind
 
-OnProgress = Callable[[int, int], None]
+OnTokens = Callable[[int], None]
+
+# A shard's states wait on an accelerator up to so many bytes.
+_WAITING_BYTES = 1 << 30
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -104,28 +108,35 @@ class ShardComputer:
         self._parts = parts
         self._batch_size = batch_size
         self._row_names = row_names
-        self._codes = codes
+        self._device = next(parts.model.parameters()).device
+        self._codes = {name: code.to(self._device) for name, code in codes.items()}
         self._temperatures = {logsumexp_name(value): value for columns in targets for value in columns.temperatures}
 
-    def run(self, job: ShardJob, on_progress: OnProgress) -> None:
-        """Compute and commit the columns of a job; reports tokens and bytes as they are done."""
+    def run(self, job: ShardJob, writer: WriteBehind, on_tokens: OnTokens) -> None:
+        """Compute the columns of a job and hand them over to be committed; reports tokens as they are done."""
         captured = []
         request = self._request(job)
+        waits_on = self._waiting_place(request, job.num_tokens)
         for batch in self._batches(job):
             uniforms_N = torch.cat(
                 [_uniforms(row, len(ids), "tail") for row, ids in zip(batch.ids, batch.rows, strict=True)]
             )
             kept = capture(self._parts, batch.rows, request, row_names=batch.names, uniforms_N=uniforms_N)
-            captured.append(_to_host(kept))
-            on_progress(len(uniforms_N), 0)
+            captured.append(kept.to(waits_on))
+            on_tokens(len(uniforms_N))
         whole = _concatenate(captured)
         sizes = {"width": self._parts.hidden_size, "vocab_size": self._parts.vocab_size}
+        writer.flush()  # one shard waits for the disk at most
         for name in job.columns:
             column = describe_column(name, codes=self._codes, **sizes)
             host = {array: to_numpy(values) for array, values in self._encode(column, whole, job).items()}
-            counts = {"num_tokens": job.num_tokens, "num_rows": len(job.rows)}
-            record = write_column(self._store, self._manifest, job.shard, column, host, **counts)
-            on_progress(0, record.stored_bytes)
+            writer.write(job.shard, column, host, num_tokens=job.num_tokens, num_rows=len(job.rows))
+
+    def _waiting_place(self, request: CaptureRequest, num_tokens: int) -> torch.device:
+        """Say where a shard's states wait for its statistics: beside the teacher, or on the host if they are many."""
+        num_states = len(request.blocks) + request.final_state
+        num_bytes = num_tokens * num_states * self._parts.hidden_size * self._parts.model.dtype.itemsize
+        return self._device if num_bytes <= _WAITING_BYTES else _HOST
 
     def _batches(self, job: ShardJob) -> Iterator["_Batch"]:
         ids = read_column(self._store, self._manifest.record(job.shard, TOKENS))["ids"].astype(np.int64)
@@ -160,7 +171,9 @@ class ShardComputer:
                 if form.fraction < 1.0:
                     # The same positions for every block, a function of the row alone.
                     rows = zip(job.row_ids, job.lengths, strict=True)
-                    stored_N = torch.cat([_uniforms(row, length, "hidden") for row, length in rows]) < form.fraction
+                    uniforms_N = torch.cat([_uniforms(row, length, "hidden") for row, length in rows])
+                    stored_N = uniforms_N.to(self._device) < form.fraction
+                state_ND = state_ND.to(self._device)
                 return encode_state(state_ND, form=form, code=self._codes.get(name), stored_N=stored_N)
             if k := topk_size(name):
                 return encode_topk(*captured.top_NK[k], column=column)
@@ -188,22 +201,6 @@ def _uniforms(row: bytes, length: int, purpose: str) -> Tensor:
     """Give a number in [0, 1) for each position of a row, a function of the row and the purpose alone."""
     seed = int.from_bytes(hashlib.sha256(row + purpose.encode()).digest()[:8], "little", signed=True)
     return torch.rand(length, generator=torch.Generator().manual_seed(seed))
-
-
-def _to_host(captured: Captured) -> Captured:
-    """Bring what was kept to the host, where a whole shard waits for its statistics."""
-
-    def host(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.cpu()
-
-    return Captured(
-        hidden_ND={block: values.cpu() for block, values in captured.hidden_ND.items()},
-        final_state_ND=host(captured.final_state_ND),
-        top_NK={k: (logits.cpu(), ids.cpu()) for k, (logits, ids) in captured.top_NK.items()},
-        label_logit_N=host(captured.label_logit_N),
-        logsumexp_N={temperature: values.cpu() for temperature, values in captured.logsumexp_N.items()},
-        tail_NM={tail: (draws[0].cpu(), draws[1].cpu(), draws[2].cpu()) for tail, draws in captured.tail_NM.items()},
-    )
 
 
 def _concatenate(batches: Sequence[Captured]) -> Captured:

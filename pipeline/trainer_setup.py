@@ -22,9 +22,12 @@ from pipeline.projectors import create_projectors
 from pipeline.run_folder import checkpoints_folder
 from pipeline.run_index import RunRows
 from pipeline.schedules import Schedule
+from pipeline.selective_checkpointing import SELECTIVE
 from pipeline.target_forms import column_axes, logits_columns, target_forms
 from pipeline.targets import columns_of
 from pipeline.trainer import UniversalDistillationTrainer
+
+_READERS = 2
 
 
 def create_trainer(recipe: Recipe, run: RunRows, student_folder: Path) -> UniversalDistillationTrainer:
@@ -37,7 +40,7 @@ def create_trainer(recipe: Recipe, run: RunRows, student_folder: Path) -> Univer
     """
     student = _load_student(recipe, run, student_folder)
     if recipe.student.lora is not None:
-        student = add_adapters(student, recipe.student.lora)
+        student = add_adapters(student, recipe.student.lora, seed=recipe.seed)
     layer_map, collator = _plan(recipe, run, student.config)
     return _make_trainer(recipe, run, student, layer_map, collator, student_folder)
 
@@ -75,6 +78,11 @@ def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict
 
 
 def _check_blocks(recipe: Recipe, layer_map: Mapping[int, int]) -> None:
+    if recipe.loss.ever("delta") and len(layer_map) < 2:
+        raise RecipeError(
+            "loss.delta compares changes from one mapped block to the next, but the mapping has one pair: map more, or "
+            "set loss.delta to 0"
+        )
     stored = recipe.targets.hidden.blocks
     if isinstance(stored, list):
         lacking = sorted(set(layer_map.values()) - set(stored))
@@ -150,6 +158,8 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
         "logging_steps": 10,
         "dataloader_pin_memory": has_accelerator,
         "use_cpu": not has_accelerator,
+        # A GPU computes while others read and decompress; without one, both want the same cores.
+        "dataloader_num_workers": _READERS if has_accelerator else 0,
         # With the hidden term alone the student's output head gets no gradient, and DDP must be told to look.
         "ddp_find_unused_parameters": not (recipe.loss.ever("alpha") or recipe.loss.ever("beta")),
     }
@@ -158,7 +168,10 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
         "remove_unused_columns": False,
         "label_names": ["labels"],
     }
+    given = dict(recipe.train)
+    if given.get("activation_checkpointing") == SELECTIVE:
+        given |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {SELECTIVE: True}}
     try:
-        return TrainingArguments(**{**defaults, **recipe.train, **owned})
+        return TrainingArguments(**{**defaults, **given, **owned})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"train: {' '.join(str(error).split())}") from None

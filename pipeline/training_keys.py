@@ -81,6 +81,10 @@ def _check_name(dotted: str, key: str, declared: Collection[str], where: str) ->
 
 def _checked_value(key: str, value: Any, declared: Any) -> Any:
     """Check plain numbers, booleans and strings; leave unions and enumerations to TrainingArguments."""
+    if key == "activation_checkpointing" and value not in (True, False, "selective"):
+        raise ValueError(f"train.{key} must be true, false or selective, got {value!r}")
+    if key == "gradient_checkpointing" and not isinstance(value, bool):
+        raise ValueError(f"train.{key} must be of type bool, got {value!r}; see train.activation_checkpointing")
     if declared is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if declared in (bool, int, float, str) and type(value) is not declared:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from training import trainer_of
 from transformers import AutoModelForCausalLM
 
 from cache.errors import RecipeError
@@ -18,10 +19,7 @@ from pipeline.divergences import DIVERGENCES
 from pipeline.encodings import decode_state
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.student_folders import find_student
 from pipeline.train import train
-from pipeline.trainer_setup import create_trainer
 
 TERMS = {
     "task": {"alpha": 1.0, "beta": 0.0, "gamma": 0.0},
@@ -37,7 +35,7 @@ EXACT = {
 
 def offline(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     """The trainer that stage two would run, and its first batch."""
-    trainer = create_trainer(recipe, find_run_rows(recipe), find_student(recipe))
+    trainer = trainer_of(recipe)
     return trainer, next(iter(trainer.get_train_dataloader()))
 
 
@@ -267,7 +265,8 @@ def test_student_equal_to_teacher_is_a_fixed_point_of_every_kind(
     terms = trainer.model(**batch)
     terms["loss"].backward()
     largest = max(value.grad.abs().max() for value in trainer.model.parameters() if value.grad is not None)
-    assert -1e-9 <= terms["loss_logits"] <= case.loss
+    # The float16 rounding of a state is a KL of about 1e-9, that of the normalisers' logarithms 1e-7.
+    assert -1e-7 <= terms["loss_logits"] <= case.loss
     assert largest <= case.gradient
 
 
@@ -304,8 +303,8 @@ def test_of_positions_stored_at_random_only_those_count_and_their_sum_stands_for
             for name, values in arrays.items()
             if name not in ("centre", "spread")
         )
-        code = forms.hidden_codes.get(teacher_block)
-        teacher = decode_state(batch["hidden"][str(teacher_block)], form=forms.hidden, code=code)
+        code = forms.hidden.codes.get(teacher_block)
+        teacher = decode_state(batch["hidden"][str(teacher_block)], form=forms.hidden.form, code=code)
         error = (other.model.projectors[str(student_block)](states[student_block]) - teacher).square().mean(-1)
         losses.append(error[stored].sum() / (fraction * counts.sum()))
         chosen.append(stored)
@@ -345,7 +344,7 @@ def test_coded_final_states_are_read_with_the_correction_of_their_rounding(
     )
     precompute(recipe, show_progress=False)
     trainer, batch = offline(recipe)
-    target = trainer.model.forms.logits.read(batch["logits"], batch["labels"] != IGNORED)
+    target = trainer.model.forms.logits.read(batch["logits"], batch["labels"] != IGNORED, 2.0)
     assert (target.correction_V is not None) == corrects
     if corrects:
         head = trainer.model.forms.logits.head

@@ -10,15 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+from training import gradients, trainer_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cache.errors import RecipeError
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
 from pipeline.student_folders import find_student
 from pipeline.train import train
-from pipeline.trainer_setup import create_trainer
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -110,10 +109,6 @@ def test_every_term_is_logged_and_the_terms_make_up_the_loss(write_recipe: Calla
     assert any("eval_loss" in entry for entry in log)
 
 
-def trainer_of(recipe: Any) -> Any:
-    return create_trainer(recipe, find_run_rows(recipe), find_student(recipe))
-
-
 def test_accumulated_parts_of_rows_of_several_lengths_train_as_the_whole_batch(
     write_recipe: Callable[..., Path], workplace: Path
 ):
@@ -137,15 +132,6 @@ def test_accumulated_parts_of_rows_of_several_lengths_train_as_the_whole_batch(
     logs = [json.loads((workplace / name / "train.json").read_text())["log"][0] for name in runs]
     for term in ("loss", "loss_task", "loss_logits", "loss_hidden"):
         assert logs[0][term] == pytest.approx(logs[1][term], rel=1e-4)
-
-
-def gradients(trainer: Any) -> dict[str, torch.Tensor]:
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.model.train()
-    with trainer.compute_loss_context_manager():
-        loss = trainer.compute_loss(trainer.model, batch)
-    trainer.accelerator.backward(loss)
-    return {name: value.grad for name, value in trainer.model.named_parameters() if value.grad is not None}
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -607,8 +607,8 @@ def test_a_worker_that_begins_when_another_is_half_done_is_not_refused(
     run = ShardComputer.run
     shards_done = []
 
-    def run_and_let_the_other_begin(self: ShardComputer, job: Any, on_progress: Any) -> None:
-        run(self, job, on_progress)
+    def run_and_let_the_other_begin(self: ShardComputer, job: Any, *others: Any) -> None:
+        run(self, job, *others)
         shards_done.append(job.shard)
         if len(shards_done) == 2:
             coldstill("precompute", recipe, "--worker", "2/2")

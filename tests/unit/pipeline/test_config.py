@@ -94,6 +94,8 @@ WRONG = [
     ({"data.train.prompt_column": "q"}, "data in r: prompt_column needs one document a row: set data.packing to false"),
     ({"train.lerning_rate": 1}, "train in r: unknown key 'train.lerning_rate': transformers' Training"),
     ({"train.output_dir": "x"}, "train in r: train.output_dir is decided by the recipe's output; remove it"),
+    ({"train.activation_checkpointing": "half"}, "train in r: train.activation_checkpointing must be true, false or "),
+    ({"train.gradient_checkpointing": "selective"}, "train in r: train.gradient_checkpointing must be of type bool"),
     ({"train.bf16": "yes"}, "train in r: train.bf16 must be of type bool, got 'yes'"),
 ]  # fmt: skip
 

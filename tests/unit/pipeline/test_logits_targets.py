@@ -147,14 +147,18 @@ def test_the_correction_is_divided_by_the_temperature_squared(temperature):
 
 def test_a_form_on_its_own_device_is_itself():
     form = FinalForm(StateForm("float32"), HEAD)
-    assert form.on(torch.device("cpu")) is form
+    assert form.on(torch.device("cpu"), torch.float32) is form
 
 
 def test_a_form_is_brought_to_another_device_once_with_all_that_it_holds():
     code = fit_code(STATES)
     form = FinalForm(StateForm("coded", 0.3), HEAD, code, logit_correction(HEAD, code, 0.3))
-    other = form.on(torch.device("meta"))
-    assert form.on(torch.device("meta")) is other
+    other = form.on(torch.device("meta"), torch.float32)
+    assert form.on(torch.device("meta"), torch.float32) is other
+    half = form.on(torch.device("cpu"), torch.bfloat16)
+    assert half.head.weight_VD.dtype == torch.bfloat16
+    assert half.correction_V is not None
+    assert half.correction_V.dtype == torch.float32
     assert other.code is not None
     assert other.correction_V is not None
     assert other.head.bias_V is not None
