@@ -5,7 +5,6 @@ head runs in chunks of positions, so that the logits of a batch never exist at o
 Shapes: B rows, T positions, N real positions of all rows, V vocabulary, K stored tokens, D width.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +15,13 @@ from torch import Tensor
 from cache.errors import NonFiniteError
 from pipeline.forward import block_outputs, pad_rows
 from pipeline.models import ModelParts
-from pipeline.row_blocks import row_blocks
 from pipeline.tail_sampling import draw_tail
 from pipeline.targets import Tail
+from pipeline.teacher_logits import largest_logits, logsumexp_at
 
 NO_LABEL = -1
-_LARGEST_POWER = 24
+# Of a chunk's logits: without gradients there is room for more rows, with which the head is faster.
+_CHUNK_BYTES = 64 << 20
 
 Draws = tuple[Tensor, Tensor, Tensor]
 
@@ -128,49 +128,11 @@ def capture(
     logits = _Logits(request, len(state_ND), device, uniforms_N)
     if request.needs_logits:
         labels_N = torch.cat([_next_tokens(row) for row in rows]).to(device)
-        for chunk in parts.output_head.chunks(len(state_ND)):
+        for chunk in parts.output_head.chunks(len(state_ND), num_bytes=_CHUNK_BYTES):
             logits_CV = parts.output_head(state_ND[chunk])
             logits.take(chunk, logits_CV, labels_N[chunk])
         logits.check_finite(places)
     return logits.finish(hidden_ND, state_ND if request.final_state else None)
-
-
-def logsumexp_at(logits_NV: Tensor, temperatures: Sequence[float]) -> dict[float, Tensor]:
-    """Give the logsumexp of logits / T over the vocabulary for several temperatures, [N] in float32 each.
-
-    exp(z / T) is exp(z / L) to the power of L / T: for whole temperatures, L is their least common multiple, and
-    products take the place of exponentials.
-    """
-    if not temperatures:
-        return {}
-    maximum_N = torch.empty(len(logits_NV), device=logits_NV.device)
-    sums_N = {temperature: torch.empty_like(maximum_N) for temperature in temperatures}
-    common = _common_multiple(temperatures)
-    for block in row_blocks(logits_NV):
-        maximum_N[block] = logits_NV[block].amax(dim=-1)
-        shifted = logits_NV[block] - maximum_N[block].unsqueeze(-1)
-        powers = {1: (shifted / common).exp_()} if common else {}
-        for temperature, values_N in sums_N.items():
-            power = round(common / temperature)
-            exponentials = _power(powers, power) if common else (shifted / temperature).exp_()
-            values_N[block] = exponentials.sum(dim=-1)
-    return {temperature: values_N.log() + maximum_N / temperature for temperature, values_N in sums_N.items()}
-
-
-def _common_multiple(temperatures: Sequence[float]) -> int:
-    """Give the least common multiple of whole temperatures; 0 where there is none that a few products reach."""
-    if not all(temperature.is_integer() for temperature in temperatures):
-        return 0
-    common = math.lcm(*map(int, temperatures))
-    return common if common <= _LARGEST_POWER else 0
-
-
-def _power(powers: dict[int, Tensor], exponent: int) -> Tensor:
-    """Give a power from those that are there, and keep it and what led to it."""
-    if exponent not in powers:
-        half = exponent // 2
-        powers[exponent] = _power(powers, half) * _power(powers, exponent - half)
-    return powers[exponent]
 
 
 class _Logits:
@@ -196,8 +158,7 @@ class _Logits:
 
     def take(self, chunk: slice, logits_CV: Tensor, labels_C: Tensor) -> None:
         for k, (top_logits_NK, top_ids_NK) in self._top_NK.items():
-            top = logits_CV.topk(k, dim=-1)
-            top_logits_NK[chunk], top_ids_NK[chunk] = top.values, top.indices
+            top_logits_NK[chunk], top_ids_NK[chunk] = largest_logits(logits_CV, k)
         if self._label_logit_N is not None:
             of_label_C = logits_CV.gather(-1, labels_C.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             self._label_logit_N[chunk] = of_label_C.where(labels_C != NO_LABEL, 0.0)
@@ -205,7 +166,7 @@ class _Logits:
             self._logsumexp_N[temperature][chunk] = values_C
         for tail, draws in self._draws.items():
             assert self._uniforms_N is not None
-            top_ids_CK = logits_CV.topk(tail.k, dim=-1).indices
+            _, top_ids_CK = largest_logits(logits_CV, tail.k)
             drawn = draw_tail(
                 logits_CV,
                 top_ids_CK,
@@ -242,6 +203,9 @@ class _Places:
     names: Sequence[str]
 
     def check_finite(self, values: Tensor, what: str) -> None:
+        # One pass that keeps nothing; a sum that overflows is looked at again.
+        if bool(torch.isfinite(values.sum(dtype=torch.float32))):
+            return
         finite = torch.isfinite(values)
         if bool(finite.all()):
             return

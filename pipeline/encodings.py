@@ -196,23 +196,43 @@ def _encode(state_ND: Tensor, form: StateForm, code: TransformCode | None) -> Ar
 def _encode_int8(state_ND: Tensor) -> Arrays:
     ordinary_ND = state_ND[ordinary_positions(state_ND)]
     centre_D = ordinary_ND.mean(dim=0)
-    spread_D = ordinary_ND.std(dim=0, correction=0).clamp(min=_SMALLEST_SPREAD)
-    standardised_ND = (state_ND - centre_D) / spread_D
-    num_outliers = math.ceil(state_ND.shape[1] / _OUTLIER_SHARE)
-    largest_NK = standardised_ND.abs().topk(min(num_outliers + 1, state_ND.shape[1]), dim=1).values
-    reach_N = torch.minimum(largest_NK[:, 0], _OUTLIER_RATIO * largest_NK[:, -1])
-    # Where all but the outliers equal the centre, the largest sets the scale after all; the floor divides by no zero.
-    reach_N = reach_N.where(reach_N * 255 * 32767 > largest_NK[:, 0], largest_NK[:, 0])
+    spread_D = (ordinary_ND - centre_D).square_().mean(dim=0).sqrt().clamp(min=_SMALLEST_SPREAD)
+    standardised_ND = (state_ND - centre_D).div_(spread_D)
+    largest_N = standardised_ND.abs().amax(dim=1)
+    reach_N = _reach(standardised_ND, largest_N)
     scale_N = (reach_N / _INT8_LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
-    levels_ND = (standardised_ND / scale_N.unsqueeze(1)).round()
-    overflow_ND = (levels_ND / _INT8_BASE).round()
+    levels_ND = standardised_ND.div_(scale_N.unsqueeze(1)).round_()
+    overflow_ND = torch.zeros_like(levels_ND, dtype=torch.int16)
+    # Levels overflow in few positions: those whose largest channel did not set the scale.
+    outlying_M = (reach_N < largest_N).nonzero().squeeze(1)
+    outlying_MD = levels_ND[outlying_M]
+    overflow_MD = (outlying_MD / _INT8_BASE).round_()
+    levels_ND[outlying_M] = outlying_MD - _INT8_BASE * overflow_MD
+    overflow_ND[outlying_M] = overflow_MD.to(torch.int16)
     return {
-        "values": (levels_ND - _INT8_BASE * overflow_ND).to(torch.int8),
-        "overflow": overflow_ND.to(torch.int16),
+        "values": levels_ND.to(torch.int8),
+        "overflow": overflow_ND,
         "scale": scale_N,
         "centre": centre_D,
         "spread": spread_D,
     }
+
+
+def _reach(standardised_ND: Tensor, largest_N: Tensor) -> Tensor:
+    """Give what becomes the highest level of each position: its largest channel, or less where that is an outlier.
+
+    An outlier is beyond so many times the next channels. Where as many channels as may be outliers, and one more, come
+    near enough to the largest one, it is none: counting them is cheaper than finding the next ones.
+    """
+    num_outliers = math.ceil(standardised_ND.shape[1] / _OUTLIER_SHARE)
+    num_near_N = (standardised_ND.abs() >= largest_N.unsqueeze(1) / _OUTLIER_RATIO).sum(dim=1)
+    outlying_M = (num_near_N <= num_outliers).nonzero().squeeze(1)
+    rank = min(num_outliers + 1, standardised_ND.shape[1])
+    next_M = standardised_ND[outlying_M].abs().topk(rank, dim=1).values[:, -1]
+    reach_M = torch.minimum(largest_N[outlying_M], _OUTLIER_RATIO * next_M)
+    # Where all but the outliers equal the centre, the largest sets the scale after all; the floor divides by no zero.
+    reach_M = reach_M.where(reach_M * _INT8_BASE * 32767 > largest_N[outlying_M], largest_N[outlying_M])
+    return largest_N.index_copy(0, outlying_M, reach_M)
 
 
 def _to_float16(tensor: Tensor) -> Tensor:

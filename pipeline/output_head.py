@@ -32,7 +32,7 @@ class PlainLogits:
 
     def chunks(self, num_positions: int) -> Iterator[slice]:
         """Cut positions into chunks whose float32 copies are small."""
-        return _chunks(num_positions, self.vocab_size, torch.device("cpu"))
+        return _chunks(num_positions, _chunk_rows(self.vocab_size, torch.device("cpu"), _CHUNK_BYTES))
 
     def detached(self, _dtype: torch.dtype | None) -> "PlainLogits":
         """Give the head itself: it has no weights."""
@@ -86,9 +86,9 @@ class OutputHead:
             softcap=getattr(config, "final_logit_softcapping", None),
         )
 
-    def chunks(self, num_positions: int) -> Iterator[slice]:
-        """Cut positions into chunks whose float32 logits are small: 32 MiB, 256 MiB on a GPU, or 128 rows."""
-        return _chunks(num_positions, self.vocab_size, self.weight_VD.device)
+    def chunks(self, num_positions: int, *, num_bytes: int = _CHUNK_BYTES) -> Iterator[slice]:
+        """Cut positions into chunks whose float32 logits are small: so many bytes, 256 MiB on a GPU, or 128 rows."""
+        return _chunks(num_positions, _chunk_rows(self.vocab_size, self.weight_VD.device, num_bytes))
 
     def detached(self, dtype: torch.dtype | None) -> "OutputHead":
         """Give the head without its weights' gradient, in a dtype; in their own where it is None."""
@@ -141,12 +141,12 @@ class OutputHead:
 Head = OutputHead | PlainLogits
 
 
-def _chunk_rows(vocab_size: int, device: torch.device) -> int:
-    num_bytes = _CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
+def _chunk_rows(vocab_size: int, device: torch.device, num_bytes: int) -> int:
+    if device.type != "cpu":
+        num_bytes = _GPU_CHUNK_BYTES
     return max(num_bytes // (4 * vocab_size), _FEWEST_ROWS)
 
 
-def _chunks(num_positions: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
-    length = _chunk_rows(vocab_size, device)
+def _chunks(num_positions: int, length: int) -> Iterator[slice]:
     for start in range(0, num_positions, length):
         yield slice(start, start + length)

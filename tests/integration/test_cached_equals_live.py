@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cache.manifest import Manifest
 from cache.reader import Reader
 from pipeline.calibrations import read_codes
-from pipeline.capture import CaptureRequest, capture, logsumexp_at
+from pipeline.capture import CaptureRequest, capture
 from pipeline.encodings import StateForm, decode_state
 from pipeline.forward import pad_rows
 from pipeline.models import take_apart
@@ -79,13 +79,6 @@ def test_a_capture_of_rows_of_several_lengths_equals_each_row_alone(build_model,
     labels = torch.cat([torch.cat([row[1:], torch.tensor([-1])]) for row in rows])
     want_label = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).where(labels >= 0, 0.0)
     assert torch.allclose(got.label_logit_N, want_label, rtol=1e-4, atol=1e-4)
-
-
-def test_temperatures_by_squaring_equal_temperatures_one_by_one():
-    logits = 30 * torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
-    together = logsumexp_at(logits, [1.0, 2.0, 3.0, 4.0, 0.5])
-    for temperature, values in together.items():
-        assert torch.allclose(values, (logits / temperature).logsumexp(-1), rtol=1e-6, atol=1e-5)
 
 
 def batches_of_store(recipe: Any) -> Any:

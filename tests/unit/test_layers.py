@@ -54,6 +54,7 @@ LAYERS = [
     "pipeline.column_specs",
     "pipeline.stored_head",
     "pipeline.row_blocks",
+    "pipeline.teacher_logits",
     "pipeline.tail_sampling",
     "pipeline.capture",
     "pipeline.layer_map",
