@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 
 from pipeline.config import LogitsTargetConfig, Recipe
 from pipeline.divergences import DEFAULT_WEIGHTS
-from pipeline.loss_config import LossConfig
+from pipeline.loss_config import LossConfig, LossWeight
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -51,9 +51,19 @@ def model_card(recipe: Recipe, *, teacher: Mapping[str, Any], store: str, select
 
 def _loss(loss: LossConfig, logits: LogitsTargetConfig) -> str:
     """Name each term of the loss that counts, with its weight."""
-    divergence = f"{_divergence(loss)} to {_target(logits)} at T = {loss.temperature:g}"
-    terms = {"cross entropy": loss.alpha, divergence: loss.beta, f"hidden ({loss.hidden})": loss.gamma}
-    return " + ".join(f"{weight:g} · {term}" for term, weight in terms.items() if weight)
+    terms: dict[LossWeight, str] = {
+        "alpha": "cross entropy",
+        "beta": f"{_divergence(loss)} to {_target(logits)} at T = {_course(loss, 'temperature')}",
+        "gamma": f"hidden ({loss.hidden})",
+        "delta": f"dynamics ({loss.dynamics})",
+    }
+    return " + ".join(f"{_course(loss, weight)} · {term}" for weight, term in terms.items() if loss.ever(weight))
+
+
+def _course(loss: LossConfig, name: str) -> str:
+    """Give a value of the loss, and where it goes over the run."""
+    start, schedule = f"{getattr(loss, name):g}", getattr(loss.schedule, name)
+    return start if schedule is None or schedule.end is None else f"({start} to {schedule.end:g}, {schedule.shape})"
 
 
 def _divergence(loss: LossConfig) -> str:
