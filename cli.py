@@ -186,7 +186,8 @@ def train(
         elif result.trained_steps:
             terms = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in result.losses.items())
             print(f"trained    {result.trained_steps} of {result.num_steps} steps, {result.tokens_per_s:,.0f} tokens/s")
-            print(f"last       {terms}")
+            if terms:
+                print(f"last       {terms}")
             print(f"memory     {result.peak_memory_bytes / 1e9:,.2f} GB at most")
             print(f"student    {result.student}")
         else:

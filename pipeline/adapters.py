@@ -50,5 +50,5 @@ def load_adapters(student: PreTrainedModel, folder: Path) -> None:
 
 
 def merged(student: PreTrainedModel) -> PreTrainedModel:
-    """Give the plain model that a student amounts to; adapters are used up by it."""
-    return student.merge_and_unload() if has_adapters(student) else student
+    """Give the plain model that a student with adapters amounts to; they are used up by it."""
+    return student.merge_and_unload()

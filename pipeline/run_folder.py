@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
 from cache.errors import RecipeError
@@ -110,18 +111,32 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def export_student(
-    trainer: UniversalDistillationTrainer, recipe: Recipe, facts: Mapping[str, Any], *, card: str
+    trainer: UniversalDistillationTrainer,
+    recipe: Recipe,
+    state: dict[str, Tensor],
+    facts: Mapping[str, Any],
+    *,
+    card: str,
 ) -> None:
     """Write the student alone, so that plain `from_pretrained` loads it; the folder appears whole.
 
     Adapters are merged into it; they are kept by themselves too.
+
+    Args:
+        trainer: It trained the student.
+        recipe: Where to.
+        state: The student's whole state.
+        facts: What provenance says of it.
+        card: Its model card.
     """
     student = trainer.accelerator.unwrap_model(trainer.model).student
     if has_adapters(student):
         with whole_folder(Path(recipe.output) / _ADAPTERS) as partial:
             student.save_pretrained(partial)
+        student = merged(student)
+        state = student.state_dict()
     with whole_folder(trained_student(recipe)) as partial:
-        merged(student).save_pretrained(partial)
+        student.save_pretrained(partial, state_dict=state)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(partial)
         write_whole(partial / "README.md", card)

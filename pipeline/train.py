@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cache.errors import IdentityError, ModelError
+from cache.errors import IdentityError, ModelError, RecipeError
 from pipeline.config import Recipe
 from pipeline.model_card import model_card
 from pipeline.models import (
@@ -84,7 +84,11 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
     first_step, checkpoint = last_checkpoint(recipe)
     if checkpoint is None and recipe.projector.init == "least_squares" and recipe.loss.needs_hidden:
         trainer.fit_projectors(recipe.projector.init_rows)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ImportError as error:
+        # What an optimizer of another library needs is looked for when training begins.
+        raise RecipeError(f"train: {' '.join(str(error).split())}") from None
     return _finish(recipe, run, trainer, key, first_step=first_step, seconds=time.monotonic() - started)
 
 
@@ -127,9 +131,10 @@ def _finish(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
     )
+    state = trainer.student_state()
     if trainer.is_world_process_zero():
         facts = {"run": key, "teacher": run.store.teacher["identity"], "store": run.store.name}
         card = model_card(recipe, teacher=run.store.teacher, store=run.store.name, selections=key["selections"])
-        export_student(trainer, recipe, facts, card=card)
+        export_student(trainer, recipe, state, facts, card=card)
         write_metrics(recipe, {"summary": asdict(summary), "log": trainer.state.log_history})
     return summary

@@ -57,6 +57,11 @@ class UniversalDistillationTrainer(Trainer):
         super().__init__(model, *args, **kwargs)
         self.add_callback(_LossOfStep(model))
 
+    def student_state(self) -> dict[str, Tensor]:
+        """Give the student's whole state, on the first process where it is sharded; every process has to ask."""
+        state = self.accelerator.get_state_dict(self.model)
+        return {name.removeprefix(_STUDENT): value for name, value in state.items() if name.startswith(_STUDENT)}
+
     def fit_projectors(self, num_rows: int) -> None:
         """Let the projectors begin as least-squares maps over the first train rows."""
         rows, size = min(num_rows, len(self.train_dataset)), self.args.per_device_train_batch_size

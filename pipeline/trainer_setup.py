@@ -119,7 +119,7 @@ def _make_trainer(
     forms = target_forms(recipe, run.store, collator.columns)
     distiller = Distiller(student, projectors, layer_map=layer_map, loss=_loss_of(recipe.loss), forms=forms)
     try:
-        return UniversalDistillationTrainer(
+        trainer = UniversalDistillationTrainer(
             distiller,
             _training_arguments(recipe),
             data_collator=collator,
@@ -131,6 +131,9 @@ def _make_trainer(
     except (ImportError, RuntimeError) as error:
         # What `report_to`, `deepspeed` and their like need and do not find.
         raise RecipeError(f"train: {' '.join(str(error).split())}") from None
+    if trainer.is_fsdp_enabled and recipe.student.lora is not None:
+        raise RecipeError("student.lora does not train under FSDP, whose shards cannot be merged: train without fsdp")
+    return trainer
 
 
 def _loss_of(section: LossConfig) -> Loss:

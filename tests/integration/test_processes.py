@@ -46,6 +46,16 @@ def test_two_processes_train_as_one_at_the_same_global_batch(
             assert abs(one[term] - two[term]) <= 1e-4 * abs(one[term])
 
 
+@pytest.mark.parametrize("heads", ["tied", "untied"])
+def test_a_sharded_distiller_has_the_gradients_of_the_whole(heads: str):
+    environment = {"PYTHONPATH": str(ROOT), **os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(ROOT / "tests/sharded_gradients.py"), heads]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("equal: ")
+
+
 def test_two_processes_fill_one_store_each_shard_once(
     coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -261,3 +261,13 @@ def test_float16_gradients_do_not_vanish(write_recipe: Callable[..., Path]):
     cosine = torch.nn.functional.cosine_similarity(head.flatten(), want["student.lm_head.weight"].flatten(), dim=0)
     assert cosine > 0.999
     assert head.norm().item() == pytest.approx(want["student.lm_head.weight"].norm().item(), rel=0.02)
+
+
+def test_an_optimizer_whose_library_is_missing_is_one_line(
+    write_recipe: Callable[..., Path], coldstill: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    recipe = write_recipe(train__optim="adamw_8bit")
+    coldstill("precompute", recipe)
+    said = coldstill("train", recipe, expect=2).stderr
+    assert said.strip().splitlines()[-1].startswith("error: train: You need to install `bitsandbytes`")
