@@ -270,4 +270,4 @@ def test_an_optimizer_whose_library_is_missing_is_one_line(
     recipe = write_recipe(train__optim="adamw_8bit")
     coldstill("precompute", recipe)
     said = coldstill("train", recipe, expect=2).stderr
-    assert said.strip().splitlines()[-1].startswith("error: train: You need to install `bitsandbytes`")
+    assert said.strip().splitlines()[-1].startswith("coldstill: train: You need to install `bitsandbytes`")
