@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import gradients, trainer_of
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -110,34 +112,42 @@ def test_dynamics_of_one_mapped_block_are_refused(write_recipe: Callable[..., Pa
         train(recipe)
 
 
-def test_selective_checkpointing_gives_the_same_gradients_from_fewer_kept_tensors(write_recipe: Callable[..., Path]):
+def test_selective_checkpointing_gives_the_same_gradients_and_runs_only_cheap_operations_again(
+    write_recipe: Callable[..., Path],
+):
     plain = load_recipe(write_recipe())
     precompute(plain, show_progress=False)
-    want, kept_plain = _gradients_and_kept_bytes(trainer_of(plain))
+    without = trainer_of(plain)
+    with OperatorCounts() as want_counts:
+        want = gradients(without)
     trainer = trainer_of(load_recipe(write_recipe(train__activation_checkpointing="selective")))
     assert trainer.args.activation_checkpointing is True
     # What the Trainer does at the beginning of training.
     trainer.model.activation_checkpointing_enable(
         activation_checkpointing_kwargs=trainer.args.activation_checkpointing_kwargs
     )
-    got, kept = _gradients_and_kept_bytes(trainer)
+    with OperatorCounts() as counts:
+        got = gradients(trainer)
     assert got.keys() == want.keys()
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-7)
-    assert kept < 0.7 * kept_plain
+    assert want_counts["aten::silu"] == 3, "one in each block"
+    assert counts["aten::silu"] == 6
+    for operator in ("aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu"):
+        assert counts[operator] == want_counts[operator] > 0
 
 
-def _gradients_and_kept_bytes(trainer: Any) -> tuple[dict[str, torch.Tensor], int]:
-    """Count what autograd keeps for the backward pass, by its own hooks; what a checkpoint keeps they do not see."""
-    kept: dict[int, int] = {}
+class OperatorCounts(TorchDispatchMode):
+    """Counts the operators that run, by name."""
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+    def __enter__(self) -> Counter[str]:
+        super().__enter__()
+        self._counts: Counter[str] = Counter()
+        return self._counts
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        found = gradients(trainer)
-    return found, sum(kept.values())
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._counts[function.name().partition(".")[0]] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def test_selective_checkpointing_trains(write_recipe: Callable[..., Path], workplace: Path):
