@@ -8,11 +8,12 @@ student, rows and optimizer: `plain`, the cross entropy of the stock transformer
 Coldstill's trainer with these logits targets and six int8 blocks; `selective`, `topk` with selective activation
 checkpointing; `live`, the stock Trainer with the teacher in memory, dense logits and the same hidden terms. Every arm
 is a process of its own with its own peak memory; they take steps in turns, one at a time, so that whatever the machine
-does meanwhile falls on all of them alike. A step's time contains the wait for its data. The loss over a large
-vocabulary is measured alone, dense and in chunks (benchmarks/loss_memory.py).
+does meanwhile falls on all of them alike. A step's time contains the wait for its data. Memory is measured in further
+processes, whose allocator gives back at once what is freed; `resident` is what the timed processes held. The loss over a
+large vocabulary is measured alone, dense and in chunks (benchmarks/loss_memory.py).
 
 Prints one JSON object a line; the last one holds the ratios, each the worse of the precisions, and then each of them.
-With --profile, one arm's five largest costs by operator.
+With --profile, one arm's largest costs by operator.
 
 Without --teacher, or the variable SMOLLM2, the teacher of `coldstill demo` stands in.
 """
@@ -56,8 +57,9 @@ def main() -> None:
     by_precision = {}
     for precision in options.precision:
         groups = {name: measure_steps(options, recipes, precision, arms) for name, arms in GROUPS.items()}
-        by_precision[precision] = ratios(groups["fine_tuning"], groups["live"])
-        print(json.dumps({precision: groups}), flush=True)
+        memory = {arm: measure_memory(recipes, precision, arm) for arm in ("plain", "topk", "selective")}
+        by_precision[precision] = ratios(groups["fine_tuning"], groups["live"], memory)
+        print(json.dumps({precision: {**groups, "memory": memory}}), flush=True)
     worst = {key: worse(key, [values[key] for values in by_precision.values()]) for key in by_precision[precision]}
     worst["head_memory_over_dense"] = round(head["chunked"]["peak_bytes"] / head["dense"]["peak_bytes"], 3)
     print(json.dumps({**worst, **by_precision}))
@@ -118,15 +120,26 @@ def measure_steps(
     return measured
 
 
-def ratios(fine_tuning: dict[str, Any], live: dict[str, Any]) -> dict[str, float]:
+def measure_memory(recipes: dict[str, Path], precision: str, arm: str) -> int:
+    """Give the most memory that an arm needs in two steps, in a process that gives back what it frees at once."""
+    command = arm_command(arm, recipes, precision, "--steps", "2")
+    # What glibc keeps of freed memory is in pieces, differs from run to run, and is no tensor.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(command, input="go\ngo\n", check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+
+
+def ratios(fine_tuning: dict[str, Any], live: dict[str, Any], memory: dict[str, int]) -> dict[str, float]:
     plain, topk, final = (fine_tuning[arm] for arm in ("plain", "topk", "final"))
     values = {
         "step_over_plain": topk["seconds"] / plain["seconds"],
         "final_step_over_plain": final["seconds"] / plain["seconds"],
         "live_over_train": live["live"]["seconds"] / live["topk"]["seconds"],
-        "memory_over_plain": topk["peak_bytes"] / plain["peak_bytes"],
+        "memory_over_plain": memory["topk"] / memory["plain"],
+        "resident_over_plain": topk["peak_bytes"] / plain["peak_bytes"],
         "selective_over_train": live["selective"]["seconds"] / live["topk"]["seconds"],
-        "selective_memory_over_plain": live["selective"]["peak_bytes"] / plain["peak_bytes"],
+        "selective_memory_over_plain": memory["selective"] / memory["plain"],
+        "selective_resident_over_plain": live["selective"]["peak_bytes"] / plain["peak_bytes"],
         "data_wait_share": max(arm["wait"] / arm["seconds"] for arm in (topk, final)),
     }
     return {key: round(value, 4) for key, value in values.items()}

@@ -116,7 +116,7 @@ class _Gradients:
             self.state_ND[chunk] = (product_CV @ head.weight_VD) / scale
         if self.weight_VD is not None:
             state_CD = self._state_source_ND[chunk].to(product_CV.dtype)
-            if self.weight_VD.dtype == product_CV.dtype:
+            if self.weight_VD.dtype == product_CV.dtype != torch.float16:
                 self.weight_VD.addmm_(product_CV.T, state_CD)
                 return
             # A part of the vocabulary at a time: what is added in float32 is still in the cache, and needs no room.

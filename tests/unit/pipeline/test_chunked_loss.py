@@ -211,3 +211,20 @@ def test_tied_weights_gather_the_gradient_of_both_uses(cut):
 
     for got, want in zip(run(chunked=True), run(chunked=False), strict=True):
         assert_near(got, want)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_in_float16_has_gradients_of_a_mean_over_many_positions(bias: bool, cut):
+    """Each is far below float16's range before it is brought to about 1; what is kept has the weights' dtype."""
+    cut(4)
+    state, head = inputs(HeadCase(bias=bias))
+    half = OutputHead(
+        head.weight_VD.detach().half().requires_grad_(), None if not bias else head.bias_V.detach().half()
+    )
+    weights = WEIGHTS * 1e-3
+    loss, _ = chunked_loss(state, half, terms, weights)
+    got = torch.autograd.grad(loss, [state, half.weight_VD])
+    (dense(state, HeadCase(bias=bias), head) * weights).sum().backward()
+    for one, other in zip(got, (state.grad, head.weight_VD.grad), strict=True):
+        assert F.cosine_similarity(one.float().flatten(), other.flatten(), dim=0) > 0.999
+        assert one.float().norm().item() == pytest.approx(other.norm().item(), rel=0.02)
