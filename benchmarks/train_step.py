@@ -9,8 +9,8 @@ Coldstill's trainer with these logits targets and six int8 blocks; `selective`, 
 checkpointing; `live`, the stock Trainer with the teacher in memory, dense logits and the same hidden terms. Every arm
 is a process of its own with its own peak memory; they take steps in turns, one at a time, so that whatever the machine
 does meanwhile falls on all of them alike. A step's time contains the wait for its data. Memory is measured in further
-processes, whose allocator gives back at once what is freed; `resident` is what the timed processes held. The loss over a
-large vocabulary is measured alone, dense and in chunks (benchmarks/loss_memory.py).
+processes, whose allocator gives back at once what is freed; `resident` is what the timed processes held. The loss over
+a large vocabulary is measured alone, dense and in chunks (benchmarks/loss_memory.py).
 
 Prints one JSON object a line; the last one holds the ratios, each the worse of the precisions, and then each of them.
 With --profile, one arm's largest costs by operator.
