@@ -79,6 +79,17 @@ def is_harmless(damage: Damage) -> bool:
     return damage.way == "delete" and (damage.file.startswith("index/") or kind_of(damage.file) == "rows")
 
 
+def is_unread(store: Path, damage: Damage) -> bool:
+    """Whether a flip hit bytes of a selection's Parquet file that no reader looks at: its content has the checksum."""
+    if damage.way != "flip" or kind_of(damage.file) != "selections":
+        return False
+    try:
+        read_selection(open_store(str(store)), Path(damage.file).stem)
+    except StoreError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Place:
     """A store as `precompute` left it, and what is to be read of it.
@@ -219,7 +230,7 @@ def unnoticed(place: Place, damage: Damage) -> str | None:
     if is_harmless(damage):
         return None if audit.is_clean else f"harmless, but {problems_of(audit)}"
     if audit.is_clean:
-        return "is clean"
+        return None if is_unread(place.store, damage) else "is clean"
     parts = damage.file.split("/")
     if parts[3:4] != ["shards"] or len(parts) < 6:
         return None
@@ -287,6 +298,8 @@ def unmended(place: Place, damage: Damage) -> str | None:
     """Damage the root, repair it, and say what is not as it was; the root is then as it was in any case."""
     try:
         damage.apply(place.root)
+        if is_unread(place.store, damage):
+            return None
         command_line("cache", "repair", place.recipe)
         audit = verify(str(place.root), show_progress=False)
         left = difference(lasting(files_below(place.root)), lasting(place.files))
