@@ -91,7 +91,8 @@ class _Gradients:
         self._state_source_ND = state_ND
         # In float16 a gradient would vanish before the loss is scaled up for it.
         dtype = torch.float32 if state_ND.dtype == torch.float16 else state_ND.dtype
-        self.state_ND = torch.zeros_like(state_ND, dtype=dtype) if needed[0] else None
+        # Every position belongs to a chunk, which writes its own; the others are sums.
+        self.state_ND = torch.empty_like(state_ND, dtype=dtype) if needed[0] else None
         self.weight_VD = torch.zeros_like(head.weight_VD) if needed[1] and head.weight_VD is not None else None
         self.bias_V = torch.zeros_like(head.bias_V) if needed[2] and head.bias_V is not None else None
 

@@ -186,9 +186,10 @@ class Distiller(nn.Module):
         if self._hidden_terms is not None and hidden is not None:
             # A loss in half precision would be noise: whatever autocast does to the body ends here.
             with torch.autocast(device_type=input_ids.device.type, enabled=False):
-                terms |= self._hidden_terms(outputs, hidden, self.projectors, counts_BT, num_positions)
-            for name in ("loss_hidden", "loss_dynamics"):
-                loss = loss + self._weight(name) * terms[name] if name in terms else loss
+                of_blocks = self._hidden_terms(outputs, hidden, self.projectors, counts_BT, num_positions)
+            for name, term in of_blocks.items():
+                loss = loss + self._weight(name) * term
+            terms |= of_blocks
         return {"loss": loss, **terms}
 
     def _vocabulary_loss(

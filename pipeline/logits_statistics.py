@@ -80,14 +80,16 @@ class _Statistics(torch.autograd.Function):
         logits_CG = logits_CV.gather(-1, sought.ids_CG).to(wide)
         # Exponentials at the highest temperature; at T they are these to the power of highest / T.
         highest = max(sought.temperatures)
-        is_wide = logits_CV.dtype == wide
-        exps_CV = logits_CV.detach() if sought.overwrites and is_wide else torch.empty_like(logits_CV, dtype=wide)
+        is_in_place = sought.overwrites and logits_CV.dtype == wide
+        exps_CV = logits_CV.detach() if is_in_place else torch.empty_like(logits_CV, dtype=wide)
         maximum_C1 = exps_CV.new_empty(len(exps_CV), 1)
         sums_RC = [exps_CV.new_empty(len(exps_CV)) for _ in sought.temperatures]
         rest_C, kl_C = exps_CV.new_ones(len(exps_CV)), exps_CV.new_zeros(len(exps_CV))
         teacher_sum_C = torch.ones_like(kl_C)
         for block in row_blocks(exps_CV):
-            exps = exps_CV[block].copy_(logits_CV[block])
+            exps = exps_CV[block]
+            if not is_in_place:
+                exps.copy_(logits_CV[block])
             maximum_C1[block] = exps.amax(dim=-1, keepdim=True)
             exps.sub_(maximum_C1[block])
             if sought.teacher_logits_CV is not None:
@@ -102,7 +104,7 @@ class _Statistics(torch.autograd.Function):
                 ids_CK = sought.ids_CG[block, -sought.num_bucketed :]
                 rest_C[block] = _sum_without(exps, ids_CK, highest / sought.temperatures[0])
         ctx.sought, ctx.highest, ctx.exps_CV = sought, highest, exps_CV
-        ctx.given_CV = logits_CV.detach() if sought.overwrites and not is_wide else None
+        ctx.given_CV = logits_CV.detach() if sought.overwrites and not is_in_place else None
         ctx.sums_RC, ctx.rest_C, ctx.teacher_sum_C = sums_RC, rest_C, teacher_sum_C
         normaliser_CR = torch.stack(
             [

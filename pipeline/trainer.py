@@ -59,8 +59,7 @@ class UniversalDistillationTrainer(Trainer):
 
     def student_state(self) -> dict[str, Tensor]:
         """Give the student's whole state, on the first process where it is sharded; every process has to ask."""
-        state = self.accelerator.get_state_dict(self.model)
-        return {name.removeprefix(_STUDENT): value for name, value in state.items() if name.startswith(_STUDENT)}
+        return _of_student(self.accelerator.get_state_dict(self.model))
 
     def fit_projectors(self, num_rows: int) -> None:
         """Let the projectors begin as least-squares maps over the first train rows."""
@@ -128,7 +127,7 @@ class UniversalDistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         state = self._distiller.state_dict() if state_dict is None else state_dict
-        student = {name.removeprefix(_STUDENT): value for name, value in state.items() if name.startswith(_STUDENT)}
+        student = _of_student(state)
         projectors = {name: value.contiguous() for name, value in state.items() if name.startswith(_PROJECTORS)}
         with disk_errors(folder):
             self._distiller.student.save_pretrained(folder, state_dict=student, is_main_process=self.args.should_save)
@@ -179,6 +178,11 @@ class _LossOfStep(TrainerCallback):
 
     def on_step_begin(self, _args: TrainingArguments, state: TrainerState, _control: Any, **_: Any) -> None:
         self._distiller.set_step(state.global_step, state.max_steps)
+
+
+def _of_student(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the student's part of a distiller's state, by the student's own names."""
+    return {name.removeprefix(_STUDENT): value for name, value in state.items() if name.startswith(_STUDENT)}
 
 
 def _publish_state(state: TrainerState, json_path: str) -> None:

@@ -16,12 +16,17 @@ ROOT = Path(__file__).parents[2]
 
 def launched(num_processes: int, *arguments: object) -> Any:
     """Run the command line under torchrun, and give the JSON that it prints."""
+    return json.loads(torchrun(num_processes, "-m", "cli", *arguments, "--json"))
+
+
+def torchrun(num_processes: int, *arguments: object) -> str:
+    """Run a program in several processes, and give what it prints."""
     environment = {"PYTHONPATH": str(ROOT), **os.environ, "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    command = [*launcher, "-m", "cli", *map(str, arguments), "--json"]
+    command = [*launcher, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=100)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 def test_two_processes_train_as_one_at_the_same_global_batch(
@@ -48,12 +53,7 @@ def test_two_processes_train_as_one_at_the_same_global_batch(
 
 @pytest.mark.parametrize("heads", ["tied", "untied"])
 def test_a_sharded_distiller_has_the_gradients_of_the_whole(heads: str):
-    environment = {"PYTHONPATH": str(ROOT), **os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(ROOT / "tests/sharded_gradients.py"), heads]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("equal: ")
+    assert torchrun(2, ROOT / "tests/sharded_gradients.py", heads).startswith("equal: ")
 
 
 def test_two_processes_fill_one_store_each_shard_once(
