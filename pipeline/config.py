@@ -9,10 +9,10 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from pipeline.loss_config import LossConfig
 from pipeline.recipe_types import BlockIndex, Count, Nameable, Positive, Section
-from pipeline.training_keys import check_lora_keys, check_training_keys
+from pipeline.student_config import StudentConfig
+from pipeline.training_keys import check_training_keys
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-PruneMethod = Literal["last", "first", "importance", "explicit"]
 HiddenEncoding = Literal["int8", "coded", "float16", "bfloat16", "float32"]
 FinalEncoding = Literal["coded", "int8", "float16", "float32"]
 MappingStrategy = Literal["uniform", "last", "kept", "stride", "endpoints", "pairs"]
@@ -67,52 +67,6 @@ class DataConfig(Section):
             raise ValueError("prompt_column needs one document a row: set data.packing to false")
         if self.eval.max_rows is None and self.train.origin() == self.eval.origin():
             raise ValueError("train and eval read the same source, so eval.max_rows must say how many rows eval takes")
-        return self
-
-
-class PruneLayersConfig(Section):
-    """Which decoder blocks to remove."""
-
-    remove: Count | None = None
-    method: PruneMethod = "importance"
-    blocks: list[BlockIndex] | None = None
-    calibration_rows: Count = 16
-
-    @model_validator(mode="after")
-    def _check(self) -> "PruneLayersConfig":
-        if self.method == "explicit" and (not self.blocks or self.remove is not None):
-            raise ValueError("method explicit takes blocks, a list of the blocks to remove, and no remove")
-        if self.method != "explicit" and (self.remove is None or self.blocks is not None):
-            raise ValueError(f"method {self.method} takes remove, a number of blocks, and no blocks")
-        if self.blocks is not None and len(set(self.blocks)) < len(self.blocks):
-            raise ValueError(f"blocks names a block twice: {self.blocks}")
-        return self
-
-
-class PruneConfig(Section):
-    """How the student is cut from the teacher."""
-
-    layers: PruneLayersConfig
-
-
-class StudentConfig(Section):
-    """The model to train: one that is there already, or the teacher pruned."""
-
-    path: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    prune: PruneConfig | None = None
-    lora: dict[str, Any] | None = None
-
-    @field_validator("lora")
-    @classmethod
-    def _lora_arguments(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        return None if value is None else check_lora_keys(value)
-
-    @model_validator(mode="after")
-    def _check(self) -> "StudentConfig":
-        if (self.path is None) == (self.prune is None):
-            raise ValueError("student takes either path, a model that is there, or prune, how to cut one")
         return self
 
 

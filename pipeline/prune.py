@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from cache.identity import FINGERPRINT_CHARS, digest_of, row_id
-from pipeline.config import PruneConfig, Recipe
+from pipeline.config import Recipe
 from pipeline.data import Rows, build_rows
 from pipeline.models import check_tokenizers, check_vocabularies, load_config
 from pipeline.provenance import write_record
+from pipeline.student_config import PruneConfig
 from pipeline.student_folders import (
     find_student,
     has_student,
@@ -87,7 +88,7 @@ def prepare_student(recipe: Recipe, teacher: Teacher, train_rows: Rows) -> Prepa
 
 def calibration_rows(section: PruneConfig, train_rows: Rows) -> list[np.ndarray]:
     """Give the rows that decide which blocks go; none where the recipe decides it."""
-    return train_rows.tokens[: section.layers.calibration_rows] if section.layers.method == "importance" else []
+    return train_rows.tokens[: section.calibration_rows] if section.layers.method == "importance" else []
 
 
 def student_name(section: PruneConfig, teacher: Teacher, calibration: Sequence[np.ndarray]) -> str:

@@ -4,7 +4,8 @@
     checkpoints/        the Trainer's, with the run's key in provenance.json
     student/            the trained student, a plain transformers model
     adapters/           of a student with LoRA: the adapters alone, as PEFT loads them
-    train.json          summary and log; written last: it says that the run is complete
+    projectors.safetensors  the trained projectors, where they are more than the identity
+    train.json          summary, layer map and log; written last: it says that the run is complete
 """
 
 import json
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -22,8 +24,8 @@ from pipeline.adapters import has_adapters, merged
 from pipeline.config import Recipe
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE, write_record
 from pipeline.run_index import RunRows, trained_student
-from pipeline.trainer import UniversalDistillationTrainer
-from pipeline.whole import whole_folder, write_whole
+from pipeline.trainer import PROJECTORS_FILE, UniversalDistillationTrainer
+from pipeline.whole import whole_file, whole_folder, write_whole
 
 _METRICS_FILE = "train.json"
 _ADAPTERS = "adapters"
@@ -143,13 +145,21 @@ def export_student(
         write_record(partial, recipe, facts)
 
 
+def export_projectors(recipe: Recipe, state: dict[str, Tensor]) -> None:
+    """Write the trained projectors by the student's block; none where all are the identity."""
+    if state:
+        with whole_file(Path(recipe.output) / PROJECTORS_FILE) as partial:
+            save_file(state, partial)
+
+
 def write_metrics(recipe: Recipe, record: Mapping[str, Any]) -> None:
-    """Write the run's `summary` and `log`, and so call it complete."""
+    """Write the run's `summary`, `layer_map` and `log`, and so call it complete."""
     write_whole(Path(recipe.output) / _METRICS_FILE, json.dumps(dict(record), indent=1) + "\n")
 
 
 def remove_run(recipe: Recipe) -> None:
     """Remove what an earlier run left, the word that it was complete first."""
-    (Path(recipe.output) / _METRICS_FILE).unlink(missing_ok=True)
+    for name in (_METRICS_FILE, PROJECTORS_FILE):
+        (Path(recipe.output) / name).unlink(missing_ok=True)
     for folder in (checkpoints_folder(recipe), trained_student(recipe), Path(recipe.output) / _ADAPTERS):
         shutil.rmtree(folder, ignore_errors=True)

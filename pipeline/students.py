@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cache.errors import RecipeError
-from pipeline.config import PruneLayersConfig
 from pipeline.forward import block_output, pad_rows
 from pipeline.models import KEPT_BLOCKS, ModelParts, text_config
+from pipeline.student_config import PruneLayersConfig
 
 _CALIBRATION_BATCH = 4
 

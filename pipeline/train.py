@@ -18,6 +18,7 @@ from pipeline.peak_memory import peak_memory_bytes
 from pipeline.run_folder import (
     check_claim,
     claim,
+    export_projectors,
     export_student,
     finished_summary,
     last_checkpoint,
@@ -131,10 +132,12 @@ def _finish(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
     )
-    state = trainer.student_state()
+    student, projectors = trainer.trained_state()
     if trainer.is_world_process_zero():
         facts = {"run": key, "teacher": run.store.teacher["identity"], "store": run.store.name}
         card = model_card(recipe, teacher=run.store.teacher, store=run.store.name, selections=key["selections"])
-        export_student(trainer, recipe, state, facts, card=card)
-        write_metrics(recipe, {"summary": asdict(summary), "log": trainer.state.log_history})
+        export_student(trainer, recipe, student, facts, card=card)
+        export_projectors(recipe, projectors)
+        record = {"summary": asdict(summary), "layer_map": trainer.layer_map, "log": trainer.state.log_history}
+        write_metrics(recipe, record)
     return summary

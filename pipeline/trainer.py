@@ -57,9 +57,18 @@ class UniversalDistillationTrainer(Trainer):
         super().__init__(model, *args, **kwargs)
         self.add_callback(_LossOfStep(model))
 
-    def student_state(self) -> dict[str, Tensor]:
-        """Give the student's whole state, on the first process where it is sharded; every process has to ask."""
-        return _of_student(self.accelerator.get_state_dict(self.model))
+    @property
+    def layer_map(self) -> dict[int, int]:
+        """Student block to teacher block; empty where block outputs are not learned from."""
+        return self._distiller.layer_map
+
+    def trained_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Give the whole state of student and projectors, on the first process where it is sharded; every one asks.
+
+        The student's by its own names, the projectors' as `PROJECTORS_FILE` names them.
+        """
+        state = self.accelerator.get_state_dict(self.model)
+        return _of_student(state), _of_projectors(state)
 
     def fit_projectors(self, num_rows: int) -> None:
         """Let the projectors begin as least-squares maps over the first train rows."""
@@ -127,8 +136,7 @@ class UniversalDistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         state = self._distiller.state_dict() if state_dict is None else state_dict
-        student = _of_student(state)
-        projectors = {name: value.contiguous() for name, value in state.items() if name.startswith(_PROJECTORS)}
+        student, projectors = _of_student(state), _of_projectors(state)
         with disk_errors(folder):
             self._distiller.student.save_pretrained(folder, state_dict=student, is_main_process=self.args.should_save)
             if projectors and self.args.should_save:
@@ -183,6 +191,11 @@ class _LossOfStep(TrainerCallback):
 def _of_student(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give the student's part of a distiller's state, by the student's own names."""
     return {name.removeprefix(_STUDENT): value for name, value in state.items() if name.startswith(_STUDENT)}
+
+
+def _of_projectors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the projectors' part of a distiller's state; empty where all are the identity."""
+    return {name: value.contiguous() for name, value in state.items() if name.startswith(_PROJECTORS)}
 
 
 def _publish_state(state: TrainerState, json_path: str) -> None:

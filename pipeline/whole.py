@@ -18,11 +18,19 @@ _OLD = ".old"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half-written."""
+    """Write a text file so that it is never seen half-written."""
+    with whole_file(path) as partial:
+        partial.write_text(text)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a file to write, which takes its place when the `with` ends well."""
     sweep_siblings(path)
     partial = _partial(path)
     try:
-        partial.write_text(text)
+        with disk_errors(partial):
+            yield partial
         sync_path(partial)
         partial.replace(path)
         sync_path(path.parent)

@@ -34,6 +34,7 @@ LAYERS = [
     "pipeline.training_keys",
     "pipeline.recipe_types",
     "pipeline.loss_config",
+    "pipeline.student_config",
     "pipeline.config",
     "pipeline.recipe_file",
     "pipeline.whole",

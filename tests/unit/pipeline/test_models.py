@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from cache.errors import ModelError, RecipeError
-from pipeline.config import PruneLayersConfig
 from pipeline.forward import block_outputs
 from pipeline.models import (
     check_tokenizers,
@@ -20,6 +19,7 @@ from pipeline.models import (
     resolve_folder,
     take_apart,
 )
+from pipeline.student_config import PruneLayersConfig
 from pipeline.students import block_importances, check_prune, choose_kept_blocks, cut_blocks
 
 ARCHITECTURES = {
