@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from pipeline.loss_config import LossConfig
+from pipeline.presets import PresetName, with_preset
 from pipeline.recipe_types import BlockIndex, Count, Nameable, Positive, Section
 from pipeline.student_config import StudentConfig
 from pipeline.training_keys import check_training_keys
@@ -141,10 +142,21 @@ class ProjectorConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """How models are judged on the eval rows."""
+    """How models are judged: on the eval rows, and on tasks of lm-evaluation-harness."""
 
     batch_size: Count = 8
     device: str = "auto"
+    tasks: list[str] = Field(default=[])
+    include_path: str | None = None
+    limit: Count | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+
+    @field_validator("tasks")
+    @classmethod
+    def _distinct(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"names a task twice: {', '.join(value)}")
+        return value
 
 
 class Recipe(Section):
@@ -156,12 +168,18 @@ class Recipe(Section):
     teacher: TeacherConfig
     data: DataConfig
     student: StudentConfig
+    preset: PresetName | None = None
     targets: TargetsConfig = TargetsConfig()
     mapping: MappingConfig = MappingConfig()
     projector: ProjectorConfig = ProjectorConfig()
     loss: LossConfig = LossConfig()
     train: dict[str, Any] = Field(default={})
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _behind_what_is_given(cls, data: Any) -> Any:
+        return with_preset(data) if isinstance(data, dict) else data
 
     @field_validator("train")
     @classmethod
@@ -213,6 +231,9 @@ class Recipe(Section):
         if loss.divergence != "selective":
             given = [key for key in _changed(loss) if key.startswith("selective_")]
             idle += [f"loss.{key} has no effect: divergence is {loss.divergence}" for key in given]
+        if not self.evaluate.tasks:
+            given = [key for key in _changed(self.evaluate) if key in ("include_path", "limit", "num_fewshot")]
+            idle += [f"evaluate.{key} has no effect: evaluate.tasks is empty" for key in given]
         return idle
 
     @property

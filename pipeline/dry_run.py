@@ -1,6 +1,5 @@
 """What `precompute` would do: what is complete, what is missing, and what that costs. Nothing is written or loaded."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +25,7 @@ from pipeline.requests import (
     needed_columns,
 )
 from pipeline.student_folders import find_student, has_student, students_folder
-from pipeline.students import choose_kept_blocks, num_removed
+from pipeline.student_making import kept_blocks_before_measuring, num_student_blocks
 from pipeline.targets import hidden_form, hidden_name
 from pipeline.teacher import Teacher
 
@@ -128,7 +127,7 @@ class _Student:
 
     @classmethod
     def of(cls, recipe: Recipe, teacher: Teacher, train_rows: Rows) -> "_Student":
-        section = recipe.student.prune
+        section = recipe.student.made_from_teacher
         if section is None:
             folder = find_student(recipe)
             return cls(folder.name, True, blocks_to_store(recipe, teacher, folder), 0)
@@ -139,12 +138,12 @@ class _Student:
         wanted = recipe.targets.hidden.blocks
         if wanted != "mapped":
             return cls(name, False, wanted if isinstance(wanted, list) else [], 0)
-        decides_later = recipe.mapping.strategy == "kept" and section.layers.method == "importance"
-        remaining = teacher.num_blocks - num_removed(section.layers)
-        kept: Sequence[int] = range(remaining)
-        if section.layers.method != "importance":
-            kept = choose_kept_blocks(section.layers, num_blocks=teacher.num_blocks)
-        layer_map = layer_map_between(recipe.mapping, remaining, teacher.num_blocks, kept_blocks=kept)
+        remaining = num_student_blocks(section, teacher.config)
+        kept = kept_blocks_before_measuring(section, teacher.config)
+        decides_later = recipe.mapping.strategy == "kept" and kept is None
+        layer_map = layer_map_between(
+            recipe.mapping, remaining, teacher.num_blocks, kept_blocks=range(remaining) if kept is None else kept
+        )
         if decides_later:
             return cls(name, False, None, len(layer_map))
         return cls(name, False, list(layer_map.values()), 0)

@@ -1,6 +1,7 @@
 """Judge models on the eval rows: loss, perplexity, KL to the teacher and agreement with it, exactly.
 
-The teacher speaks from the store: its post-norm last states and its output head give its whole distribution back.
+The teacher speaks from the store: its post-norm last states and its output head give its whole distribution back. Where
+the recipe names tasks, all models answer these too, and there the teacher itself is run, once for all recipes.
 Shapes: N positions that count, V vocabulary, D width.
 """
 
@@ -19,6 +20,7 @@ from cache.tokens import TOKENS
 from pipeline.config import Recipe
 from pipeline.encodings import decode_state
 from pipeline.forward import pad_rows
+from pipeline.model_card import update_card
 from pipeline.models import check_vocabularies, load_config, load_model, resolve_device
 from pipeline.provenance import write_record
 from pipeline.run_index import RunRows, find_run_rows, trained_student
@@ -26,6 +28,8 @@ from pipeline.stored_head import load_head
 from pipeline.student_folders import find_student
 from pipeline.student_forward import StudentForward
 from pipeline.targets import EVAL_FORM, LABEL_LOGIT, LOSS_TEMPERATURE, final_name, logsumexp_name
+from pipeline.task_scores import TaskAverage, TaskComparison, compare_on_tasks
+from pipeline.tasks import load_tasks
 
 _CHUNK_POSITIONS = 256
 
@@ -55,11 +59,15 @@ class Evaluation:
         models: `teacher`, `pruned` and, once it is trained, `recovered`.
         gap_closed: By measure, (recovered - pruned) / (teacher - pruned); None where the pruned model has no gap.
         num_tokens: Positions that counted.
+        tasks: The models on each of the recipe's tasks.
+        task_average: Over the tasks where a higher value is better; None where there is none.
     """
 
     models: dict[str, Quality]
     gap_closed: dict[str, float | None]
     num_tokens: int
+    tasks: dict[str, TaskComparison]
+    task_average: TaskAverage | None
 
 
 def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
@@ -67,8 +75,10 @@ def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
 
     Raises:
         StoreError: `precompute` has not made the eval rows complete.
-        ModelError: A student cannot be loaded.
+        ModelError: A student cannot be loaded, or a teacher that tasks are to be asked of.
+        RecipeError: A task is unknown, or its questions cannot be loaded.
     """
+    tasks = load_tasks(recipe.evaluate) if recipe.evaluate.tasks else []
     run = find_run_rows(recipe)
     teacher = _StoredTeacher(run, resolve_device(recipe.evaluate.device), recipe.local_copy)
     folders = {"pruned": find_student(recipe)}
@@ -78,9 +88,14 @@ def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
     models = {"teacher": teacher.quality()}
     for name, folder in folders.items():
         models[name] = _judge(recipe, run, teacher, folder, name, show_progress=show_progress)
-    result = Evaluation(models, _gap_closed(models), teacher.num_positions)
+    compared, average = (
+        compare_on_tasks(recipe, run, folders, tasks, show_progress=show_progress) if tasks else ({}, None)
+    )
+    result = Evaluation(models, _gap_closed(models), teacher.num_positions, compared, average)
     facts = {"store": run.store.name, "selection": run.selections["eval"].name, "evaluation": asdict(result)}
     write_record(Path(recipe.output) / "evaluation", recipe, facts)
+    if "recovered" in folders:
+        update_card(recipe, run, folders["pruned"], asdict(result))
     return result
 
 

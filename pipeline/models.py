@@ -20,6 +20,8 @@ from pipeline.output_head import OutputHead
 
 # In a pruned student's config: the teacher block that each of its blocks was cut from.
 KEPT_BLOCKS = "kept_blocks"
+# And, of one whose residual stream was narrowed, the teacher channel that each of its channels is.
+KEPT_CHANNELS = "kept_channels"
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 _PROBE_TOKENS = 8
@@ -65,6 +67,12 @@ class ModelParts:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(text_config(self.model.config).hidden_size)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        config = text_config(self.model.config)
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     @property
     def vocab_size(self) -> int:
@@ -198,10 +206,23 @@ def take_apart(model: PreTrainedModel) -> ModelParts:
     Raises:
         ModelError: A part cannot be found, or head over body does not give the model's own logits.
     """
+    parts = find_parts(model)
+    problem = head_problem(model, Structure(parts.blocks_name))
+    if problem is not None:
+        raise ModelError(problem)
+    return parts
+
+
+def find_parts(model: PreTrainedModel) -> ModelParts:
+    """Find a model's parts by structure alone, which may be without weights.
+
+    Raises:
+        ModelError: A part cannot be found.
+    """
     structure = find_structure(model)
     body, blocks = model.get_submodule(structure.body_name), model.get_submodule(structure.blocks_name)
     assert isinstance(blocks, nn.ModuleList)
-    parts = ModelParts(
+    return ModelParts(
         model=model,
         body=body,
         blocks=blocks,
@@ -209,10 +230,6 @@ def take_apart(model: PreTrainedModel) -> ModelParts:
         final_norm=_find_final_norm(body, blocks, type(model).__name__),
         output_head=OutputHead.of_model(model.get_output_embeddings(), text_config(model.config)),
     )
-    problem = head_problem(model, structure)
-    if problem is not None:
-        raise ModelError(problem)
-    return parts
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -127,7 +127,7 @@ def precompute(*recipes: Recipe, share: Share | None = None, show_progress: bool
         teacher_was_loaded=teacher.is_loaded,
         seconds=seconds,
     )
-    _write_records(recipes, runs, students, teacher, has_computed=bool(computed_tokens))
+    _write_records(recipes, runs, students, teacher, summary)
     return summary
 
 
@@ -254,15 +254,19 @@ def _write_records(
     runs: Sequence[RunRows],
     students: Sequence[PreparedStudent],
     teacher: Teacher,
-    *,
-    has_computed: bool,
+    summary: PrecomputeSummary,
 ) -> None:
     for recipe, run, student in zip(recipes, runs, students, strict=True):
         folder = Path(recipe.output) / "precompute"
         # Also where a run that was killed computed everything, but did not come to write it down.
-        if has_computed or student.was_made or not (folder / PROVENANCE_FILE).exists():
+        if summary.computed_tokens or student.was_made or not (folder / PROVENANCE_FILE).exists():
             names = {split: selection.name for split, selection in run.selections.items()}
-            facts = {"teacher": teacher.identity, "store": run.store.name, "selections": names}
+            facts = {
+                "teacher": teacher.identity,
+                "store": run.store.name,
+                "selections": names,
+                "precompute": asdict(summary),
+            }
             write_record(folder, recipe, facts)
 
 

@@ -1,9 +1,11 @@
 """The stage `prune`: make a recipe's student from its teacher, once, and keep it beside the stores by content."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,18 +15,18 @@ from pipeline.config import Recipe
 from pipeline.data import Rows, build_rows
 from pipeline.models import check_tokenizers, check_vocabularies, load_config
 from pipeline.provenance import write_record
-from pipeline.student_config import PruneConfig
+from pipeline.pruning_record import PRUNING_FILE, read_pruning
+from pipeline.student_config import InitConfig, PruneConfig
 from pipeline.student_folders import (
     find_student,
     has_student,
-    pruned_from,
     publish_student,
     students_folder,
     write_checksums,
 )
-from pipeline.students import block_importances, check_prune, choose_kept_blocks, cut_blocks
+from pipeline.student_making import check_student_section, make_student
 from pipeline.teacher import Teacher
-from pipeline.whole import whole_folder
+from pipeline.whole import whole_folder, write_whole
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,14 @@ class PreparedStudent:
 
     Attributes:
         folder: Where it is.
-        was_made: Whether it was pruned just now.
-        kept_blocks: The teacher blocks that it was cut from, or None where it was not pruned here.
+        was_made: Whether it was made of the teacher just now.
+        report: What was cut and what that cost; None where the student was not made here.
         seconds: What making it took.
     """
 
     folder: Path
     was_made: bool
-    kept_blocks: list[int] | None
+    report: dict[str, Any] | None
     seconds: float
 
 
@@ -61,10 +63,11 @@ def check_student(recipe: Recipe, teacher: Teacher) -> None:
 
     Raises:
         ModelError: Vocabularies differ, or the student's folder holds no model.
-        RecipeError: Blocks are to be removed that the teacher does not have.
+        RecipeError: What is to be cut is not there.
     """
-    if recipe.student.prune is not None:
-        check_prune(recipe.student.prune.layers, num_blocks=teacher.num_blocks)
+    section = recipe.student.made_from_teacher
+    if section is not None:
+        check_student_section(section, teacher.config)
         return
     folder = find_student(recipe)
     check_vocabularies(teacher.config, load_config(folder, trust_remote_code=recipe.student.trust_remote_code))
@@ -72,43 +75,44 @@ def check_student(recipe: Recipe, teacher: Teacher) -> None:
 
 
 def prepare_student(recipe: Recipe, teacher: Teacher, train_rows: Rows) -> PreparedStudent:
-    """Find the recipe's student, or prune the teacher for it; the teacher is loaded only for that."""
-    if recipe.student.prune is None:
-        return PreparedStudent(find_student(recipe), was_made=False, kept_blocks=None, seconds=0.0)
+    """Find the recipe's student, or make it of the teacher; the teacher is loaded only for that."""
+    section = recipe.student.made_from_teacher
+    if section is None:
+        return PreparedStudent(find_student(recipe), was_made=False, report=None, seconds=0.0)
     started = time.monotonic()
-    section = recipe.student.prune
     calibration = calibration_rows(section, train_rows)
     folder = students_folder(recipe) / student_name(section, teacher, calibration)
     was_made = not has_student(recipe, folder)
     if was_made:
         _make(recipe, section, teacher, calibration, folder)
     publish_student(recipe, folder)
-    return PreparedStudent(folder, was_made, pruned_from(folder), time.monotonic() - started)
+    return PreparedStudent(folder, was_made, read_pruning(folder), time.monotonic() - started)
 
 
-def calibration_rows(section: PruneConfig, train_rows: Rows) -> list[np.ndarray]:
-    """Give the rows that decide which blocks go; none where the recipe decides it."""
-    return train_rows.tokens[: section.calibration_rows] if section.layers.method == "importance" else []
+def calibration_rows(section: PruneConfig | InitConfig, train_rows: Rows) -> list[np.ndarray]:
+    """Give the rows that decide what goes, and that the student is judged on when it is made."""
+    return train_rows.tokens[: section.calibration_rows]
 
 
-def student_name(section: PruneConfig, teacher: Teacher, calibration: Sequence[np.ndarray]) -> str:
-    """Name a pruned student by all that decides it."""
-    layers = section.layers.model_dump(exclude={"calibration_rows"})
-    rows = [row_id(tokens).hex() for tokens in calibration]
-    return digest_of({"teacher": teacher.fingerprint, "layers": layers, "calibration": rows})[:FINGERPRINT_CHARS]
+def student_name(section: PruneConfig | InitConfig, teacher: Teacher, calibration: Sequence[np.ndarray]) -> str:
+    """Name a student by all that decides it."""
+    how = section.model_dump(exclude={"calibration_rows"}, exclude_none=True)
+    rows = [row_id(tokens).hex() for tokens in calibration] if section.needs_calibration else []
+    facts = {"teacher": teacher.fingerprint, type(section).__name__: how, "calibration": rows}
+    return digest_of(facts)[:FINGERPRINT_CHARS]
 
 
 def _make(
-    recipe: Recipe, section: PruneConfig, teacher: Teacher, calibration: Sequence[np.ndarray], folder: Path
+    recipe: Recipe,
+    section: PruneConfig | InitConfig,
+    teacher: Teacher,
+    calibration: Sequence[np.ndarray],
+    folder: Path,
 ) -> None:
-    importances = None
-    if section.layers.method == "importance":
-        importances = block_importances(teacher.parts, [torch.from_numpy(tokens) for tokens in calibration])
-    kept = choose_kept_blocks(section.layers, num_blocks=teacher.num_blocks, importances=importances)
-    student = cut_blocks(teacher.parts, kept)
+    student = make_student(section, teacher.parts, [torch.from_numpy(tokens) for tokens in calibration])
     with whole_folder(folder) as partial:
-        student.save_pretrained(partial)
+        student.model.save_pretrained(partial)
         teacher.tokenizer.save_pretrained(partial)
-        facts = {"teacher": teacher.fingerprint, "kept_blocks": kept, "block_importances": importances}
-        write_record(partial, recipe, facts)
+        write_record(partial, recipe, {"teacher": teacher.fingerprint})
+        write_whole(partial / PRUNING_FILE, json.dumps(student.report, indent=1) + "\n")
         write_checksums(partial)

@@ -20,7 +20,8 @@ from pipeline.models import load_config, text_config
 from pipeline.pairing import layer_map_between, layer_map_of
 from pipeline.prune import check_student
 from pipeline.shard_jobs import ShardJob
-from pipeline.students import num_removed
+from pipeline.student_config import InitConfig
+from pipeline.student_making import num_student_blocks
 from pipeline.targets import TargetColumns, columns_of
 from pipeline.teacher import Teacher
 
@@ -115,9 +116,11 @@ def _check_recipe(recipe: Recipe, teacher: Teacher) -> None:
 
 def _check_mapping(recipe: Recipe, teacher: Teacher) -> None:
     """Hold the mapping against a student that is yet to be pruned: how many blocks it will have is known."""
-    if recipe.student.prune is not None and recipe.targets.hidden.blocks == "mapped":
-        remaining = teacher.num_blocks - num_removed(recipe.student.prune.layers)
-        layer_map_between(recipe.mapping, remaining, teacher.num_blocks, kept_blocks=range(remaining))
+    section = recipe.student.made_from_teacher
+    if section is not None and recipe.targets.hidden.blocks == "mapped":
+        remaining = num_student_blocks(section, teacher.config)
+        kept = None if isinstance(section, InitConfig) and section.weights == "interpolate" else range(remaining)
+        layer_map_between(recipe.mapping, remaining, teacher.num_blocks, kept_blocks=kept)
 
 
 def _check_vocabulary(tokens: Iterable[np.ndarray], teacher: Teacher) -> None:

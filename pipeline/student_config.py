@@ -36,7 +36,7 @@ class PruneMlpConfig(Section):
 
     keep: Share | None = None
     size: Count | None = None
-    method: MlpImportance = "weights"
+    method: MlpImportance = "activations"  # the default by measured perplexity: docs/results.md
 
     @model_validator(mode="after")
     def _check(self) -> "PruneMlpConfig":
@@ -64,6 +64,13 @@ class PruneConfig(Section):
         if not self.is_deep and not self.is_wide:
             raise ValueError("prune needs layers, mlp or hidden: what is to be cut")
         return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether what is cut depends on calibration rows."""
+        by_activations = self.mlp is not None and self.mlp.method == "activations"
+        by_influence = self.layers is not None and self.layers.method == "importance"
+        return by_influence or by_activations or self.hidden is not None
 
     @property
     def is_deep(self) -> bool:
@@ -94,6 +101,11 @@ class InitConfig(Section):
             )
         return self
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the student's weights depend on calibration rows."""
+        return self.weights == "copy"
+
 
 class StudentConfig(Section):
     """The model to train: one that is there already, the teacher pruned, or one designed after the teacher."""
@@ -104,6 +116,11 @@ class StudentConfig(Section):
     prune: PruneConfig | None = None
     init: InitConfig | None = None
     lora: dict[str, Any] | None = None
+
+    @property
+    def made_from_teacher(self) -> PruneConfig | InitConfig | None:
+        """How the student is made of the teacher; None where it is there already."""
+        return self.prune or self.init
 
     @field_validator("lora")
     @classmethod

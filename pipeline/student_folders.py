@@ -17,12 +17,13 @@ from cache.index import read_entry, write_entry
 from cache.objects import Objects, open_objects
 from cache.student_files import CHECKSUMS, STUDENTS, find_damage
 from pipeline.config import Recipe
-from pipeline.models import load_config, resolve_folder
+from pipeline.models import resolve_folder
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE
+from pipeline.pruning_record import PRUNING_FILE
 from pipeline.run_index import rows_key
 from pipeline.whole import whole_folder
 
-_RECORD = (PROVENANCE_FILE, RECIPE_FILE)
+_RECORD = (PROVENANCE_FILE, RECIPE_FILE, PRUNING_FILE)
 
 
 def students_folder(recipe: Recipe) -> Path:
@@ -100,11 +101,6 @@ def check_student_files(folder: Path) -> None:
     """
     if what := find_damage(open_objects(folder.parent), folder.name):
         raise CorruptError(f"the pruned student in {folder} is corrupt: {what}; {REPAIR_HINT}")
-
-
-def pruned_from(folder: Path) -> list[int]:
-    """Give the teacher blocks that a pruned student was cut from."""
-    return [int(block) for block in load_config(folder).kept_blocks]
 
 
 def _student_key(recipe: Recipe) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Results as the lines and tables that a person reads. Nothing is decided here."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,17 +10,11 @@ if TYPE_CHECKING:  # a listing does not wait for torch
     from cache.inventory import StoreSummary
     from cache.root_audit import RootAudit
     from pipeline.dry_run import DryRun
-    from pipeline.evaluate import Evaluation
     from pipeline.live_check import LiveCheck
     from pipeline.precompute import PrecomputeSummary
+    from pipeline.prune import PreparedStudent
     from pipeline.repair import RepairSummary
 
-_MEASURES = {
-    "loss": "loss (nats)",
-    "perplexity": "perplexity",
-    "kl": "KL to teacher (nats)",
-    "agreement": "top-1 agreement",
-}
 _SHOWN_PROBLEMS = 50
 _FILE_WIDTH = 160
 
@@ -30,6 +23,33 @@ def console() -> Console:
     """Give the screen, or for a file or a pipe one that is wide enough for every table."""
     screen = Console()
     return screen if screen.is_terminal else Console(width=_FILE_WIDTH)
+
+
+def prune_lines(result: "PreparedStudent") -> Iterator[str]:
+    """Say what was cut of the teacher, and what that cost."""
+    yield f"student    {result.folder}" + ("" if result.was_made or result.report is None else " (there already)")
+    report = result.report
+    if report is None:
+        yield "nothing was cut: the recipe's student is there already"
+        return
+    parameters, blocks, loss = report["parameters"], report["blocks"], report["calibration"]["perplexity"]
+    share = parameters["student"] / parameters["teacher"]
+    yield f"parameters {parameters['student']:,} of {parameters['teacher']:,} ({share:.1%})"
+    removed = "" if blocks["kept"] is None else _removed(blocks["kept"], blocks["teacher"])
+    yield f"blocks     {blocks['student']} of {blocks['teacher']}{removed}"
+    for name, what in (("mlp", "neurons a block"), ("hidden", "channels")):
+        sizes = report[name]
+        if sizes["student"] != sizes["teacher"]:
+            yield f"{name:10} {sizes['student']:,} of {sizes['teacher']:,} {what}"
+    yield (
+        f"perplexity {loss['student']:,.2f}, the teacher's {loss['teacher']:,.2f}, on "
+        f"{report['calibration']['num_tokens']:,} calibration tokens"
+    )
+
+
+def _removed(kept: list[int], num_blocks: int) -> str:
+    gone = [str(block) for block in range(num_blocks) if block not in kept]
+    return f", without {', '.join(gone)}" if gone else ""
 
 
 def precompute_lines(result: "PrecomputeSummary") -> Iterator[str]:
@@ -210,26 +230,6 @@ def repair_lines(result: "RepairSummary") -> Iterator[str]:
     yield from list(precompute_lines(result.precompute))[1:]
 
 
-def print_evaluation(result: "Evaluation") -> None:
-    """Print one line a model and measure, and the share of each gap that training closed."""
-    table = Table(title=f"Held-out text, {result.num_tokens:,} tokens", title_justify="left")
-    table.add_column("model")
-    for heading in _MEASURES.values():
-        table.add_column(heading, justify="right")
-    for name, quality in result.models.items():
-        values = dataclasses.asdict(quality)
-        table.add_row(name, *(_measure(measure, values[measure]) for measure in _MEASURES))
-    if result.gap_closed:
-        shares = [result.gap_closed[measure] for measure in _MEASURES]
-        table.add_section()
-        table.add_row("gap closed", *("-" if share is None else f"{share:.1%}" for share in shares))
-    console().print(table)
-
-
-def _measure(name: str, value: float) -> str:
-    return f"{value:.1%}" if name == "agreement" else f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
@@ -241,6 +241,13 @@ def format_size(num_bytes: float) -> str:
             return f"{num_bytes:,.0f} B" if unit == "B" else f"{num_bytes:,.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.1f} TB"
+
+
+def format_duration(seconds: float) -> str:
+    """Give a time as a person reads it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _age(age_s: float | None) -> str:

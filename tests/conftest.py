@@ -75,6 +75,41 @@ def model_folders(
     return {name: root / name for name in ("teacher", "narrow")}
 
 
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], corpus: list[str]) -> Path:
+    """The output of a narrow student's run with every term of the loss, judged after each epoch; not to be changed."""
+    root = tmp_path_factory.mktemp("whole")
+    (root / "text.txt").write_text("\n".join(corpus))
+    source = {"path": "text", "data_files": str(root / "text.txt")}
+    data = {
+        "output": str(root / "run"),
+        "cache": str(root / "caches"),
+        "teacher": {"path": str(model_folders["teacher"]), "dtype": "float32"},
+        "data": {"sequence_length": 24, "train": {**source, "max_rows": 16}, "eval": {**source, "max_rows": 6}},
+        "student": {"path": str(model_folders["narrow"])},
+        "targets": {"hidden": {"blocks": [0, 1, 2, 3]}},
+        "loss": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "delta": 0.1, "temperature": 2.0},
+        "train": {
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "eval_strategy": "epoch",
+            "save_strategy": "no",
+        },
+    }
+    from pipeline.evaluate import evaluate
+    from pipeline.precompute import precompute
+    from pipeline.recipe_file import load_recipe
+    from pipeline.train import train
+
+    (root / "recipe.yaml").write_text(yaml.safe_dump(data))
+    recipe = load_recipe(root / "recipe.yaml")
+    precompute(recipe, show_progress=False)
+    train(recipe)
+    evaluate(recipe, show_progress=False)
+    return Path(recipe.output)
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, model_folders: dict[str, Path], corpus: list[str]) -> Path:
     """A folder with a teacher, a narrow student and a text of its own, which a test may delete."""

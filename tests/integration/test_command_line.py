@@ -54,7 +54,7 @@ def test_the_whole_way_then_a_second_run_that_finds_everything_complete(
 
 def test_json_summaries_are_json_and_nothing_else(coldstill: Callable[..., Any], write_recipe: Callable[..., Path]):
     recipe = write_recipe()
-    assert json.loads(coldstill("prune", recipe, "--json").stdout)["kept_blocks"] == [0, 1, 2]
+    assert json.loads(coldstill("prune", recipe, "--json").stdout)["report"]["blocks"]["kept"] == [0, 1, 2]
     assert json.loads(coldstill("precompute", recipe, "--json").stdout)["computed_tokens"] == 624
     assert json.loads(coldstill("train", recipe, "--json").stdout)["trained_steps"] == 4
     models = json.loads(coldstill("evaluate", recipe, "--json").stdout)["models"]

@@ -70,7 +70,7 @@ WRONG = [
     ({"loss.schedule.beta": {"end": 1, "warmup": 1}}, "loss.schedule.beta.warmup in r: Input should be less than 1"),
     ({"student.lora": {"rank": 8}}, "student.lora in r: unknown key 'student.lora.rank': peft's LoraConfig"),
     ({"student.lora": {"task_type": "x"}}, "student.lora in r: student.lora.task_type is decided by the student"),
-    ({"student.path": "x"}, "student in r: student takes either path"),
+    ({"student.path": "x"}, "student in r: student takes exactly one of path"),
     ({"student.prune.layers": {"method": "explicit"}}, "student.prune.layers in r: method explicit takes blocks"),
     ({"student.prune.layers": {"method": "last"}}, "student.prune.layers in r: method last takes remove"),
     ({"mapping.strategy": "pairs"}, "mapping in r: pairs, a map from student block to teacher block"),

@@ -1,22 +1,23 @@
-"""Prune a model: which decoder blocks go, and the model that remains.
+"""Cut a model in depth: which decoder blocks go, and the model that remains.
 
 Knows models and tensors; where a pruned student is kept is the stages' business.
 """
 
-import copy
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cache.errors import RecipeError
 from pipeline.forward import block_output, pad_rows
-from pipeline.models import KEPT_BLOCKS, ModelParts, text_config
+from pipeline.model_copies import changed_config, model_from_state
+from pipeline.models import KEPT_BLOCKS, KEPT_CHANNELS, ModelParts, text_config
 from pipeline.student_config import PruneLayersConfig
 
 _CALIBRATION_BATCH = 4
+_KEPT = (KEPT_BLOCKS, KEPT_CHANNELS)
 
 
 def check_prune(layers: PruneLayersConfig, *, num_blocks: int) -> None:
@@ -90,7 +91,7 @@ def cut_blocks(parts: ModelParts, kept_blocks: Sequence[int]) -> PreTrainedModel
     Every list of the config that has an entry for each block, such as `layer_types`, is cut with them, and the config
     names the blocks that were kept.
     """
-    config = _cut_config(parts.model.config, kept_blocks)
+    config = deep_config(parts.model.config, kept_blocks)
     renumbered = {old: new for new, old in enumerate(kept_blocks)}
     prefix = f"{parts.blocks_name}."
     state = {}
@@ -101,10 +102,7 @@ def cut_blocks(parts: ModelParts, kept_blocks: Sequence[int]) -> PreTrainedModel
                 continue
             name = f"{prefix}{renumbered[int(block)]}.{rest}"
         state[name] = value
-    student = AutoModelForCausalLM.from_config(config, dtype=parts.model.dtype)
-    student.load_state_dict(state)
-    student.generation_config = copy.deepcopy(parts.model.generation_config)
-    return student.eval()
+    return model_from_state(config, state, like=parts.model)
 
 
 def _influences(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -125,13 +123,15 @@ def _influences(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return influences
 
 
-def _cut_config(config: PreTrainedConfig, kept_blocks: Sequence[int]) -> PreTrainedConfig:
-    cut = copy.deepcopy(config)
-    of_text = text_config(cut)
+def deep_config(config: PreTrainedConfig, kept_blocks: Sequence[int]) -> PreTrainedConfig:
+    """Give the config of a model that has only some of the blocks; it names the ones that were kept."""
+    of_text = text_config(config)
     num_blocks = of_text.num_hidden_layers
-    for key, value in of_text.to_dict().items():
-        if isinstance(value, list) and len(value) == num_blocks and hasattr(of_text, key):
-            setattr(of_text, key, [value[block] for block in kept_blocks])
-    of_text.num_hidden_layers = len(kept_blocks)
+    lists = {
+        key: [value[block] for block in kept_blocks]
+        for key, value in of_text.to_dict().items()
+        if isinstance(value, list) and len(value) == num_blocks and hasattr(of_text, key) and key not in _KEPT
+    }
+    cut = changed_config(config, num_hidden_layers=len(kept_blocks), **lists)
     setattr(cut, KEPT_BLOCKS, list(kept_blocks))
     return cut

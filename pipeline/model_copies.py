@@ -1,0 +1,68 @@
+"""A model of a changed config that takes its weights from another: what every way of cutting ends in.
+
+Knows transformers' configs; knows nothing of which weights go.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel
+
+from cache.errors import ModelError
+from pipeline.models import text_config
+
+
+def changed_config(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
+    """Copy a config with other values for some keys of its language model.
+
+    Llama's config allows only widths that the number of attention heads divides, although its heads have a width of
+    their own. Mistral's is the same architecture without that rule, so a Llama of another width becomes a Mistral; the
+    two compute the same numbers.
+
+    Raises:
+        ModelError: The architecture does not allow the values.
+    """
+    changed = copy.deepcopy(config)
+    of_text = text_config(changed)
+    for key, value in changes.items():
+        setattr(of_text, key, value)
+    if not hasattr(of_text, "validate"):  # code of a model's own, from before transformers checked configs
+        return changed
+    try:
+        of_text.validate()
+    except StrictDataclassError as error:
+        if isinstance(changed, LlamaConfig) and not (changed.attention_bias or changed.mlp_bias):
+            return _as_mistral(changed)
+        raise ModelError(f"{type(config).__name__} does not allow {_values(changes)}: {_last_line(error)}") from None
+    return changed
+
+
+def model_from_state(
+    config: PreTrainedConfig, state: Mapping[str, Tensor], *, like: PreTrainedModel
+) -> PreTrainedModel:
+    """Make a model of a config, in the dtype and with the generation config of another, from weights by name.
+
+    Weights that the config ties are taken from the input embedding.
+    """
+    model = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
+    model.load_state_dict(state)
+    model.generation_config = copy.deepcopy(like.generation_config)
+    return model.eval()
+
+
+def _as_mistral(config: LlamaConfig) -> MistralConfig:
+    fields = set(MistralConfig().to_dict()) - {"architectures", "model_type", "sliding_window", "transformers_version"}
+    values = config.to_dict()
+    ours = {key: value for key, value in values.items() if key in fields or key.startswith("kept_")}
+    return MistralConfig(**ours, sliding_window=None, architectures=["MistralForCausalLM"])
+
+
+def _values(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in changes.items() if isinstance(value, int))
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()

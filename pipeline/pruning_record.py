@@ -1,0 +1,31 @@
+"""The record beside a student of what was cut to make it, and what it was like before any training."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PRUNING_FILE = "pruning.json"
+_SIZES = {"blocks": "blocks", "mlp": "MLP width", "hidden": "hidden width"}
+
+
+def read_pruning(folder: Path) -> dict[str, Any] | None:
+    """Give what was cut of a student; None for one that was not made here."""
+    record = folder / PRUNING_FILE
+    return dict(json.loads(record.read_text())) if record.is_file() else None
+
+
+def was_cut(pruning: Mapping[str, Any], size: str) -> bool:
+    """Whether a student has less than its teacher of `blocks`, `mlp` or `hidden`; a size that is not known is whole."""
+    return bool(pruning[size]["student"] != pruning[size]["teacher"])
+
+
+def describe_cut(pruning: Mapping[str, Any]) -> str:
+    """Say in a few words what was cut."""
+    changed = [
+        f"{words} {pruning[size]['teacher']:,} to {pruning[size]['student']:,}"
+        for size, words in _SIZES.items()
+        if was_cut(pruning, size)
+    ]
+    before, after = pruning["parameters"]["teacher"], pruning["parameters"]["student"]
+    return ", ".join([*changed, f"parameters {before:,} to {after:,} ({after / before:.1%})"])

@@ -1,0 +1,104 @@
+"""Every way of making a student, through both stages: what is exported is a plain transformers model that speaks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+STUDENTS: dict[str, dict[str, Any]] = {
+    "depth": {"prune": {"layers": {"remove": 1, "method": "importance"}}},
+    "mlp": {"prune": {"mlp": {"keep": 0.6}}},
+    "mlp-by-weights": {"prune": {"mlp": {"size": 32, "method": "weights"}}},
+    "hidden": {"prune": {"hidden": {"size": 22}}},
+    "depth-and-width": {
+        "prune": {"layers": {"remove": 1, "method": "last"}, "mlp": {"keep": 0.6}, "hidden": {"size": 24}}
+    },
+    "designed": {"init": {"compression": 0.6, "shape": "balanced"}},
+}
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_every_kind_of_student_is_made_trained_judged_and_loaded(
+    kind: str, coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
+):
+    recipe = write_recipe(student=STUDENTS[kind], train__max_steps=2)
+    made = json.loads(coldstill("precompute", recipe, "--json").stdout)
+    coldstill("train", recipe)
+    models = json.loads(coldstill("evaluate", recipe, "--json").stdout)["models"]
+    assert models["recovered"]["loss"] != models["pruned"]["loss"]
+    for folder in (made["students"][0], workplace / "run" / "student"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        ids = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert ids.shape == (1, 7)
+
+
+def test_prune_says_what_was_cut_and_what_it_cost(coldstill: Callable[..., Any], write_recipe: Callable[..., Path]):
+    recipe = write_recipe(student=STUDENTS["depth-and-width"])
+    lines = coldstill("prune", recipe).stdout.splitlines()
+    assert lines[1].startswith("parameters ")
+    assert "blocks     3 of 4, without 3" in lines
+    assert "mlp        32 of 48 neurons a block" in lines
+    assert "hidden     24 of 32 channels" in lines
+    assert lines[-1].startswith("perplexity ")
+    assert lines[-1].endswith("on 368 calibration tokens")
+    assert coldstill("prune", recipe).stdout.splitlines()[0].endswith("(there already)")
+
+
+def test_students_that_differ_in_any_cut_are_kept_apart_and_a_dry_run_knows_them(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
+):
+    changes: list[dict[str, Any]] = [
+        {"student": {"prune": {"mlp": {"keep": 0.6}}}},
+        {"student": {"prune": {"mlp": {"keep": 0.5}}}},
+        {"student": {"prune": {"mlp": {"keep": 0.6, "method": "weights"}}}},
+        {"student": {"prune": {"mlp": {"keep": 0.6}, "calibration_rows": 4}}},
+    ]
+    for change in changes:
+        planned = json.loads(coldstill("precompute", write_recipe(**change), "--dry-run", "--json").stdout)
+        assert planned["students_to_prune"] == 1
+        coldstill("prune", write_recipe(**change))
+    assert len(list((workplace / "caches" / "students").glob("[!.]*"))) == len(changes)
+    recipe = write_recipe(**changes[2], student__prune__calibration_rows=4)
+    coldstill("prune", recipe)  # weights read no rows, so other rows make no other student
+    assert len(list((workplace / "caches" / "students").glob("[!.]*"))) == len(changes)
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ({"prune": {}}, "student.prune in {recipe}: prune needs layers, mlp or hidden: what is to be cut"),
+        (
+            {"prune": {"mlp": {"keep": 0.5, "size": 8}}},
+            "mlp takes either keep, the share of neurons that stay, or size",
+        ),
+        ({"prune": {"mlp": {"size": 48}}}, "student.prune.mlp keeps 48 neurons, but the teacher has 48: nothing would"),
+        (
+            {"prune": {"hidden": {"size": 64}}},
+            "student.prune.hidden keeps 64 channels, but the teacher has 32: nothing",
+        ),
+        ({"init": {"shape": "width"}}, "init takes either parameters, how many the student has, or compression"),
+        ({"init": {"parameters": 9}}, "student.init wants 9 parameters, but the smallest student of this teacher has"),
+        ({}, "student takes exactly one of path, a model that is there, prune, how to cut one, and init"),
+    ],
+)
+def test_what_cannot_be_made_is_one_line(
+    student: dict[str, Any], message: str, coldstill: Callable[..., Any], write_recipe: Callable[..., Path]
+):
+    recipe = write_recipe(student=student)
+    for command in ("prune", "precompute"):
+        error = coldstill(command, recipe, expect=2).stderr.strip()
+        assert message.format(recipe=recipe) in error
+        assert len(error.splitlines()) == 1
+
+
+def test_an_interpolated_student_was_cut_from_no_block(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path]
+):
+    recipe = write_recipe(student={"init": {"compression": 0.6, "weights": "interpolate"}})
+    error = coldstill("precompute", recipe, expect=2).stderr
+    assert "mapping.strategy kept needs a student that coldstill prune cut" in error
+    coldstill("precompute", recipe, "mapping.strategy=uniform")
