@@ -17,9 +17,13 @@ _TOKEN_PARTS = 3
 _ENDED_STATES = ("Z", "X")
 
 
-def process_token() -> str:
-    """Name this process: machine, process id and start, joined by `-`; made of letters, digits and `-` alone."""
-    return _own_token(os.getpid())
+def process_token(process_id: int | None = None) -> str:
+    """Name a process, this one by default: machine, id and start, joined by `-`; letters, digits and `-` alone.
+
+    Raises:
+        psutil.NoSuchProcess: It has ended.
+    """
+    return _own_token(os.getpid()) if process_id is None else _token_of(process_id)
 
 
 def is_dead(token: str) -> bool | None:

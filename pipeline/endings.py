@@ -12,6 +12,7 @@ import typer
 from cache.errors import ColdstillError
 
 DAMAGED = 1
+UNFINISHED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 TERMINATED = 143

@@ -22,7 +22,9 @@ from cache.errors import RecipeError
 from cache.identity import digest_of
 from pipeline.adapters import has_adapters, merged
 from pipeline.config import Recipe
+from pipeline.model_card import CARD_FILE
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE, write_record
+from pipeline.recipe_file import load_recipe
 from pipeline.run_index import RunRows, trained_student
 from pipeline.trainer import PROJECTORS_FILE, UniversalDistillationTrainer
 from pipeline.whole import whole_file, whole_folder, write_whole
@@ -45,15 +47,40 @@ _IDLE_PREFIXES = (
     "push_",
     "hub_",
 )
+# Of these, what decides which checkpoint is the best one.
+_WHEN_JUDGED = ("eval_", "save_")
+
+
+def folder_named(path: Path) -> Path:
+    """Give the folder that somebody names: itself, or the output of a recipe."""
+    return Path(load_recipe(path).output) if path.suffix in (".yaml", ".yml") and path.is_file() else path
 
 
 def run_key(recipe: Recipe, run: RunRows) -> dict[str, Any]:
     """Give what decides the trained student, section by section, so that a difference can be named."""
+    selections = {split: selection.name for split, selection in run.selections.items()}
+    return {**decisive_sections(recipe), "store": run.store.name, "selections": selections}
+
+
+def decisive_sections(recipe: Recipe) -> dict[str, Any]:
+    """Give what of a recipe decides the trained student, but for its teacher and its rows."""
     # In JSON mode, so that it compares with the record that was read back from a file.
     sections = recipe.model_dump(mode="json", include=set(_DECISIVE_SECTIONS))
-    sections["train"] = {key: value for key, value in sections["train"].items() if not key.startswith(_IDLE_PREFIXES)}
-    selections = {split: selection.name for split, selection in run.selections.items()}
-    return {**sections, "store": run.store.name, "selections": selections}
+    sections["train"] = {key: value for key, value in recipe.train.items() if not _is_idle(key, recipe.train)}
+    return sections
+
+
+def _is_idle(key: str, train: Mapping[str, Any]) -> bool:
+    """Whether a key of `train` changes nothing of the trained student."""
+    if train.get("load_best_model_at_end") and key.startswith(_WHEN_JUDGED):
+        return False
+    return key.startswith(_IDLE_PREFIXES) and key != "dataloader_drop_last"
+
+
+def claimed_run(recipe: Recipe) -> dict[str, Any] | None:
+    """Give the key of the run that an output holds; None where it holds none."""
+    record = checkpoints_folder(recipe) / PROVENANCE_FILE
+    return dict(json.loads(record.read_text())["run"]) if record.is_file() else None
 
 
 def checkpoints_folder(recipe: Recipe) -> Path:
@@ -72,24 +99,30 @@ def check_claim(recipe: Recipe, key: Mapping[str, Any]) -> None:
     Raises:
         RecipeError: It does; names the sections that differ.
     """
-    record = checkpoints_folder(recipe) / PROVENANCE_FILE
-    if not record.is_file():
+    earlier = claimed_run(recipe)
+    if earlier is None:
         return
-    earlier = json.loads(record.read_text())["run"]
     different = [name for name in key if digest_of(earlier.get(name)) != digest_of(key[name])]
     if different:
         raise RecipeError(
             f"{recipe.output} holds a run of another recipe ({', '.join(different)} differ; see "
-            f"{record.with_name(RECIPE_FILE)}); choose another output, or begin anew: coldstill train --restart"
+            f"{checkpoints_folder(recipe) / RECIPE_FILE}); choose another output, or begin anew: "
+            "coldstill train --restart"
         )
 
 
 def finished_summary(recipe: Recipe) -> dict[str, Any] | None:
     """Give the summary of a run that is complete, None where it is not."""
+    metrics = read_metrics(recipe)
+    return None if metrics is None else dict(metrics["summary"])
+
+
+def read_metrics(recipe: Recipe) -> dict[str, Any] | None:
+    """Give what `write_metrics` wrote of a run that is complete, None where it is not."""
     metrics = Path(recipe.output) / _METRICS_FILE
     if not metrics.is_file() or not (trained_student(recipe) / "config.json").is_file():
         return None
-    return dict(json.loads(metrics.read_text())["summary"])
+    return dict(json.loads(metrics.read_text()))
 
 
 def last_checkpoint(recipe: Recipe) -> tuple[int, str | None]:
@@ -141,7 +174,7 @@ def export_student(
         student.save_pretrained(partial, state_dict=state)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(partial)
-        write_whole(partial / "README.md", card)
+        write_whole(partial / CARD_FILE, card)
         write_record(partial, recipe, facts)
 
 

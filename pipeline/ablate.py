@@ -1,0 +1,228 @@
+"""Carry out a sweep: the teacher's work once, then every run that is not complete, each in processes of its own.
+
+Runs go seed by seed, so that a sweep that is interrupted has compared its variants. A run that fails is noted and the
+next one begins; what is complete is never run again.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.errors import ColdstillError, RecipeError, StoreError
+from cache.identity import digest_of
+from pipeline.config import Recipe
+from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE
+from pipeline.recipe_file import dump_recipe, load_recipe
+from pipeline.run_folder import check_claim, claimed_run, decisive_sections, finished_summary, run_key
+from pipeline.run_index import find_run_rows, trained_student
+from pipeline.summaries import format_duration
+from pipeline.sweep_file import Sweep, load_sweep
+from pipeline.sweep_keys import canonical, sweep_key
+from pipeline.sweep_processes import Outcome, run_command
+from pipeline.sweep_results import SweepResult, measures_of, output_of, read_sweep
+from pipeline.sweep_state import SweepState, hold_sweep
+from pipeline.whole import write_whole
+
+# Of `evaluate`, what changes nothing but how fast models are judged.
+_IDLE_EVALUATE_KEYS = {"batch_size", "device"}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run to carry out.
+
+    Attributes:
+        key: Its name.
+        title: The first variant and seed that it is of.
+        recipe: Resolved, with its own output.
+        file: Where its recipe is.
+    """
+
+    key: str
+    title: str
+    recipe: Recipe
+    file: Path
+
+
+def ablate(
+    path: Path, overrides: Sequence[str] = (), *, retry: bool = False, say: Callable[[str], None] = lambda _line: None
+) -> SweepResult:
+    """Run what is missing of a sweep, and give what all of it found.
+
+    Args:
+        path: The sweep file.
+        overrides: Changes to its base recipe.
+        retry: Whether to run again what failed.
+        say: Called with a line about each run.
+
+    Raises:
+        RecipeError: The sweep or one of its recipes is wrong, or stage one fails for all of them; nothing was trained.
+        InUseError: Another process carries the sweep out.
+    """
+    sweep = load_sweep(path, overrides)
+    keys = {
+        (variant.name, seed): sweep_key(recipe)
+        for variant in sweep.variants
+        for seed, recipe in variant.recipes.items()
+    }
+    runs = _plan(sweep, keys)
+    with hold_sweep(sweep.output):
+        state = SweepState(sweep, keys)
+        state.wait_for_orphan(say)
+        wanted = [run for run in runs if _is_wanted(run, state, retry=retry)]
+        if wanted:
+            _precompute(wanted, state, sweep.output, say)
+        _carry_out([run for run in wanted if state.status(run.key) != "failed"], state, sweep.output, say)
+    return read_sweep(sweep.output)
+
+
+def _plan(sweep: Sweep, keys: Mapping[tuple[str, int], str]) -> list[_Run]:
+    """List the distinct runs of a sweep, seed by seed."""
+    runs: dict[str, _Run] = {}
+    seeds = dict.fromkeys(seed for variant in sweep.variants for seed in variant.recipes)
+    for seed in seeds:
+        for variant in sweep.variants:
+            key = keys[variant.name, seed]
+            if key not in runs:
+                output = output_of(sweep.output, key)
+                recipe = canonical(variant.recipes[seed]).model_copy(update={"output": str(output)})
+                title = f"{variant.name}, seed {seed}"
+                runs[key] = _Run(key, title, recipe, sweep.output / "recipes" / f"{key}.yaml")
+    return list(runs.values())
+
+
+def _is_wanted(run: _Run, state: SweepState, *, retry: bool) -> bool:
+    """Note how a run stands, and say whether it is to be carried out."""
+    if is_trained(run.recipe) and is_evaluated(run.recipe):
+        state.note(run.key, "complete")
+    elif retry or state.status(run.key) != "failed":
+        state.note(run.key, "pending")
+    return state.status(run.key) == "pending"
+
+
+def _precompute(runs: Sequence[_Run], state: SweepState, folder: Path, say: Callable[[str], None]) -> None:
+    """Run stage one for all runs in one pass, or one after another where it refuses one of them.
+
+    Raises:
+        RecipeError: It fails for all.
+    """
+    for run in runs:
+        run.file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(run.file, dump_recipe(run.recipe))
+    say(f"stage one for {len(runs)} run{'s'[: len(runs) != 1]}")
+    outcome = _stage_one(runs, state)
+    if outcome.error is None:
+        return
+    groups: dict[str, list[_Run]] = {}
+    for run in runs:
+        of_stage_one = run.recipe.model_dump(mode="json", include={"data", "student", "targets", "mapping"})
+        groups.setdefault(digest_of(of_stage_one), []).append(run)
+    if not outcome.is_refusal or len(groups) == 1:
+        raise RecipeError(f"stage one of {folder}: {outcome.error}")
+    failures = {}
+    for key, group in groups.items():
+        outcome = _stage_one(group, state)
+        if outcome.error is not None:
+            failures[key] = outcome
+    if len(failures) == len(groups) and len({failure.error for failure in failures.values()}) == 1:
+        raise RecipeError(f"stage one of {folder}: {outcome.error}")
+    for key, failure in failures.items():
+        for run in groups[key]:
+            _note_failure(run, failure, state, folder)
+            say(f"{run.title}: failed: {failure.error}")
+
+
+def _stage_one(runs: Sequence[_Run], state: SweepState) -> Outcome:
+    outcome = run_command("precompute", *(str(run.file) for run in runs), on_start=state.note_process)
+    state.note_process(None)
+    if outcome.summary is not None:
+        state.note_precompute(outcome.summary, [run.key for run in runs])
+    return outcome
+
+
+def _carry_out(runs: Sequence[_Run], state: SweepState, folder: Path, say: Callable[[str], None]) -> None:
+    """Train and evaluate runs one after another."""
+    started = time.monotonic()
+    for number, run in enumerate(runs, start=1):
+        begun = time.monotonic()
+        say(f"run {number} of {len(runs)}: {run.title}")
+        failure = _train_and_evaluate(run, state)
+        if failure is None:
+            state.note(run.key, "complete")
+            found = _headline(run)
+        else:
+            _note_failure(run, failure, state, folder)
+            found = f"failed: {failure.error}"
+        now = time.monotonic()
+        left = (now - started) / number * (len(runs) - number)
+        about = f"; about {format_duration(left)} left" if number < len(runs) else ""
+        say(f"run {number} of {len(runs)}: {run.title}: {found}; {format_duration(now - begun)}{about}")
+
+
+def _train_and_evaluate(run: _Run, state: SweepState) -> Outcome | None:
+    """Do what a run lacks, and give how it failed; None where it did not."""
+    for command, is_done in (("train", is_trained), ("evaluate", is_evaluated)):
+        if is_done(run.recipe):
+            continue
+        outcome = run_command(command, str(run.file), on_start=state.note_process)
+        state.note_process(None)
+        if outcome.error is not None:
+            return outcome
+    return None
+
+
+def _note_failure(run: _Run, failure: Outcome, state: SweepState, folder: Path) -> None:
+    log = folder / "logs" / f"{run.key}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("\n".join(failure.last_lines) + "\n")
+    state.note(run.key, "failed", failure.error)
+
+
+def _headline(run: _Run) -> str:
+    recovered = measures_of(_evaluation_record(run.recipe)["evaluation"], "recovered")
+    return f"perplexity {recovered['perplexity']:.2f}, KL {recovered['kl']:.4f}, agreement {recovered['agreement']:.1%}"
+
+
+def is_trained(recipe: Recipe) -> bool:
+    """Whether the recipe's output holds its complete run; where the store is gone, by what decides it of the recipe."""
+    if finished_summary(recipe) is None:
+        return False
+    key = decisive_sections(recipe)
+    with suppress(StoreError):
+        key = run_key(recipe, find_run_rows(recipe))
+    try:
+        check_claim(recipe, key)
+    except RecipeError:
+        return False
+    return True
+
+
+def is_evaluated(recipe: Recipe) -> bool:
+    """Whether the recipe's output holds a judgement of its trained student, on its rows, as the recipe asks for it."""
+    folder = Path(recipe.output) / "evaluation"
+    claimed = claimed_run(recipe)
+    try:
+        record = _evaluation_record(recipe)
+        trained = json.loads((trained_student(recipe) / PROVENANCE_FILE).read_text())
+        judged_by = load_recipe(folder / RECIPE_FILE)
+    except (FileNotFoundError, ColdstillError):
+        return False
+    return (
+        claimed is not None
+        and record["store"] == claimed["store"]
+        and record["selection"] == claimed["selections"]["eval"]
+        and "recovered" in record["evaluation"]["models"]
+        # Times of one clock, all in one format: a student that was trained anew is to be judged anew.
+        and record["written_at"] >= trained["written_at"]
+        and judged_by.evaluate.model_dump(exclude=_IDLE_EVALUATE_KEYS)
+        == recipe.evaluate.model_dump(exclude=_IDLE_EVALUATE_KEYS)
+    )
+
+
+def _evaluation_record(recipe: Recipe) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((Path(recipe.output) / "evaluation" / PROVENANCE_FILE).read_text())
+    return record
