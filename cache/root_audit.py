@@ -98,6 +98,8 @@ def _targets(value: Mapping[str, Any]) -> list[str]:
     """Name the objects that an index entry leads to."""
     if "folder" in value:
         return [f"{STUDENTS}/{value['folder']}/{CHECKSUMS}"]
+    if "store" not in value:
+        return []  # the entry is the answer itself, such as a model's score on a task
     return [f"{STORES}/{value['store']}/{selection_file(name)}" for name in value["selections"].values()]
 
 

@@ -1,0 +1,115 @@
+"""Retention and gap closed: what must hold of them, and their standard errors against a bootstrap."""
+
+import random
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from pipeline.retention import average_covariance, covariance_of_means, gap_closed, independent, retention
+
+scores = st.floats(0.05, 1.0)
+questions = st.integers(2, 40).flatmap(
+    lambda count: st.lists(st.lists(st.floats(0, 1, width=32), min_size=count, max_size=count), min_size=3, max_size=3)
+)
+
+
+def answers(count: int, seed: int) -> list[list[float]]:
+    """Right and wrong answers of teacher, pruned and recovered to the same questions, some hard and some easy."""
+    rng = random.Random(seed)
+    hardness = [rng.betavariate(0.6, 0.6) for _ in range(count)]
+    return [
+        [float(rng.random() < skill * (1 - hard) + (1 - skill) * 0.25) for hard in hardness]
+        for skill in (0.95, 0.3, 0.7)
+    ]
+
+
+def shares(samples: list[list[float]]) -> tuple[float, float]:
+    teacher, pruned, recovered = map(fmean, samples)
+    return recovered / teacher, (recovered - pruned) / (teacher - pruned)
+
+
+def estimates(samples: list[list[float]]) -> tuple[Any, Any]:
+    teacher, pruned, recovered = map(fmean, samples)
+    kept = retention(recovered, teacher, covariance_of_means([samples[2], samples[0]]))
+    return kept, gap_closed(teacher, pruned, recovered, covariance_of_means(samples))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_standard_errors_are_those_of_a_bootstrap_over_the_questions(seed: int):
+    samples = answers(500, seed)
+    kept, closed = estimates(samples)
+    assert (kept.value, closed.value) == pytest.approx(shares(samples))
+    rng = random.Random(seed)
+    drawn = []
+    for _ in range(1000):
+        chosen = rng.choices(range(500), k=500)
+        drawn.append(shares([[values[index] for index in chosen] for values in samples]))
+    assert kept.stderr == pytest.approx(stdev(share for share, _ in drawn), rel=0.1)
+    assert closed.stderr == pytest.approx(stdev(share for _, share in drawn), rel=0.1)
+
+
+def test_questions_that_all_models_find_hard_make_a_ratio_better_known_than_independent_scores_do():
+    samples = answers(500, 0)
+    teacher, _, recovered = map(fmean, samples)
+    own = [covariance_of_means([values])[0][0] ** 0.5 for values in samples]
+    apart = retention(recovered, teacher, independent([own[2], own[0]]))
+    together, _ = estimates(samples)
+    assert together.stderr < 0.9 * apart.stderr
+
+
+@given(questions)
+def test_the_root_of_a_variance_is_the_usual_standard_error_of_a_mean(samples: list[list[float]]):
+    covariance = covariance_of_means(samples)
+    for place, values in enumerate(samples):
+        assert covariance[place][place] ** 0.5 == pytest.approx(stdev(values) / len(values) ** 0.5, abs=1e-9)
+
+
+@given(questions)
+def test_a_model_that_answers_as_another_does_has_a_share_without_error(samples: list[list[float]]):
+    teacher, pruned, _ = samples
+    assume(fmean(teacher) > fmean(pruned) + 0.01)
+    kept, closed = estimates([teacher, pruned, teacher])
+    assert (kept.value, kept.stderr) == pytest.approx((1, 0), abs=1e-6)
+    assert (closed.value, closed.stderr) == pytest.approx((1, 0), abs=1e-6)
+    _, none_closed = estimates([teacher, pruned, pruned])
+    assert (none_closed.value, none_closed.stderr) == pytest.approx((0, 0), abs=1e-6)
+
+
+@given(questions, st.floats(0.1, 10), st.floats(-5, 5))
+def test_shares_know_no_unit_and_a_gap_no_zero(samples: list[list[float]], scale: float, shift: float):
+    assume(fmean(samples[0]) > fmean(samples[1]) + 0.05)
+    kept, closed = estimates(samples)
+    scaled_kept, _ = estimates([[scale * value for value in values] for values in samples])
+    _, moved = estimates([[scale * value + shift for value in values] for values in samples])
+    assert (scaled_kept.value, scaled_kept.stderr) == pytest.approx((kept.value, kept.stderr), rel=1e-4, abs=1e-6)
+    assert (moved.value, moved.stderr) == pytest.approx((closed.value, closed.stderr), rel=1e-4, abs=1e-6)
+
+
+@given(scores, scores, st.booleans())
+def test_where_pruning_opened_no_gap_none_is_closed(original: float, pruned: float, higher_is_better: bool):
+    got = gap_closed(original, pruned, 0.5, None, higher_is_better=higher_is_better)
+    is_worse = pruned < original if higher_is_better else pruned > original
+    assert (got is not None) == is_worse
+
+
+def test_an_error_that_is_not_known_is_not_made_up():
+    assert independent([0.1, None]) is None
+    kept = retention(0.4, 0.5, None)
+    assert kept is not None
+    assert (kept.value, kept.stderr) == (0.8, None)
+    assert average_covariance([[[0.1]], None]) is None
+
+
+def test_a_teacher_that_scores_nothing_leaves_no_retention():
+    assert retention(0.4, 0.0, None) is None
+
+
+@given(questions, questions)
+def test_tasks_share_no_question_so_their_average_adds_variances_only(one: list[list[float]], other: list[list[float]]):
+    first, second = covariance_of_means(one), covariance_of_means(other)
+    average = average_covariance([first, second])
+    assert average is not None
+    assert average[0][1] == pytest.approx((first[0][1] + second[0][1]) / 4)
