@@ -5,6 +5,7 @@
     ├── DataError (ValueError)              the text cannot give the rows that were asked for
     ├── ModelError (ValueError)             a model cannot be loaded, or does not fit the other one
     ├── NonFiniteError (ArithmeticError)    the teacher gave a NaN or an infinity
+    ├── HubError (OSError)                  the model hub does not take a student
     └── StoreError (OSError)                something about a store on disk
         ├── StoreNotFoundError              no store, selection or student where one is needed
         ├── FormatError                     written by another version of the format
@@ -38,6 +39,10 @@ class ModelError(ColdstillError, ValueError):
 
 class NonFiniteError(ColdstillError, ArithmeticError):
     """The teacher's forward gave a NaN or an infinity."""
+
+
+class HubError(ColdstillError, OSError):
+    """The model hub cannot be reached, or does not take what is sent to it."""
 
 
 class StoreError(ColdstillError, OSError):

@@ -42,8 +42,8 @@ def run_stage(name: str, recipe: Path, overrides: list[str] | None, **options: A
 
 def call(name: str, *arguments: Any, **options: Any) -> Any:
     """Call a stage; what libraries print meanwhile goes to standard error."""
-    stage = getattr(importlib.import_module(f"pipeline.{name}"), name)
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr):  # while they are imported, too: transformers speaks of WANDB_MODE then
+        stage = getattr(importlib.import_module(f"pipeline.{name}"), name)
         return stage(*arguments, **options)
 
 

@@ -9,6 +9,8 @@ from cache.selections import Selection, read_selection
 from cache.store import Store, open_store, store_path
 from pipeline.config import Recipe
 
+STUDENT = "student"
+
 
 @dataclass(frozen=True)
 class RunRows:
@@ -37,7 +39,7 @@ def find_run_rows(recipe: Recipe) -> RunRows:
 
 def trained_student(recipe: Recipe) -> Path:
     """Give the folder that the trained student is exported to."""
-    return Path(recipe.output) / "student"
+    return Path(recipe.output) / STUDENT
 
 
 def rows_key(recipe: Recipe) -> dict[str, Any]:

@@ -90,7 +90,9 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
     except ImportError as error:
         # What an optimizer of another library needs is looked for when training begins.
         raise RecipeError(f"train: {' '.join(str(error).split())}") from None
-    return _finish(recipe, run, trainer, key, first_step=first_step, seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    card = model_card(recipe, run, student_folder)
+    return _finish(recipe, run, trainer, key, card=card, first_step=first_step, seconds=seconds)
 
 
 def _check_teacher(recipe: Recipe, run: RunRows) -> None:
@@ -115,6 +117,7 @@ def _finish(
     trainer: UniversalDistillationTrainer,
     key: Mapping[str, Any],
     *,
+    card: str,
     first_step: int,
     seconds: float,
 ) -> TrainSummary:
@@ -135,7 +138,6 @@ def _finish(
     student, projectors = trainer.trained_state()
     if trainer.is_world_process_zero():
         facts = {"run": key, "teacher": run.store.teacher["identity"], "store": run.store.name}
-        card = model_card(recipe, teacher=run.store.teacher, store=run.store.name, selections=key["selections"])
         export_student(trainer, recipe, student, facts, card=card)
         export_projectors(recipe, projectors)
         record = {"summary": asdict(summary), "layer_map": trainer.layer_map, "log": trainer.state.log_history}

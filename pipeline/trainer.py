@@ -16,10 +16,10 @@ import torch
 from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from cache.errors import StoreNotFoundError
 from cache.local_objects import sync_path
@@ -54,6 +54,7 @@ class UniversalDistillationTrainer(Trainer):
         self._distiller = model
         self._terms: dict[str, Tensor] = {}
         self._terms_since_step = 0
+        self._eval_rows: list[dict[str, Tensor]] = []
         super().__init__(model, *args, **kwargs)
         self.add_callback(_LossOfStep(model))
 
@@ -105,10 +106,35 @@ class UniversalDistillationTrainer(Trainer):
         prediction_loss_only: bool,  # noqa: ARG002 - the Trainer's own signature
         ignore_keys: list[str] | None = None,  # noqa: ARG002
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Give the eval loss of a batch; stored targets are no predictions to gather."""
+        """Give the eval loss of a batch, and note its terms; stored targets are no predictions to gather."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            loss, terms = self.compute_loss(model, inputs, return_outputs=True)
+        # As the Trainer counts the loss itself: a batch once for each row, of which it cuts those that are there twice.
+        self._eval_rows.append(
+            {name: self.gather_function(value.repeat(self.args.eval_batch_size)) for name, value in terms.items()}
+        )
+        return loss, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Add each term to the eval loss, as `eval_loss_task` and so on, averaged over the same rows."""
+        self._eval_rows = []
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        names = self._eval_rows[0] if self._eval_rows else ()
+        rows = {name: torch.cat([batch[name] for batch in self._eval_rows]) for name in names}
+        finite = rows["loss"].isfinite() if rows and self.args.logging_nan_inf_filter else slice(None)
+        for name in sorted(rows.keys() - {"loss"}):
+            output.metrics[f"{metric_key_prefix}_{name}"] = rows[name][finite].mean().item()
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each term, averaged over the steps since the last log, to the Trainer's own loss."""

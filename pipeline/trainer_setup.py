@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
 from cache.errors import ModelError, RecipeError
 from cache.manifest import Manifest
@@ -117,11 +118,16 @@ def _make_trainer(
     with contextlib.suppress(ModelError):
         tokenizer = load_tokenizer(student_folder, trust_remote_code=recipe.student.trust_remote_code)
     forms = target_forms(recipe, run.store, collator.columns)
+    arguments = _training_arguments(recipe)
+    if "tensorboard" in arguments.report_to and not is_tensorboard_available():
+        raise RecipeError(
+            "train.report_to names tensorboard, which is not installed; run: pip install 'coldstill[tensorboard]'"
+        )
     distiller = Distiller(student, projectors, layer_map=layer_map, loss=_loss_of(recipe.loss), forms=forms)
     try:
         trainer = UniversalDistillationTrainer(
             distiller,
-            _training_arguments(recipe),
+            arguments,
             data_collator=collator,
             train_dataset=datasets["train"],
             eval_dataset=datasets["eval"],
@@ -159,6 +165,7 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
     has_accelerator = torch.accelerator.is_available()
     defaults = {
         "logging_steps": 10,
+        "run_name": recipe.output,
         "dataloader_pin_memory": has_accelerator,
         "use_cpu": not has_accelerator,
         # A GPU computes while others read and decompress; without one, both want the same cores.

@@ -1,0 +1,237 @@
+"""Read a recipe's student and results, and say what to try next, why, and by which commands. Loads no model."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.errors import ModelError, RecipeError, StoreNotFoundError
+from cache.identity import digest_of
+from pipeline.advice import MODEST, Advice, Measured, Settings, advise_next, as_override
+from pipeline.config import Recipe
+from pipeline.models import load_config, resolve_folder, text_config
+from pipeline.presets import Cut, cut_of, preset_values
+from pipeline.pruning_record import describe_cut, read_pruning, was_cut
+from pipeline.run_folder import claimed_run, decisive_sections, read_metrics
+from pipeline.run_results import Retention, describe_results, read_evaluation, retention_of, what_is_worse
+from pipeline.student_folders import find_student
+
+# Below this share of the teacher's parameters a cut is called aggressive: a rule of thumb.
+_AGGRESSIVE_SHARE = 0.6
+_DEFAULT_EPOCHS = 3.0  # of transformers' TrainingArguments
+# What a change is called in the name of its output.
+_LABELS = {
+    "loss.alpha": "alpha",
+    "loss.gamma": "gamma",
+    "loss.hidden": "",
+    "train.num_train_epochs": "epochs",
+    "train.max_steps": "steps",
+}
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """What to do next.
+
+    Attributes:
+        cut: What was cut of the student.
+        read: What the advice goes by: `student` and, where there are any, `results`.
+        retention: None where there are no results.
+        step: `start`, `evaluate`, or a step of `pipeline.advice`.
+        reason: Why.
+        changes: Keys of the recipe, with their new values.
+        notes: What else there is to know.
+        commands: What to run, in this order.
+    """
+
+    cut: Cut
+    read: dict[str, str]
+    retention: Retention | None
+    step: str
+    reason: str
+    changes: dict[str, Any]
+    notes: list[str]
+    commands: list[str]
+
+
+def advise(recipe: Recipe, *, arguments: Sequence[str], target: float = MODEST) -> NextStep:
+    """Give the next step of a recipe's recovery.
+
+    Args:
+        recipe: The recipe.
+        arguments: What it was loaded from, for the commands: its file, and the changes to it.
+        target: The retention that is wanted.
+
+    Raises:
+        RecipeError: The output holds another recipe's run, or the target is no share.
+    """
+    if not 0 < target <= 1:
+        raise RecipeError(f"--target must be above 0 and at most 1, the share of the teacher's ability, got {target:g}")
+    folder = _student_folder(recipe)
+    pruning = read_pruning(folder) if folder else None
+    cut, description = _what_was_cut(recipe, folder, pruning)
+    read = {"student": description}
+    metrics = read_metrics(recipe)
+    if metrics is None:
+        return _start(recipe, cut, pruning, read, arguments)
+    _check_run(recipe)
+    evaluation = read_evaluation(recipe)
+    if evaluation is None:
+        reason = "the student is trained and was not evaluated since"
+        command = _line("evaluate", arguments, {})
+        return NextStep(cut, read, None, "evaluate", reason, {}, _task_notes(recipe), [command])
+    read["results"] = describe_results(evaluation)
+    retention = retention_of(evaluation)
+    measured = _measured(recipe, evaluation, retention)
+    advice = advise_next(_settings(recipe, cut), measured, target=target)
+    notes = [*advice.notes, *_overfitting(metrics["log"])]
+    if "loss.gamma" in advice.changes and recipe.loss.schedule.gamma is not None:
+        notes.append("loss.schedule moves gamma from there: change its end too")
+    commands = _commands(recipe, advice, arguments)
+    return NextStep(cut, read, retention, advice.step, advice.reason, dict(advice.changes), notes, commands)
+
+
+def _line(command: str, arguments: Sequence[str], changes: Mapping[str, Any]) -> str:
+    """Give the line that runs a command with changes, which replace what the command line said before."""
+    file, *overrides = arguments
+    kept = [override for override in overrides if override.partition("=")[0] not in changes]
+    words = [*kept, *(as_override(key, value) for key, value in changes.items())]
+    return shlex.join(["coldstill", command, file, *words])
+
+
+def _student_folder(recipe: Recipe) -> Path | None:
+    """Find the student, whose absence is no fault: it may not be made yet, or be on the hub."""
+    try:
+        return find_student(recipe)
+    except (StoreNotFoundError, ModelError):
+        return None
+
+
+def _what_was_cut(recipe: Recipe, folder: Path | None, pruning: Mapping[str, Any] | None) -> tuple[Cut, str]:
+    """Name what was cut, and say how it is known: by the student's record, the recipe, or both models' configs."""
+    if pruning is not None:
+        is_wide = was_cut(pruning, "mlp") or was_cut(pruning, "hidden")
+        return cut_of(is_deep=was_cut(pruning, "blocks"), is_wide=is_wide), describe_cut(pruning)
+    if recipe.student.prune is not None:
+        cut = cut_of(is_deep=recipe.student.prune.is_deep, is_wide=recipe.student.prune.is_wide)
+        return cut, f"{_in_words(cut)} is cut, by student.prune"
+    try:
+        teacher = resolve_folder(recipe.teacher.path, revision=recipe.teacher.revision, local_only=True)
+        configs = [text_config(load_config(path)) for path in (teacher, folder) if path is not None]
+    except ModelError:
+        configs = []
+    if len(configs) < 2:
+        return "both", "what was cut is not known, and taken for depth and width"
+    is_deep, is_wide, is_narrow = (
+        getattr(configs[1], size) < getattr(configs[0], size)
+        for size in ("num_hidden_layers", "hidden_size", "intermediate_size")
+    )
+    cut = cut_of(is_deep=is_deep, is_wide=is_wide or is_narrow)
+    return cut, f"{_in_words(cut)} was cut, by the configs of both models"
+
+
+def _in_words(cut: Cut) -> str:
+    return "depth and width" if cut == "both" else cut
+
+
+def _start(
+    recipe: Recipe, cut: Cut, pruning: Mapping[str, Any] | None, read: dict[str, str], arguments: Sequence[str]
+) -> NextStep:
+    """Without results: the preset for that kind of cut, and the way to results."""
+    parameters = pruning["parameters"] if pruning is not None else {"student": 1, "teacher": 1}
+    is_aggressive = parameters["student"] < _AGGRESSIVE_SHARE * parameters["teacher"]
+    name = f"{cut}_aggressive" if is_aggressive else cut
+    share = f", of whose parameters less than {_AGGRESSIVE_SHARE:.0%} are left" if is_aggressive else ""
+    reason = f"no results yet; preset {name} is the one for a student cut in {_in_words(cut)}{share}"
+    has_preset = recipe.preset in (name, name.replace(cut, "auto"))
+    changes = {} if has_preset else {"preset": name}
+    notes = _task_notes(recipe)
+    if has_preset or recipe.preset is None:
+        loss = {key: getattr(recipe.loss, key) for key in recipe.loss.model_fields_set}
+        own = _flat({"loss": loss, "train": recipe.train})
+        wanted = _flat(preset_values(cut, is_aggressive=is_aggressive))
+        other = [
+            f"{key}={own[key]:g} (preset: {wanted[key]:g})"
+            for key in wanted
+            if own.get(key, wanted[key]) != wanted[key]
+        ]
+        notes += [f"what the recipe says itself stays: {', '.join(other)}"] if other else []
+    commands = [_line(stage, arguments, changes) for stage in ("plan", "precompute", "train", "evaluate")]
+    return NextStep(cut, read, None, "start", reason, changes, notes, commands)
+
+
+def _flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+def _task_notes(recipe: Recipe) -> list[str]:
+    if recipe.evaluate.tasks:
+        return []
+    return ["name evaluate.tasks to measure retention; without tasks agreement with the teacher stands in for it"]
+
+
+def _check_run(recipe: Recipe) -> None:
+    """Refuse results of another recipe than the one that is to be changed."""
+    claimed, own = claimed_run(recipe) or {}, decisive_sections(recipe)
+    different = [name for name in own if digest_of(claimed.get(name)) != digest_of(own[name])]
+    if different:
+        raise RecipeError(
+            f"{recipe.output} holds a run of another recipe ({', '.join(different)} differ); give the recipe and the "
+            "changes that made it, or another output"
+        )
+
+
+def _measured(recipe: Recipe, evaluation: Mapping[str, Any], retention: Retention) -> Measured:
+    questions = [task["num_samples"] for task in evaluation["tasks"].values() if task["higher_is_better"]]
+    return Measured(
+        retention.value,
+        retention.stderr,
+        is_proxy=retention.measure == "agreement",
+        num_samples=min(questions, default=0),
+        all_samples=recipe.evaluate.limit is None,
+        worse=what_is_worse(evaluation),
+    )
+
+
+def _settings(recipe: Recipe, cut: Cut) -> Settings:
+    return Settings(
+        cut=cut,
+        alpha=recipe.loss.alpha,
+        gamma=recipe.loss.gamma,
+        hidden=recipe.loss.hidden,
+        num_epochs=float(recipe.train.get("num_train_epochs", _DEFAULT_EPOCHS)),
+        max_steps=int(recipe.train.get("max_steps", -1)),
+    )
+
+
+def _overfitting(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Note an eval loss that had begun to rise: then more of the same rows is not what is missing."""
+    losses = [(entry["eval_loss"], entry["step"]) for entry in log if "eval_loss" in entry]
+    if not losses or min(losses)[1] == losses[-1][1]:
+        return []
+    least, step = min(losses)
+    last, _ = losses[-1]
+    return [f"eval_loss was least at step {step}, {least:.4f}, and {last:.4f} at the end: more rows rather than epochs"]
+
+
+def _commands(recipe: Recipe, advice: Advice, arguments: Sequence[str]) -> list[str]:
+    if advice.step == "done":
+        return []
+    if advice.step == "samples":
+        return [_line("evaluate", arguments, advice.changes)]
+    changes = {**advice.changes, "output": _output(recipe.output, advice.changes)}
+    needs_states = "loss.gamma" in advice.changes and not recipe.loss.needs_hidden
+    stages = ["precompute"] * needs_states + ["train", "evaluate"]
+    return [_line(stage, arguments, changes) for stage in stages]
+
+
+def _output(output: str, changes: Mapping[str, Any]) -> str:
+    """Name the next output after its changes; an earlier value of the same key gives way."""
+    for key, value in changes.items():
+        label = _LABELS[key]
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        output = re.sub(rf"-{label}\d[\d.]*(?=-|$)", "", output) if label else output.replace(f"-{text}", "")
+        output += f"-{label}{text}"
+    return output
