@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from cache.errors import RecipeError
+from pipeline.advise_commands import advise
 from pipeline.cache_commands import cache_app
 from pipeline.commands import (
     JsonOption,
@@ -29,6 +30,8 @@ from pipeline.commands import (
     speaks,
 )
 from pipeline.endings import one_line_errors
+from pipeline.report_commands import report
+from pipeline.sweep_commands import ablate
 
 app = typer.Typer(
     name="coldstill",
@@ -64,15 +67,15 @@ def demo(
     """Recover a small pruned model from start to end: no network, two cores, a few minutes."""
     with one_line_errors():
         quieten_libraries()
-        from pipeline import summaries
         from pipeline.demo import run_demo
+        from pipeline.evaluation_tables import print_evaluation
 
         with contextlib.redirect_stdout(sys.stderr):
             result = run_demo(folder, say=print)
         if as_json:
             print_json(result)
             return
-        summaries.print_evaluation(result.evaluation)
+        print_evaluation(result.evaluation)
         console = Console(soft_wrap=True)
         console.print(f"teacher    {result.teacher}")
         console.print(f"store      {result.store}")
@@ -92,10 +95,10 @@ def prune(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
         result = run_stage("prune", recipe, overrides)
         if as_json:
             print_json(result)
-        elif result.was_made:
-            print(f"pruned to blocks {result.kept_blocks}: {result.folder}")
         else:
-            print(f"the student is there already: {result.folder}")
+            from pipeline.summaries import prune_lines
+
+            print_lines(prune_lines(result))
 
 
 @app.command()
@@ -196,15 +199,20 @@ def train(
 
 @app.command()
 def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
-    """Judge teacher, pruned and recovered student on the eval rows."""
+    """Judge teacher, pruned and recovered student on the eval rows, and on the recipe's tasks."""
     with one_line_errors():
         result = run_stage("evaluate", recipe, overrides)
         if as_json:
             print_json(result)
         else:
-            from pipeline import summaries
+            from pipeline.evaluation_tables import print_evaluation
 
-            summaries.print_evaluation(result)
+            print_evaluation(result)
+
+
+app.command()(ablate)
+app.command()(advise)
+app.command()(report)
 
 
 def main() -> None:
