@@ -4,10 +4,10 @@
 
 `students` cuts the teacher in depth (30 to 26 blocks of SmolLM2-135M), in the width of its MLPs (70%), in that of its
 residual stream (576 to 448 channels) and in depth and both widths, each with the weights of its preset. `losses` learns
-from the task alone, with logits, with hidden states and with all of them, three seeds each, on the student cut in depth.
-Both learn from packed rows of the text and are judged on other rows of it; with --arc-easy, a JSON lines file of
-`query`, `choices` and `gold`, `students` answers the first 200 of its questions too. Each sweep is `coldstill ablate`, on
-one store, and then `coldstill report`; what is complete is not run again. Prints the sweeps' tables.
+from the task alone, with logits, with hidden states and with all of them, three seeds each, on the student cut in
+depth. Both learn from packed rows of the text and are judged on other rows of it; with --arc-easy, a JSON lines file
+of `query`, `choices` and `gold`, `students` answers the first 200 of its questions too. Each sweep is `coldstill
+ablate`, on one store, and then `coldstill report`; what is complete is not run again. Prints the sweeps' tables.
 
 Without --teacher, or the variable SMOLLM2, the teacher of `coldstill demo` and the built-in corpus stand in.
 """
