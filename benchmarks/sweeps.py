@@ -110,7 +110,8 @@ def task_file(options: argparse.Namespace) -> Path:
 
 
 def coldstill(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "cli", *map(str, arguments)], check=True)
+    if subprocess.run([sys.executable, "-m", "cli", *map(str, arguments)]).returncode:
+        raise SystemExit(f"coldstill {arguments[0]} failed")
 
 
 if __name__ == "__main__":
