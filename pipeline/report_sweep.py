@@ -15,6 +15,7 @@ from pipeline.sweep_results import (
     Spread,
     SweepResult,
     VariantResult,
+    before_training,
     measures_of,
 )
 
@@ -99,7 +100,7 @@ def _table(
 ) -> Table:
     rows, strong = [], set[tuple[int, int]]()
     if with_models:
-        for name, figures in _models(sweep).items():
+        for name, figures in before_training(sweep).items():
             cells = [show(figures[key]) if key in figures else "-" for key, (_, show, _) in measures.items()]
             rows.append([name, *cells, ""])
     for variant in sweep.variants:
@@ -115,13 +116,6 @@ def _table(
         rows.append([variant.name, *cells, f"{num_complete} of {len(variant.runs)}"])
     headings = ["variant", *(words for words, _, _ in measures.values()), "complete runs"]
     return Table(caption, headings, rows, strong=frozenset(strong))
-
-
-def _models(sweep: SweepResult) -> dict[str, Mapping[str, float]]:
-    """Give what is known of the teacher and of each student before training, by name."""
-    models: dict[str, Mapping[str, float]] = {} if sweep.teacher is None else {"teacher": sweep.teacher}
-    is_one = len(sweep.pruned) == 1
-    return models | {"pruned" if is_one else f"pruned {name}": figures for name, figures in sweep.pruned.items()}
 
 
 def _spread(spread: Spread | None, show: _Show) -> str:
@@ -149,7 +143,7 @@ def _dots(sweep: SweepResult, measure: str) -> Figure:
                 status=_status(variant) if spread is None else "",
             )
         )
-    levels = {name: scale * figures[measure] for name, figures in _models(sweep).items() if measure in figures}
+    levels = {name: scale * figures[measure] for name, figures in before_training(sweep).items() if measure in figures}
     if measure == "kl":
         levels.pop("teacher", None)
     words, _, less_is_better = _QUALITIES[measure]

@@ -32,6 +32,8 @@ def training_section(sweep: SweepResult) -> Section:
     for (term, unit), series in lines.items():
         chosen = dict(list(series.items())[:_MOST_LINES])
         some = "" if len(chosen) == len(series) else f" The first {len(chosen)} of {len(series)} variants are drawn."
+        if len(series) == 1 < len(sweep.variants):
+            some = f" Only {next(iter(series))} has it."
         figures.append(
             curve_figure(
                 f"curves-{term.replace('_', '-')}-{len(figures)}",

@@ -97,7 +97,7 @@ class SweepResult:
         variants: In the order of the sweep file.
         teacher: The teacher's measures, as floats; None before any run is judged, and where runs are judged on
             different text, so that no row of figures stands for all.
-        pruned: The measures of each student before training, by the name of its folder.
+        pruned: The measures of each student before training: `pruned` where it is one, else `pruned (VARIANTS)`.
         precompute: What stage one did for it, a `PrecomputeSummary`.
     """
 
@@ -126,20 +126,19 @@ def read_sweep(folder: Path) -> SweepResult:
     variants = [_variant(folder, variant, state["runs"]) for variant in state["variants"]]
     runs = {run.key: run for variant in variants for run in variant.runs if run.evaluation}
     teachers = [measures_of(run.evaluation, "teacher") for run in runs.values() if run.evaluation]
-    pruned: dict[str, list[dict[str, float]]] = {}
-    for run in runs.values():
-        if run.evaluation:
-            name = Path(state["runs"][run.key].get("student") or "pruned").name
-            pruned.setdefault(name, []).append(measures_of(run.evaluation, "pruned"))
-    agreed = {name: _agreed(found) for name, found in pruned.items()}
     return SweepResult(
         folder=folder,
         name=state["name"],
         variants=variants,
         teacher=_agreed(teachers),
-        pruned={name: measures for name, measures in agreed.items() if measures is not None},
+        pruned=_pruned(variants, state["runs"]),
         precompute=state["precompute"],
     )
+
+
+def before_training(sweep: SweepResult) -> dict[str, dict[str, float]]:
+    """Give the measures of the teacher and of each student before training, by what a person calls them."""
+    return {**({} if sweep.teacher is None else {"teacher": sweep.teacher}), **sweep.pruned}
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -209,6 +208,24 @@ def whole_seconds(train: Mapping[str, Any]) -> float:
     """Give the seconds of a run's training; of one that was interrupted only the last part was timed, by its steps."""
     taken = train["trained_steps"]
     return float(train["seconds"]) * train["num_steps"] / taken if taken else float(train["seconds"])
+
+
+def _pruned(variants: list[VariantResult], states: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Give the measures of each student before training, named after the variants that train it."""
+    found: dict[str, list[dict[str, float]]] = {}
+    trained_by: dict[str, dict[str, None]] = {}
+    for variant in variants:
+        for run in variant.runs:
+            if run.evaluation:
+                student = str(states[run.key].get("student"))
+                found.setdefault(student, []).append(measures_of(run.evaluation, "pruned"))
+                trained_by.setdefault(student, {})[variant.name] = None
+    agreed = {student: _agreed(measures) for student, measures in found.items()}
+    return {
+        "pruned" if len(found) == 1 else f"pruned ({', '.join(trained_by[student])})": measures
+        for student, measures in agreed.items()
+        if measures is not None
+    }
 
 
 def _variant(folder: Path, variant: Mapping[str, Any], states: Mapping[str, Any]) -> VariantResult:

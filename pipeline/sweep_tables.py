@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from rich.table import Table
 
 from pipeline.summaries import format_duration, format_size
-from pipeline.sweep_results import RETENTION, SECONDS_PER_POINT, TASK_AVERAGE, SweepResult
+from pipeline.sweep_results import RETENTION, SECONDS_PER_POINT, TASK_AVERAGE, SweepResult, before_training
 
 _Formats = Mapping[str, tuple[str, Callable[[float], str]]]
 
@@ -64,7 +64,7 @@ def _table(result: SweepResult, formats: _Formats, *, title: str, are_of_models:
     for heading in ("runs", *(heading for heading, _ in formats.values())):
         table.add_column(heading, justify="right")
     if are_of_models:
-        for name, measures in _models(result).items():
+        for name, measures in before_training(result).items():
             cells = [show(measures[measure]) if measure in measures else "-" for measure, (_, show) in formats.items()]
             table.add_row(name, "", *cells)
         table.add_section()
@@ -80,13 +80,6 @@ def _table(result: SweepResult, formats: _Formats, *, title: str, are_of_models:
         is_whole = num_complete == len(variant.runs)
         table.add_row(variant.name, str(num_complete) if is_whole else f"{num_complete} of {len(variant.runs)}", *cells)
     return table
-
-
-def _models(result: SweepResult) -> dict[str, dict[str, float]]:
-    """Give the measures of the teacher and of each student before training, by what a person calls them."""
-    models = {} if result.teacher is None else {"teacher": result.teacher}
-    is_one = len(result.pruned) == 1
-    return models | {"pruned" if is_one else f"pruned {name}": figures for name, figures in result.pruned.items()}
 
 
 def _has_tasks(result: SweepResult) -> bool:

@@ -17,7 +17,7 @@ from typer.testing import Result
 from cache.processes import is_dead
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 120
+DEADLINE_S = 300
 IMPOSSIBLE = "projector.kind=none, loss.temperature=1"
 
 

@@ -19,7 +19,7 @@ from pipeline.recipe_file import load_recipe, parse_recipe
 from pipeline.sweep_file import Sweep, load_sweep
 from pipeline.sweep_keys import canonical, sweep_key
 from pipeline.sweep_processes import Outcome, run_command
-from pipeline.sweep_results import is_sweep, output_of, read_sweep, spread_of
+from pipeline.sweep_results import before_training, is_sweep, output_of, read_sweep, spread_of
 from pipeline.sweep_state import SweepState, hold_sweep
 from pipeline.sweep_tables import sweep_lines, sweep_tables
 
@@ -289,6 +289,23 @@ def test_mean_and_sample_deviation_are_numpys(sweep: tuple[Sweep, SweepState]):
     assert (result.teacher or {})["perplexity"] == 20.0
     assert result.pruned["pruned"]["kl"] == 1.0
     assert spread_of([2.0]).deviation is None
+
+
+def test_students_before_training_are_named_after_the_variants_that_train_them(sweep: tuple[Sweep, SweepState]):
+    loaded, state = sweep
+    for key, kl in (("good1", 0.5), ("good2", 0.5), ("bad1", 0.7)):
+        judged = evaluation({"kl": 0.3})
+        judged["models"]["pruned"] = {**judged["models"]["pruned"], "kl": kl}
+        finish(output_of(loaded.output, key), judged, seconds=1)
+        state.note(key, "complete")
+    summary = {"computed_tokens": 1, "written_bytes": 1, "seconds": 1.0, "students": ["s/a", "s/a", "s/b"]}
+    state.note_precompute(summary, ["good1", "good2", "bad1"])
+    before = before_training(read_sweep(loaded.output))
+    assert {name: figures["kl"] for name, figures in before.items()} == {
+        "teacher": 0.0,
+        "pruned (good)": 0.5,
+        "pruned (bad)": 0.7,
+    }
 
 
 def test_the_cost_of_a_point_is_of_the_gap_in_kl_or_of_retention_where_there_are_tasks(
