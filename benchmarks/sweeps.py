@@ -40,7 +40,7 @@ def main() -> None:
     recipe = build_recipe(options, teacher, source)
     recipe["output"] = str(options.workdir / "unused")
     recipe["targets"] = {}
-    recipe["train"] |= {"bf16": options.bf16, "eval_strategy": "steps", "eval_steps": 6}
+    recipe["train"]["bf16"] = options.bf16
     for name in options.sweeps:
         sweep = {"students": students, "losses": losses}[name](options, recipe)
         path = options.workdir / f"{name}.yaml"
