@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_BATCH = 4
+_IGNORED = -100
+
 
 @contextmanager
 def block_outputs(blocks: nn.ModuleList, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -36,6 +39,20 @@ def pad_rows(rows: Sequence[Tensor], *, device: torch.device | str = "cpu") -> t
     ids_BT = nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True)
     mask_BT = torch.arange(ids_BT.shape[1]) < lengths_B.unsqueeze(1)
     return ids_BT.to(device), mask_BT.to(device)
+
+
+@torch.inference_mode()
+def mean_loss(model: Any, rows: Sequence[Tensor]) -> float:
+    """Give a causal language model's mean cross entropy over rows of token ids [T], in nats a token."""
+    device = next(model.parameters()).device
+    total, num_tokens = 0.0, 0
+    for start in range(0, len(rows), _BATCH):
+        ids_BT, mask_BT = pad_rows(rows[start : start + _BATCH], device=device)
+        labels_BT = ids_BT.masked_fill(~mask_BT, _IGNORED)
+        count = int(mask_BT[:, 1:].sum())
+        loss = model(input_ids=ids_BT, attention_mask=mask_BT.long(), labels=labels_BT, use_cache=False).loss
+        total, num_tokens = total + float(loss) * count, num_tokens + count
+    return total / num_tokens
 
 
 def block_output(output: Any) -> Tensor:

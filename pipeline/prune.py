@@ -109,7 +109,8 @@ def _make(
     calibration: Sequence[np.ndarray],
     folder: Path,
 ) -> None:
-    student = make_student(section, teacher.parts, [torch.from_numpy(tokens) for tokens in calibration])
+    rows = [torch.from_numpy(tokens) for tokens in calibration]
+    student = make_student(section, teacher.parts, rows, teacher_loss=teacher.loss_on(calibration))
     with whole_folder(folder) as partial:
         student.model.save_pretrained(partial)
         teacher.tokenizer.save_pretrained(partial)

@@ -83,13 +83,16 @@ def kept_blocks_before_measuring(section: PruneConfig | InitConfig, teacher: Pre
     return choose_kept_blocks(section.layers, num_blocks=num_blocks)
 
 
-def make_student(section: PruneConfig | InitConfig, teacher: ModelParts, rows: Sequence[Tensor]) -> MadeStudent:
+def make_student(
+    section: PruneConfig | InitConfig, teacher: ModelParts, rows: Sequence[Tensor], *, teacher_loss: float
+) -> MadeStudent:
     """Make a student; the teacher is left as it was.
 
     Args:
         section: How.
         teacher: The teacher.
         rows: Calibration rows of token ids, [T] each.
+        teacher_loss: The teacher's mean cross entropy over them, in nats a token.
 
     Raises:
         ModelError: The teacher's architecture cannot be narrowed so.
@@ -100,7 +103,9 @@ def make_student(section: PruneConfig | InitConfig, teacher: ModelParts, rows: S
     else:
         model = _initialise(section, teacher, rows)
     kind = _kind(section)
-    return MadeStudent(model, {"kind": kind, **pruning_report(teacher, model, rows), **facts})
+    return MadeStudent(
+        model, {"kind": kind, **pruning_report(teacher, model, rows, teacher_loss=teacher_loss), **facts}
+    )
 
 
 def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]) -> PreTrainedModel:

@@ -1,15 +1,18 @@
 """The teacher: where its files are, which one it is, and the model itself. Stage two never imports this."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from cache.identity import fingerprint
+from cache.identity import digest_of, fingerprint, row_id
 from pipeline.config import TeacherConfig
+from pipeline.forward import mean_loss
 from pipeline.models import (
     ModelParts,
     identify,
@@ -37,6 +40,7 @@ class Teacher:
     section: TeacherConfig
     folder: Path
     config: PreTrainedConfig
+    _losses: dict[str, float] = field(default_factory=dict, repr=False)
 
     @classmethod
     def locate(cls, section: TeacherConfig) -> "Teacher":
@@ -83,6 +87,13 @@ class Teacher:
     def is_loaded(self) -> bool:
         """Whether the weights were needed yet."""
         return "parts" in self.__dict__
+
+    def loss_on(self, rows: Sequence[np.ndarray]) -> float:
+        """Give the mean cross entropy over rows of token ids, in nats a token; the same rows are read once."""
+        key = digest_of([row_id(tokens).hex() for tokens in rows])
+        if key not in self._losses:
+            self._losses[key] = mean_loss(self.parts.model, [torch.from_numpy(tokens) for tokens in rows])
+        return self._losses[key]
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -50,7 +50,6 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     def counting(*arguments: Any, **options: Any) -> torch.nn.Module:
         counted.loads += 1
         model = load(*arguments, **options)
-        model.register_forward_pre_hook(count, with_kwargs=True)
         model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
         return model
 
@@ -91,8 +90,8 @@ def test_a_sweep_over_students_losses_and_temperatures_loads_the_teacher_once(
     summary = precompute(*recipes)
     assert work.loads == 1
     num_rows, calibration = 26, 16
-    # The calibration rows of the importance, and each row once.
-    assert work.tokens_of_rows == (num_rows + calibration) * 24
+    # Each row once; the calibration rows for the importance, and once for the teacher's loss, whatever is cut of it.
+    assert work.tokens_of_rows == (num_rows + 2 * calibration) * 24
     assert summary.computed_tokens == num_rows * 24
     assert len(set(summary.students)) == 3
     for recipe in recipes:
