@@ -24,6 +24,7 @@ class DotRow:
         mean: None where there is no figure.
         deviation: Half the length of the error bar; None for none.
         dots: The single runs.
+        before: What the student was before training; None where one level says it for all rows.
         status: What stands in the row of a variant without a mean, such as `failed`.
     """
 
@@ -31,6 +32,7 @@ class DotRow:
     mean: float | None
     deviation: float | None = None
     dots: Sequence[float] = ()
+    before: float | None = None
     status: str = ""
 
 
@@ -81,13 +83,17 @@ def _extent(row: DotRow) -> list[float]:
     if row.mean is None:
         return []
     bar = row.deviation or 0.0
-    return [row.mean - bar, row.mean + bar, *row.dots]
+    before = [] if row.before is None else [row.before]
+    return [row.mean - bar, row.mean + bar, *row.dots, *before]
 
 
 def _draw_row(axes: Any, row: DotRow, index: int) -> None:
     axes.axhline(index, color=INK, alpha=0.1, linewidth=0.8)
     if row.mean is None or not math.isfinite(row.mean):
         return
+    if row.before is not None and math.isfinite(row.before):
+        axes.plot([row.before, row.mean], [index, index], color=LIGHT[0], linewidth=1.2, alpha=0.5)
+        axes.plot(row.before, index, "D", markersize=5, markeredgecolor=LIGHT[0], markerfacecolor="none")
     if len(row.dots) > 1:
         axes.plot(row.dots, [index + 0.24] * len(row.dots), "o", markersize=3.6, color=LIGHT[6], alpha=0.9)
     axes.errorbar(

@@ -130,32 +130,40 @@ def _status(variant: VariantResult) -> str:
 
 def _dots(sweep: SweepResult, measure: str) -> Figure:
     scale = 100.0 if measure in _SHARES else 1.0
+    has_many_students = len(sweep.pruned) > 1
     rows = []
     for variant in sweep.variants:
         spread = variant.measures.get(measure)
-        found = [measures_of(run.evaluation, "recovered") for run in variant.runs if run.evaluation is not None]
+        judged = [run.evaluation for run in variant.runs if run.evaluation is not None]
+        found = [measures_of(evaluation, "recovered") for evaluation in judged]
+        before = measures_of(judged[0], "pruned") if judged else {}
         rows.append(
             DotRow(
                 name=variant.name,
                 mean=None if spread is None else scale * spread.mean,
                 deviation=None if spread is None or spread.deviation is None else scale * spread.deviation,
                 dots=[scale * figures[measure] for figures in found if measure in figures],
+                before=scale * before[measure] if has_many_students and measure in before else None,
                 status=_status(variant) if spread is None else "",
             )
         )
-    levels = {name: scale * figures[measure] for name, figures in before_training(sweep).items() if measure in figures}
+    models = {"teacher": sweep.teacher or {}} if has_many_students else before_training(sweep)
+    levels = {name: scale * figures[measure] for name, figures in models.items() if measure in figures}
     if measure == "kl":
         levels.pop("teacher", None)
     words, _, less_is_better = _QUALITIES[measure]
     towards = "left" if less_is_better else "right"
-    name = MEASURES[measure][0] if measure in MEASURES else words.split(" (")[0]
+    name = MEASURES[measure][0] if measure in MEASURES else words.split(" (")[0].split(",")[0]
+    caption = f"Large dots are means, bars standard deviations, small dots single seeds; better is to the {towards}."
+    if has_many_students:
+        caption += " Diamonds are the students before training."
     return dots_figure(
         f"variants-{measure.replace('_', '-')}",
         f"{name[0].upper()}{name[1:]} of the recovered students",
         rows,
         x_label=words,
         levels=levels,
-        caption=f"Large dots are means, bars standard deviations, small dots single seeds; better is to the {towards}.",
+        caption=caption,
     )
 
 
