@@ -5,6 +5,7 @@ the recipe names tasks, all models answer these too, and there the teacher itsel
 Shapes: N positions that count, V vocabulary, D width.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,13 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from cache.errors import CorruptError, StoreNotFoundError
+from cache.index import read_entry, write_entry
 from cache.reader import Reader
 from cache.tokens import TOKENS
 from pipeline.config import Recipe
 from pipeline.encodings import decode_state
 from pipeline.forward import pad_rows
 from pipeline.model_card import update_card
-from pipeline.models import check_vocabularies, load_config, load_model, resolve_device
+from pipeline.models import check_vocabularies, identify, load_config, load_model, resolve_device
 from pipeline.provenance import write_record
 from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.stored_head import load_head
@@ -32,6 +35,9 @@ from pipeline.task_scores import TaskAverage, TaskComparison, compare_on_tasks
 from pipeline.tasks import load_tasks
 
 _CHUNK_POSITIONS = 256
+_DTYPE = "float32"
+# Part of what a student's figures are kept by: a change of what is computed makes them stale.
+_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
         folders["recovered"] = trained
     models = {"teacher": teacher.quality()}
     for name, folder in folders.items():
-        models[name] = _judge(recipe, run, teacher, folder, name, show_progress=show_progress)
+        models[name] = _quality_of(recipe, run, teacher, folder, name, show_progress=show_progress)
     compared, average = (
         compare_on_tasks(recipe, run, folders, tasks, show_progress=show_progress) if tasks else ({}, None)
     )
@@ -143,13 +149,27 @@ class _StoredTeacher:
         return torch.arange(first, int(self._selection.lengths[index]) - 1)
 
 
+def _quality_of(
+    recipe: Recipe, run: RunRows, teacher: _StoredTeacher, folder: Path, name: str, *, show_progress: bool
+) -> Quality:
+    """Judge a student, or read what was found of the same weights on the same rows: a sweep shares its pruned one."""
+    config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
+    rows = {"store": run.store.name, "selection": run.selections["eval"].name}
+    key = {"version": _VERSION, **rows, "student": identify(folder, config, dtype=_DTYPE)}
+    with contextlib.suppress(StoreNotFoundError, CorruptError):
+        return Quality(**read_entry(recipe.cache, "quality", key))
+    quality = _judge(recipe, run, teacher, folder, name, show_progress=show_progress)
+    write_entry(recipe.cache, "quality", key, asdict(quality))
+    return quality
+
+
 @torch.inference_mode()
 def _judge(
     recipe: Recipe, run: RunRows, teacher: _StoredTeacher, folder: Path, name: str, *, show_progress: bool
 ) -> Quality:
     trust = recipe.student.trust_remote_code
     check_vocabularies(run.store.teacher["vocab_size"], load_config(folder, trust_remote_code=trust))
-    model = load_model(folder, dtype="float32", trust_remote_code=trust).to(teacher.device)
+    model = load_model(folder, dtype=_DTYPE, trust_remote_code=trust).to(teacher.device)
     student = StudentForward(model)
     loss, kl, agreed = 0.0, 0.0, 0
     with tqdm(total=len(teacher), unit="row", desc=f"evaluate {name}", disable=not show_progress) as bar:

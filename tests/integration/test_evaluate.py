@@ -1,7 +1,9 @@
 """An evaluation from the store against the teacher itself."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,3 +44,34 @@ def test_loss_kl_and_agreement_are_those_of_the_live_teacher(write_recipe: Calla
     assert result.models["pruned"].loss == pytest.approx(pruned_loss, rel=1e-5)
     assert result.models["pruned"].kl == pytest.approx(kl, rel=5e-3)
     assert result.models["pruned"].agreement == pytest.approx(agreement, abs=0.01)
+
+
+def test_a_student_is_judged_once_for_all_runs_that_share_it(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    import pipeline.evaluate
+
+    loaded: list[str] = []
+    load = pipeline.evaluate.load_model
+
+    def counting(folder: Path, **options: Any) -> Any:
+        loaded.append(folder.name)
+        return load(folder, **options)
+
+    monkeypatch.setattr(pipeline.evaluate, "load_model", counting)
+    recipe = write_recipe()
+    coldstill("precompute", recipe)
+    coldstill("train", recipe)
+    first = json.loads(coldstill("evaluate", recipe, "--json").stdout)
+    assert len(loaded) == 2
+    assert json.loads(coldstill("evaluate", recipe, "--json").stdout) == first
+    other = (f"output={recipe.parent}/other", "train.seed=7")
+    coldstill("train", recipe, *other)
+    second = json.loads(coldstill("evaluate", recipe, *other, "--json").stdout)
+    assert loaded[2:] == ["student"]
+    assert second["models"]["pruned"] == first["models"]["pruned"]
+    assert second["models"]["recovered"] != first["models"]["recovered"]
+    fewer_rows = (*other, "data.eval.max_rows=5")
+    coldstill("precompute", recipe, *fewer_rows)
+    coldstill("evaluate", recipe, *fewer_rows)
+    assert len(loaded) == 5
