@@ -18,6 +18,7 @@ from pipeline.provenance import write_record
 from pipeline.pruning_record import PRUNING_FILE, read_pruning
 from pipeline.student_config import InitConfig, PruneConfig
 from pipeline.student_folders import (
+    check_student_files,
     find_student,
     has_student,
     publish_student,
@@ -85,6 +86,8 @@ def prepare_student(recipe: Recipe, teacher: Teacher, train_rows: Rows) -> Prepa
     was_made = not has_student(recipe, folder)
     if was_made:
         _make(recipe, section, teacher, calibration, folder)
+    else:
+        check_student_files(folder)
     publish_student(recipe, folder)
     return PreparedStudent(folder, was_made, read_pruning(folder), time.monotonic() - started)
 

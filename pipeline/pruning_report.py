@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 from pipeline.forward import mean_loss
 from pipeline.models import ModelParts, kept_blocks_of, text_config
 
+# What machines agree on: the record is one of the files that a student's checksums hold.
+_DIGITS = 4
+
 
 def pruning_report(
     teacher: ModelParts, student: PreTrainedModel, rows: Sequence[Tensor], *, teacher_loss: float
@@ -28,7 +31,7 @@ def pruning_report(
     """
     configs = {"teacher": text_config(teacher.model.config), "student": text_config(student.config)}
     models = {"teacher": teacher.model, "student": student}
-    losses = {"teacher": teacher_loss, "student": mean_loss(student, rows)}
+    losses = {"teacher": round(teacher_loss, _DIGITS), "student": round(mean_loss(student, rows), _DIGITS)}
     return {
         "parameters": {name: sum(value.numel() for value in model.parameters()) for name, model in models.items()},
         "blocks": {
@@ -41,6 +44,6 @@ def pruning_report(
         "calibration": {
             "num_tokens": sum(len(row) - 1 for row in rows),
             "loss": losses,
-            "perplexity": {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()},
+            "perplexity": {name: round(math.exp(min(loss, 700.0)), _DIGITS) for name, loss in losses.items()},
         },
     }

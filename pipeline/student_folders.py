@@ -19,11 +19,10 @@ from cache.student_files import CHECKSUMS, STUDENTS, find_damage
 from pipeline.config import Recipe
 from pipeline.models import resolve_folder
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE
-from pipeline.pruning_record import PRUNING_FILE
 from pipeline.run_index import rows_key
 from pipeline.whole import whole_folder
 
-_RECORD = (PROVENANCE_FILE, RECIPE_FILE, PRUNING_FILE)
+_RECORD = (PROVENANCE_FILE, RECIPE_FILE)
 
 
 def students_folder(recipe: Recipe) -> Path:

@@ -28,6 +28,8 @@ from pipeline.width import (
     neurons_kept,
 )
 
+_DIGITS = 6  # of importances, as a record keeps them
+
 
 @dataclass(frozen=True)
 class MadeStudent:
@@ -113,7 +115,7 @@ def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], fa
     kept = list(range(len(teacher.blocks)))
     if section.layers is not None:
         importances = block_importances(teacher, rows) if section.layers.method == "importance" else None
-        facts["block_importances"] = importances
+        facts["block_importances"] = importances and [round(value, _DIGITS) for value in importances]
         kept = choose_kept_blocks(section.layers, num_blocks=len(teacher.blocks), importances=importances)
     parts = take_apart(cut_blocks(parts, kept))
     if section.mlp is not None:
