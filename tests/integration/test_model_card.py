@@ -9,12 +9,13 @@ import pytest
 from hub import Hub
 from huggingface_hub import ModelCard
 
+from cache.student_files import CHECKSUMS
 from pipeline.model_card import has_numbers, update_card
 from pipeline.provenance import PROVENANCE_FILE
 from pipeline.pruning_record import PRUNING_FILE
 from pipeline.recipe_file import load_recipe
 from pipeline.run_index import find_run_rows
-from pipeline.student_folders import find_student
+from pipeline.student_folders import find_student, write_checksums
 
 CUT = {
     "parameters": {"teacher": 56000, "student": 44800},
@@ -99,6 +100,8 @@ def test_the_card_says_what_was_cut_and_the_tasks_with_their_errors_for_people_a
     recipe = load_recipe(run)
     pruned = find_student(recipe)
     (pruned / PRUNING_FILE).write_text(json.dumps(CUT))
+    (pruned / CHECKSUMS).unlink()
+    write_checksums(pruned)
     coldstill("evaluate", run)
     record = json.loads((workplace / "run/evaluation" / PROVENANCE_FILE).read_text())["evaluation"]
     average = {"task_average": TASKS["tasks"]["arc_easy"]}
