@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cache.errors import RecipeError
-from pipeline.forward import block_output, pad_rows
+from pipeline.forward import block_output, padded_batches
 from pipeline.model_copies import changed_config, model_from_state
 from pipeline.models import KEPT_BLOCKS, KEPT_CHANNELS, ModelParts, text_config
 from pipeline.student_config import PruneLayersConfig
 
-_CALIBRATION_BATCH = 4
 _KEPT = (KEPT_BLOCKS, KEPT_CHANNELS)
 
 
@@ -78,8 +77,7 @@ def block_importances(parts: ModelParts, rows: Sequence[Tensor]) -> list[float]:
     totals = torch.zeros(len(parts.blocks), dtype=torch.float64)
     num_positions = 0
     device = next(parts.model.parameters()).device
-    for start in range(0, len(rows), _CALIBRATION_BATCH):
-        ids_BT, mask_BT = pad_rows(rows[start : start + _CALIBRATION_BATCH], device=device)
+    for ids_BT, mask_BT in padded_batches(rows, device=device):
         totals += _influences(parts, ids_BT, mask_BT)
         num_positions += int(mask_BT.sum())
     return (totals / num_positions).tolist()

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from cache.errors import ModelError, RecipeError
 from pipeline.axes import mlp_size, parameter_axes
 from pipeline.model_copies import changed_config
-from pipeline.models import find_parts, text_config
+from pipeline.models import find_parts
+from pipeline.width import NEURON_MULTIPLE
 
-_NEURON_MULTIPLE = 8
 # Numbers of channels that are tried are multiples of the first, or in a narrow model of the second.
 _CHANNEL_MULTIPLES = (64, 8)
 _NARROW = 512
@@ -86,12 +86,11 @@ class _Sizes:
         with torch.device("meta"):
             parts = find_parts(AutoModelForCausalLM.from_config(config))
         axes = parameter_axes(parts)
-        of_text = text_config(config)
         sizes = cls(len(parts.blocks), parts.hidden_size, mlp_size(parts), {})
         for name, value in parts.model.named_parameters():
             num_channels, num_neurons = axes[name].count("channels"), axes[name].count("neurons")
             in_block = name.startswith(f"{parts.blocks_name}.")
-            scaled = value.numel() / sizes.hidden_size**num_channels / int(of_text.intermediate_size) ** num_neurons
+            scaled = value.numel() / sizes.hidden_size**num_channels / sizes.mlp_size**num_neurons
             key = (in_block, num_channels, num_neurons)
             sizes.terms[key] = sizes.terms.get(key, 0.0) + scaled / (sizes.num_blocks if in_block else 1)
         return sizes
@@ -107,8 +106,8 @@ class _Sizes:
 
     def design(self, num_blocks: int, hidden_size: int, mlp_size: float) -> Design:
         """Give the architecture of these sizes, its neurons a multiple of 8 and at most the teacher's."""
-        size = round(mlp_size / _NEURON_MULTIPLE) * _NEURON_MULTIPLE
-        size = self.mlp_size if mlp_size >= self.mlp_size else max(_NEURON_MULTIPLE, min(size, self.mlp_size))
+        size = round(mlp_size / NEURON_MULTIPLE) * NEURON_MULTIPLE
+        size = self.mlp_size if mlp_size >= self.mlp_size else max(NEURON_MULTIPLE, min(size, self.mlp_size))
         return Design(num_blocks, hidden_size, size, self.count(num_blocks, hidden_size, size))
 
     def fitted(self, design: Design, wanted: int) -> Design:

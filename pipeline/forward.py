@@ -41,13 +41,18 @@ def pad_rows(rows: Sequence[Tensor], *, device: torch.device | str = "cpu") -> t
     return ids_BT.to(device), mask_BT.to(device)
 
 
+def padded_batches(rows: Sequence[Tensor], *, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give a few rows of token ids at a time, as `pad_rows` lays them."""
+    for start in range(0, len(rows), _BATCH):
+        yield pad_rows(rows[start : start + _BATCH], device=device)
+
+
 @torch.inference_mode()
 def mean_loss(model: Any, rows: Sequence[Tensor]) -> float:
     """Give a causal language model's mean cross entropy over rows of token ids [T], in nats a token."""
     device = next(model.parameters()).device
     total, num_tokens = 0.0, 0
-    for start in range(0, len(rows), _BATCH):
-        ids_BT, mask_BT = pad_rows(rows[start : start + _BATCH], device=device)
+    for ids_BT, mask_BT in padded_batches(rows, device=device):
         labels_BT = ids_BT.masked_fill(~mask_BT, _IGNORED)
         count = int(mask_BT[:, 1:].sum())
         loss = model(input_ids=ids_BT, attention_mask=mask_BT.long(), labels=labels_BT, use_cache=False).loss

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.axes import READERS, final_norm_name, head_name, is_tied
-from pipeline.forward import pad_rows
+from pipeline.forward import padded_batches
 from pipeline.models import ModelParts
 from pipeline.norms import sliced_norm
 
-_BATCH = 4
 # Of the mean of the Gram matrix's diagonal: what few rows do not tell stays as plain slicing has it.
 _RIDGE = 1e-3
 
@@ -45,8 +44,7 @@ def fit_read_corrections(parts: ModelParts, channels_K: Tensor, rows: Sequence[T
     """
     moments = _Moments(parts, channels_K.to(next(parts.model.parameters()).device))
     with torch.inference_mode(), moments.watching():
-        for start in range(0, len(rows), _BATCH):
-            ids_BT, mask_BT = pad_rows(rows[start : start + _BATCH], device=moments.channels_K.device)
+        for ids_BT, mask_BT in padded_batches(rows, device=moments.channels_K.device):
             moments.mask_BT = mask_BT
             parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
     return moments.solve()

@@ -111,13 +111,12 @@ def make_student(
 
 
 def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]) -> PreTrainedModel:
-    parts = teacher
     kept = list(range(len(teacher.blocks)))
     if section.layers is not None:
         importances = block_importances(teacher, rows) if section.layers.method == "importance" else None
         facts["block_importances"] = importances and [round(value, _DIGITS) for value in importances]
         kept = choose_kept_blocks(section.layers, num_blocks=len(teacher.blocks), importances=importances)
-    parts = take_apart(cut_blocks(parts, kept))
+    parts = take_apart(cut_blocks(teacher, kept))
     if section.mlp is not None:
         wanted = _mlp_size_wanted(section.mlp, mlp_size(parts))
         parts = take_apart(_narrow_mlps(parts, wanted, rows, method=section.mlp.method))

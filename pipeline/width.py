@@ -20,20 +20,19 @@ from pipeline.axes import (
     parameter_axes,
     weight_of,
 )
-from pipeline.forward import block_outputs, pad_rows
+from pipeline.forward import block_outputs, padded_batches
 from pipeline.model_copies import changed_config, model_from_state
 from pipeline.models import KEPT_CHANNELS, ModelParts, take_apart
 from pipeline.norms import scaled_weight
 from pipeline.read_correction import ReadCorrections, fit_read_corrections
 
-_BATCH = 4
 # Numbers of neurons are multiples of this: hardware multiplies such matrices fastest.
-_NEURON_MULTIPLE = 8
+NEURON_MULTIPLE = 8
 
 
 def neurons_kept(share: float, size: int) -> int:
     """Give how many of so many neurons a share is, to the nearest multiple of 8."""
-    return max(_NEURON_MULTIPLE, round(share * size / _NEURON_MULTIPLE) * _NEURON_MULTIPLE)
+    return max(NEURON_MULTIPLE, round(share * size / NEURON_MULTIPLE) * NEURON_MULTIPLE)
 
 
 @torch.inference_mode()
@@ -66,8 +65,7 @@ def neuron_importances(parts: ModelParts, rows: Sequence[Tensor], *, method: str
 
         handles.append(output.register_forward_pre_hook(add))
     try:
-        for start in range(0, len(rows), _BATCH):
-            ids_BT, mask_BT = pad_rows(rows[start : start + _BATCH], device=squares[0].device)
+        for ids_BT, mask_BT in padded_batches(rows, device=squares[0].device):
             parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
     finally:
         for handle in handles:
@@ -85,8 +83,7 @@ def channel_importances(parts: ModelParts, rows: Sequence[Tensor]) -> Tensor:
     """
     device = next(parts.model.parameters()).device
     total_D = torch.zeros(parts.hidden_size, dtype=torch.float64, device=device)
-    for start in range(0, len(rows), _BATCH):
-        ids_BT, mask_BT = pad_rows(rows[start : start + _BATCH], device=device)
+    for ids_BT, mask_BT in padded_batches(rows, device=device):
         with block_outputs(parts.blocks, range(len(parts.blocks))) as outputs:
             parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
         for state_BTD in (parts.model.get_input_embeddings()(ids_BT), *outputs.values()):
