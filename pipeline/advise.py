@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import ModelError, RecipeError, StoreNotFoundError
-from cache.identity import digest_of
 from pipeline.advice import MODEST, Advice, Measured, Settings, advise_next, as_override
 from pipeline.config import Recipe
 from pipeline.models import load_config, resolve_folder, text_config
 from pipeline.presets import Cut, cut_of, preset_values
 from pipeline.pruning_record import describe_cut, read_pruning, was_cut
-from pipeline.run_folder import claimed_run, decisive_sections, read_metrics
+from pipeline.run_folder import claimed_run, decisive_sections, different_sections, read_metrics
 from pipeline.run_results import Retention, describe_results, read_evaluation, retention_of, what_is_worse
 from pipeline.student_folders import find_student
 
@@ -174,8 +173,7 @@ def _task_notes(recipe: Recipe) -> list[str]:
 
 def _check_run(recipe: Recipe) -> None:
     """Refuse results of another recipe than the one that is to be changed."""
-    claimed, own = claimed_run(recipe) or {}, decisive_sections(recipe)
-    different = [name for name in own if digest_of(claimed.get(name)) != digest_of(own[name])]
+    different = different_sections(claimed_run(recipe) or {}, decisive_sections(recipe))
     if different:
         raise RecipeError(
             f"{recipe.output} holds a run of another recipe ({', '.join(different)} differ); give the recipe and the "

@@ -83,6 +83,11 @@ def claimed_run(recipe: Recipe) -> dict[str, Any] | None:
     return dict(json.loads(record.read_text())["run"]) if record.is_file() else None
 
 
+def different_sections(earlier: Mapping[str, Any], key: Mapping[str, Any]) -> list[str]:
+    """Name what of a run's key is otherwise in an earlier one."""
+    return [name for name in key if digest_of(earlier.get(name)) != digest_of(key[name])]
+
+
 def checkpoints_folder(recipe: Recipe) -> Path:
     """Give the folder that the Trainer writes to."""
     return Path(recipe.output) / "checkpoints"
@@ -102,7 +107,7 @@ def check_claim(recipe: Recipe, key: Mapping[str, Any]) -> None:
     earlier = claimed_run(recipe)
     if earlier is None:
         return
-    different = [name for name in key if digest_of(earlier.get(name)) != digest_of(key[name])]
+    different = different_sections(earlier, key)
     if different:
         raise RecipeError(
             f"{recipe.output} holds a run of another recipe ({', '.join(different)} differ; see "
