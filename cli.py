@@ -14,9 +14,12 @@ import typer
 from rich.console import Console
 
 from cache.errors import RecipeError
-from pipeline.advise_commands import advise
-from pipeline.cache_commands import cache_app
-from pipeline.commands import (
+from pipeline.commands.ablate import ablate
+from pipeline.commands.advise import advise
+from pipeline.commands.cache import cache_app
+from pipeline.commands.endings import one_line_errors
+from pipeline.commands.report import report
+from pipeline.commands.shared import (
     JsonOption,
     OverridesArgument,
     RecipeArgument,
@@ -29,9 +32,6 @@ from pipeline.commands import (
     run_stage,
     speaks,
 )
-from pipeline.endings import one_line_errors
-from pipeline.report_commands import report
-from pipeline.sweep_commands import ablate
 
 app = typer.Typer(
     name="coldstill",
@@ -67,8 +67,8 @@ def demo(
     """Recover a small pruned model from start to end: no network, two cores, a few minutes."""
     with one_line_errors():
         quieten_libraries()
+        from pipeline.commands.evaluation_tables import print_evaluation
         from pipeline.demo import run_demo
-        from pipeline.evaluation_tables import print_evaluation
 
         with contextlib.redirect_stdout(sys.stderr):
             result = run_demo(folder, say=print)
@@ -96,7 +96,7 @@ def prune(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
         if as_json:
             print_json(result)
         else:
-            from pipeline.summaries import prune_lines
+            from pipeline.commands.summaries import prune_lines
 
             print_lines(prune_lines(result))
 
@@ -120,8 +120,8 @@ def precompute(
     Several recipes of one teacher are served by one pass.
     """
     with one_line_errors():
-        from pipeline import summaries
-        from pipeline.workers import parse_share
+        from pipeline.commands import summaries
+        from pipeline.stage_one.workers import parse_share
 
         recipes = load_recipes(arguments)
         if dry_run:
@@ -157,7 +157,7 @@ def plan(
     Bytes, room on the disk, hours of stage one, memory of stage two, and how faithful each kind of logits target is.
     """
     with one_line_errors():
-        from pipeline.budget import parse_bytes
+        from pipeline.planning.budget import parse_bytes
 
         try:
             budget_bytes = None if budget is None else parse_bytes(budget)
@@ -167,7 +167,7 @@ def plan(
         if as_json:
             print_json(result)
         else:
-            from pipeline.plan_tables import print_plan
+            from pipeline.commands.plan_tables import print_plan
 
             print_plan(result)
 
@@ -205,7 +205,7 @@ def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None, as_jso
         if as_json:
             print_json(result)
         else:
-            from pipeline.evaluation_tables import print_evaluation
+            from pipeline.commands.evaluation_tables import print_evaluation
 
             print_evaluation(result)
 

@@ -27,19 +27,19 @@ from recovery import teacher_and_source
 from torch import Tensor
 
 from cache.manifest import Manifest
-from pipeline.byte_estimates import measured_bytes
 from pipeline.capture import CaptureRequest, capture
 from pipeline.config import Recipe
-from pipeline.divergences import Events
-from pipeline.fidelity import FidelityJudge
-from pipeline.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, StudentEvents
+from pipeline.losses.divergences import Events
+from pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, StudentEvents
 from pipeline.models import load_model
+from pipeline.planning.fidelity import FidelityJudge
 from pipeline.precompute import precompute
 from pipeline.recipe_file import parse_recipe
-from pipeline.run_index import RunRows, find_run_rows
-from pipeline.student_folders import find_student
-from pipeline.target_forms import read_batch, read_logits
-from pipeline.targets import columns_of
+from pipeline.runs.index import RunRows, find_run_rows
+from pipeline.stage_one.byte_estimates import measured_bytes
+from pipeline.students.folders import find_student
+from pipeline.targets.columns import columns_of
+from pipeline.targets.target_forms import read_batch, read_logits
 from pipeline.teacher import Teacher
 
 TEMPERATURES = (1.0, 2.0, 4.0)

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.chunked_loss import chunked_loss
-from pipeline.divergences import Divergence
-from pipeline.logits_targets import BucketedTopk, StudentEvents
+from pipeline.losses.chunked_loss import chunked_loss
+from pipeline.losses.divergences import Divergence
+from pipeline.losses.logits_targets import BucketedTopk, StudentEvents
+from pipeline.losses.vocabulary_losses import vocabulary_losses
 from pipeline.output_head import OutputHead
 from pipeline.peak_memory import peak_memory_bytes
-from pipeline.vocabulary_losses import vocabulary_losses
 
 POSITIONS, WIDTH, VOCABULARY, K, TEMPERATURE = 2_048, 896, 151_936, 64, 2.0
 KL = Divergence()

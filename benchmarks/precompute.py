@@ -99,7 +99,7 @@ def bare(recipe: Any) -> Any:
     import torch
 
     from pipeline.forward import pad_rows
-    from pipeline.requests import build_requested_rows
+    from pipeline.stage_one.requests import build_requested_rows
     from pipeline.teacher import Teacher
 
     teacher = Teacher.locate(recipe.teacher)

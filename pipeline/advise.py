@@ -12,10 +12,10 @@ from pipeline.advice import MODEST, Advice, Measured, Settings, advise_next, as_
 from pipeline.config import Recipe
 from pipeline.models import load_config, resolve_folder, text_config
 from pipeline.presets import Cut, cut_of, preset_values
-from pipeline.pruning_record import describe_cut, read_pruning, was_cut
-from pipeline.run_folder import claimed_run, decisive_sections, different_sections, read_metrics
-from pipeline.run_results import Retention, describe_results, read_evaluation, retention_of, what_is_worse
-from pipeline.student_folders import find_student
+from pipeline.runs.folder import claimed_run, decisive_sections, different_sections, read_metrics
+from pipeline.runs.results import Retention, describe_results, read_evaluation, retention_of, what_is_worse
+from pipeline.students.folders import find_student
+from pipeline.students.pruning_record import describe_cut, read_pruning, was_cut
 
 # Below this share of the teacher's parameters a cut is called aggressive: a rule of thumb.
 _AGGRESSIVE_SHARE = 0.6

@@ -15,9 +15,9 @@ from torch import Tensor
 from cache.errors import NonFiniteError
 from pipeline.forward import block_outputs, pad_rows
 from pipeline.models import ModelParts
-from pipeline.tail_sampling import draw_tail
-from pipeline.targets import Tail
-from pipeline.teacher_logits import largest_logits, logsumexp_at
+from pipeline.targets.columns import Tail
+from pipeline.targets.tail_sampling import draw_tail
+from pipeline.targets.teacher_logits import largest_logits, logsumexp_at
 
 NO_LABEL = -1
 # Of a chunk's logits: without gradients there is room for more rows, with which the head is faster.

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.chunked_loss import chunked_loss
-from pipeline.divergences import Divergence
-from pipeline.hidden_terms import HiddenForm, HiddenTerms, StoredStates
-from pipeline.logits_targets import LogitsForm, LogitsTarget, StoredLogits
+from pipeline.losses.chunked_loss import chunked_loss
+from pipeline.losses.divergences import Divergence
+from pipeline.losses.hidden_terms import HiddenForm, HiddenTerms, StoredStates
+from pipeline.losses.logits_targets import LogitsForm, LogitsTarget, StoredLogits
+from pipeline.losses.schedules import Schedule
+from pipeline.losses.vocabulary_losses import vocabulary_losses
 from pipeline.output_head import Head
-from pipeline.schedules import Schedule
 from pipeline.selective_checkpointing import SELECTIVE, selective_kwargs
 from pipeline.student_forward import StudentForward
-from pipeline.vocabulary_losses import vocabulary_losses
 
 IGNORED = -100
 # The terms of the loss, and what the recipe calls the weight of each.
@@ -54,7 +54,7 @@ class Loss:
         weights: At the first step.
         schedules: Of the weights that change, by name.
         divergence: Of the student's distribution from the teacher's.
-        hidden: Of block outputs, a name of `pipeline.losses.HIDDEN_LOSSES`.
+        hidden: Of block outputs, a name of `pipeline.losses.terms.HIDDEN_LOSSES`.
         dynamics: Of their changes, one too.
     """
 

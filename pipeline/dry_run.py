@@ -8,13 +8,13 @@ from cache.manifest import Manifest
 from cache.objects import open_objects
 from cache.rows import split_shards
 from cache.store import ROOT_METADATA, Store, open_store, store_path
-from pipeline.byte_estimates import measured_bytes, raw_bytes
 from pipeline.config import Recipe
 from pipeline.data import Rows, tokenizer_digest
 from pipeline.models import text_config
 from pipeline.pairing import layer_map_between
 from pipeline.prune import calibration_rows, student_name
-from pipeline.requests import (
+from pipeline.stage_one.byte_estimates import measured_bytes, raw_bytes
+from pipeline.stage_one.requests import (
     Request,
     RowRegistry,
     blocks_to_store,
@@ -24,9 +24,9 @@ from pipeline.requests import (
     missing_jobs,
     needed_columns,
 )
-from pipeline.student_folders import find_student, has_student, students_folder
-from pipeline.student_making import kept_blocks_before_measuring, num_student_blocks
-from pipeline.targets import hidden_form, hidden_name
+from pipeline.students.folders import find_student, has_student, students_folder
+from pipeline.students.making import kept_blocks_before_measuring, num_student_blocks
+from pipeline.targets.columns import hidden_form, hidden_name
 from pipeline.teacher import Teacher
 
 

@@ -21,16 +21,16 @@ from cache.index import read_entry, write_entry
 from cache.reader import Reader
 from cache.tokens import TOKENS
 from pipeline.config import Recipe
-from pipeline.encodings import decode_state
 from pipeline.forward import pad_rows
-from pipeline.model_card import update_card
 from pipeline.models import check_vocabularies, identify, load_config, load_model, resolve_device
 from pipeline.provenance import write_record
-from pipeline.run_index import RunRows, find_run_rows, trained_student
-from pipeline.stored_head import load_head
-from pipeline.student_folders import find_student
+from pipeline.runs.index import RunRows, find_run_rows, trained_student
+from pipeline.runs.model_card import update_card
 from pipeline.student_forward import StudentForward
-from pipeline.targets import EVAL_FORM, LABEL_LOGIT, LOSS_TEMPERATURE, final_name, logsumexp_name
+from pipeline.students.folders import find_student
+from pipeline.targets.columns import EVAL_FORM, LABEL_LOGIT, LOSS_TEMPERATURE, final_name, logsumexp_name
+from pipeline.targets.encodings import decode_state
+from pipeline.targets.stored_head import load_head
 from pipeline.task_scores import TaskAverage, TaskComparison, compare_on_tasks
 from pipeline.tasks import load_tasks
 

@@ -24,15 +24,15 @@ from cache.rows import read_rows
 from cache.selections import Selection, make_selection, to_selection
 from cache.store import Store, open_store, store_path
 from cache.tokens import TOKENS
-from pipeline.calibrations import read_codes
 from pipeline.capture import Captured, CaptureRequest, capture
 from pipeline.config import TeacherConfig
 from pipeline.live_errors import Comparison, Difference, Live, measure_of
 from pipeline.models import ModelParts, resolve_folder, text_config
-from pipeline.stored_head import load_head
-from pipeline.targets import FINAL_PREFIX, LABEL_LOGIT, hidden_block, logsumexp_name, state_form
+from pipeline.targets.calibrations import read_codes
+from pipeline.targets.columns import FINAL_PREFIX, LABEL_LOGIT, hidden_block, logsumexp_name, state_form
+from pipeline.targets.stored_head import load_head
+from pipeline.targets.transform_coding import logit_correction
 from pipeline.teacher import Teacher
-from pipeline.transform_coding import logit_correction
 
 _BATCH_ROWS = 8
 # Tokens that one row is stretched by: no multiple of what kernels cut their work into, which would hide the noise.

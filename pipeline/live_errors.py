@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.encodings import STORED, StateForm, decode_state
-from pipeline.logits_targets import FullDistribution
+from pipeline.losses.logits_targets import FullDistribution
 from pipeline.output_head import OutputHead
-from pipeline.targets import (
+from pipeline.targets.columns import (
     FINAL_PREFIX,
     HIDDEN_PREFIX,
     LABEL_LOGIT,
@@ -24,8 +23,9 @@ from pipeline.targets import (
     state_form,
     topk_size,
 )
-from pipeline.token_encodings import LOGIT_STEP, decode_tail, decode_topk
-from pipeline.transform_coding import TransformCode
+from pipeline.targets.encodings import STORED, StateForm, decode_state
+from pipeline.targets.token_encodings import LOGIT_STEP, decode_tail, decode_topk
+from pipeline.targets.transform_coding import TransformCode
 
 SHARE, NATS, KL = "variance share", "nats", "KL in nats"
 

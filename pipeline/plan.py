@@ -7,12 +7,12 @@ from cache.manifest import Manifest
 from cache.objects import open_objects
 from cache.store import CONSTANTS, ROOT_METADATA, open_store, store_path
 from cache.tokens import TOKENS
-from pipeline.budget import LogitsOption, Proposal, proposals
 from pipeline.config import Recipe
 from pipeline.dry_run import ColumnCost, dry_run
-from pipeline.target_options import KindPlan, measure_hidden, measure_kinds
-from pipeline.targets import HIDDEN_PREFIX, LABEL_LOGIT
-from pipeline.trial import Trial, trial_of
+from pipeline.planning.budget import LogitsOption, Proposal, proposals
+from pipeline.planning.target_options import KindPlan, measure_hidden, measure_kinds
+from pipeline.planning.trial import Trial, trial_of
+from pipeline.targets.columns import HIDDEN_PREFIX, LABEL_LOGIT
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from cache.objects import open_objects
 from cache.rows import compact_rows
 from cache.selections import Selection
 from cache.store import CONSTANTS, Store, create_store
-from pipeline.calibrate import calibrate, missing_calibrations
-from pipeline.calibrations import read_codes
 from pipeline.config import Recipe
 from pipeline.data import tokenizer_digest
 from pipeline.models import text_config
 from pipeline.provenance import PROVENANCE_FILE, write_record
 from pipeline.prune import PreparedStudent, prepare_student
-from pipeline.requests import (
+from pipeline.runs.index import RunRows, publish_run_rows
+from pipeline.stage_one.calibrate import calibrate, missing_calibrations
+from pipeline.stage_one.requests import (
     SPLITS,
     Demand,
     Request,
@@ -34,14 +34,14 @@ from pipeline.requests import (
     needed_columns,
     row_names,
 )
-from pipeline.room import require_room
-from pipeline.run_index import RunRows, publish_run_rows
-from pipeline.shard_jobs import ShardComputer, ShardJob
-from pipeline.stored_head import write_head
-from pipeline.targets import OUTPUT_HEAD
+from pipeline.stage_one.room import require_room
+from pipeline.stage_one.shard_jobs import ShardComputer, ShardJob
+from pipeline.stage_one.workers import Share, first_process_first, launched_share, sum_over_processes, wait_for_everyone
+from pipeline.stage_one.write_behind import WriteBehind
+from pipeline.targets.calibrations import read_codes
+from pipeline.targets.columns import OUTPUT_HEAD
+from pipeline.targets.stored_head import write_head
 from pipeline.teacher import Teacher
-from pipeline.workers import Share, first_process_first, launched_share, sum_over_processes, wait_for_everyone
-from pipeline.write_behind import WriteBehind
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from pipeline.config import Recipe
 from pipeline.data import Rows, build_rows
 from pipeline.models import check_tokenizers, check_vocabularies, load_config
 from pipeline.provenance import write_record
-from pipeline.pruning_record import PRUNING_FILE, read_pruning
 from pipeline.student_config import InitConfig, PruneConfig
-from pipeline.student_folders import (
+from pipeline.students.folders import (
     check_student_files,
     find_student,
     has_student,
@@ -25,7 +24,8 @@ from pipeline.student_folders import (
     students_folder,
     write_checksums,
 )
-from pipeline.student_making import check_student_section, make_student
+from pipeline.students.making import check_student_section, make_student
+from pipeline.students.pruning_record import PRUNING_FILE, read_pruning
 from pipeline.teacher import Teacher
 from pipeline.whole import whole_folder, write_whole
 

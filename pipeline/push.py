@@ -10,10 +10,10 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from cache.errors import HubError, RecipeError, StoreNotFoundError
-from pipeline.model_card import has_numbers
-from pipeline.run_folder import folder_named
-from pipeline.run_index import STUDENT
-from pipeline.sweep_results import is_sweep
+from pipeline.runs.folder import folder_named
+from pipeline.runs.index import STUDENT
+from pipeline.runs.model_card import has_numbers
+from pipeline.sweeps.results import is_sweep
 
 _LOGIN = "run: hf auth login, or set HF_TOKEN"
 

@@ -12,17 +12,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cache.errors import ColdstillError, RecipeError
-from pipeline.figures import drawing_style
-from pipeline.report_blocks import layers_section, projectors_section, similarity_section
-from pipeline.report_data import RunRecord, is_run, read_run
-from pipeline.report_page import Page, render
-from pipeline.report_record import cost_section, record_section
-from pipeline.report_recovery import recovery_section, recovery_tiles, run_subtitle
-from pipeline.report_sweep import sweep_page
-from pipeline.report_training import epochs_section, loss_section
-from pipeline.run_folder import folder_named
+from pipeline.figures.sheet import drawing_style
+from pipeline.reports.blocks import layers_section, projectors_section, similarity_section
+from pipeline.reports.data import RunRecord, is_run, read_run
+from pipeline.reports.page import Page, render
+from pipeline.reports.record import cost_section, record_section
+from pipeline.reports.recovery import recovery_section, recovery_tiles, run_subtitle
+from pipeline.reports.sweep import sweep_page
+from pipeline.reports.training import epochs_section, loss_section
+from pipeline.runs.folder import folder_named
 from pipeline.similarity import BlockSimilarity, block_similarity
-from pipeline.sweep_results import is_sweep, read_sweep
+from pipeline.sweeps.results import is_sweep, read_sweep
 from pipeline.whole import whole_file, write_whole
 
 REPORT = "report"

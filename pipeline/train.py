@@ -7,7 +7,6 @@ from typing import Any
 
 from cache.errors import IdentityError, ModelError, RecipeError
 from pipeline.config import Recipe
-from pipeline.model_card import model_card
 from pipeline.models import (
     identify,
     load_config,
@@ -15,7 +14,7 @@ from pipeline.models import (
     resolve_folder,
 )
 from pipeline.peak_memory import peak_memory_bytes
-from pipeline.run_folder import (
+from pipeline.runs.folder import (
     check_claim,
     claim,
     export_projectors,
@@ -27,8 +26,9 @@ from pipeline.run_folder import (
     sweep_checkpoints,
     write_metrics,
 )
-from pipeline.run_index import RunRows, find_run_rows, trained_student
-from pipeline.student_folders import find_student
+from pipeline.runs.index import RunRows, find_run_rows, trained_student
+from pipeline.runs.model_card import model_card
+from pipeline.students.folders import find_student
 from pipeline.trainer import UniversalDistillationTrainer
 from pipeline.trainer_setup import create_trainer
 

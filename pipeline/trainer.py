@@ -23,10 +23,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from cache.errors import StoreNotFoundError
 from cache.local_objects import sync_path
-from pipeline.adapters import has_adapters, load_adapters
 from pipeline.batches import EpochOrder
 from pipeline.distiller import Distiller
 from pipeline.models import load_model
+from pipeline.students.adapters import has_adapters, load_adapters
 from pipeline.warm_start import fit_projectors
 from pipeline.whole import disk_errors, write_whole
 

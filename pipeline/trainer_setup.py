@@ -11,21 +11,21 @@ from transformers.integrations import is_tensorboard_available
 from cache.errors import ModelError, RecipeError
 from cache.manifest import Manifest
 from cache.reader import require_complete
-from pipeline.adapters import add_adapters
 from pipeline.batches import BatchCollator, BatchColumns, StoredRows
 from pipeline.config import Recipe
 from pipeline.distiller import Distiller, Loss, LossWeights
-from pipeline.divergences import Divergence
 from pipeline.loss_config import LossConfig
+from pipeline.losses.divergences import Divergence
+from pipeline.losses.schedules import Schedule
 from pipeline.models import check_vocabularies, load_config, load_model, load_tokenizer, text_config
 from pipeline.pairing import layer_map_of
 from pipeline.projectors import create_projectors
-from pipeline.run_folder import checkpoints_folder
-from pipeline.run_index import RunRows
-from pipeline.schedules import Schedule
+from pipeline.runs.folder import checkpoints_folder
+from pipeline.runs.index import RunRows
 from pipeline.selective_checkpointing import SELECTIVE
-from pipeline.target_forms import column_axes, logits_columns, target_forms
-from pipeline.targets import columns_of
+from pipeline.students.adapters import add_adapters
+from pipeline.targets.columns import columns_of
+from pipeline.targets.target_forms import column_axes, logits_columns, target_forms
 from pipeline.trainer import UniversalDistillationTrainer
 
 _READERS = 2

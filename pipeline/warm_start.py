@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.distiller import IGNORED, Distiller
-from pipeline.losses import POSITION_WEIGHTS
+from pipeline.losses.terms import POSITION_WEIGHTS
 from pipeline.projectors import LearnableProjector, MlpProjector
 
 # Added to the diagonal, as a share of its mean: directions that the student hardly uses stay small.

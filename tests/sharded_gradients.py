@@ -14,12 +14,12 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.distiller import Distiller, Loss, LossWeights, TargetForms
-from pipeline.divergences import Divergence
-from pipeline.encodings import StateForm
-from pipeline.hidden_terms import HiddenForm
-from pipeline.logits_targets import FINAL, FinalForm
+from pipeline.losses.divergences import Divergence
+from pipeline.losses.hidden_terms import HiddenForm
+from pipeline.losses.logits_targets import FINAL, FinalForm
 from pipeline.output_head import OutputHead
 from pipeline.projectors import create_projectors
+from pipeline.targets.encodings import StateForm
 
 WIDTH, TEACHER_WIDTH, VOCAB, LENGTH = 32, 48, 384, 16
 LAYER_MAP = {0: 1, 2: 3}

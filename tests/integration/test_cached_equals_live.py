@@ -11,16 +11,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cache.manifest import Manifest
 from cache.reader import Reader
-from pipeline.calibrations import read_codes
 from pipeline.capture import CaptureRequest, capture
-from pipeline.encodings import StateForm, decode_state
 from pipeline.forward import pad_rows
 from pipeline.models import take_apart
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.token_encodings import decode_tail, decode_topk
-from pipeline.transform_coding import TransformCode
+from pipeline.runs.index import find_run_rows
+from pipeline.targets.calibrations import read_codes
+from pipeline.targets.encodings import StateForm, decode_state
+from pipeline.targets.token_encodings import decode_tail, decode_topk
+from pipeline.targets.transform_coding import TransformCode
 
 ARCHITECTURES = {
     "llama": {},

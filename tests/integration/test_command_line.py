@@ -84,7 +84,7 @@ from cli import app
 from typer.testing import CliRunner
 result = CliRunner().invoke(app, ["train", sys.argv[1]])
 print(result.output, file=sys.stderr)
-watched = ("pipeline.teacher", "pipeline.capture", "pipeline.data", "pipeline.students", "pipeline.precompute")
+watched = ("pipeline.teacher", "pipeline.capture", "pipeline.data", "pipeline.students.making", "pipeline.precompute")
 print(json.dumps({"exit": result.exit_code, "imported": [name for name in watched if name in sys.modules]}))
 """
 

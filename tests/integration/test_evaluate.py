@@ -14,8 +14,8 @@ from cache.reader import Reader
 from pipeline.evaluate import evaluate
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.student_folders import find_student
+from pipeline.runs.index import find_run_rows
+from pipeline.students.folders import find_student
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -16,11 +16,11 @@ import zarr
 from cache.manifest import Manifest
 from cache.reader import Reader
 from cache.store import open_store
-from pipeline.calibrations import read_codes
-from pipeline.encodings import StateForm, decode_state
 from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.token_encodings import decode_tail, decode_topk
+from pipeline.runs.index import find_run_rows
+from pipeline.targets.calibrations import read_codes
+from pipeline.targets.encodings import StateForm, decode_state
+from pipeline.targets.token_encodings import decode_tail, decode_topk
 
 
 def canonical(value: Any) -> bytes:

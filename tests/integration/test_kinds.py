@@ -13,13 +13,13 @@ from cache.inventory import remove_column
 from cache.manifest import Manifest
 from cache.reader import read_constants
 from cache.store import CONSTANTS, Store
-from pipeline.calibrations import read_codes, write_calibration
 from pipeline.config import Recipe
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
+from pipeline.runs.index import find_run_rows
+from pipeline.targets.calibrations import read_codes, write_calibration
+from pipeline.targets.transform_coding import TransformCode
 from pipeline.train import train
-from pipeline.transform_coding import TransformCode
 
 LOGITS = {
     "topk": {"kind": "topk", "k": 16, "temperatures": [1, 2]},

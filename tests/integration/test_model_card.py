@@ -10,12 +10,12 @@ from hub import Hub
 from huggingface_hub import ModelCard
 
 from cache.student_files import CHECKSUMS
-from pipeline.model_card import has_numbers, update_card
 from pipeline.provenance import PROVENANCE_FILE
-from pipeline.pruning_record import PRUNING_FILE
 from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.student_folders import find_student, write_checksums
+from pipeline.runs.index import find_run_rows
+from pipeline.runs.model_card import has_numbers, update_card
+from pipeline.students.folders import find_student, write_checksums
+from pipeline.students.pruning_record import PRUNING_FILE
 
 CUT = {
     "parameters": {"teacher": 56000, "student": 44800},

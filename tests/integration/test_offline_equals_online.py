@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from cache.errors import RecipeError
 from pipeline.config import Recipe
 from pipeline.distiller import IGNORED
-from pipeline.divergences import DIVERGENCES
-from pipeline.encodings import decode_state
+from pipeline.losses.divergences import DIVERGENCES
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
+from pipeline.targets.encodings import decode_state
 from pipeline.train import train
 
 TERMS = {

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cache.index import INDEX
 from cache.root_audit import verify
 from pipeline import task_scores, tasks
+from pipeline.commands.evaluation_tables import task_table
 from pipeline.config import EvaluateConfig
 from pipeline.evaluate import Evaluation, evaluate
-from pipeline.evaluation_tables import task_table
 from pipeline.recipe_file import load_recipe
 from pipeline.retention import Estimate
 from pipeline.task_scores import TaskAverage, TaskComparison

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cache.errors import RecipeError
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
-from pipeline.student_folders import find_student
+from pipeline.students.folders import find_student
 from pipeline.train import train
 
 

@@ -601,7 +601,7 @@ def test_a_worker_that_begins_when_another_is_half_done_is_not_refused(
     monkeypatch: pytest.MonkeyPatch,
     short_shards: None,
 ):
-    from pipeline.shard_jobs import ShardComputer
+    from pipeline.stage_one.shard_jobs import ShardComputer
 
     recipe = write_recipe()
     run = ShardComputer.run

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.chunked_loss import chunked_loss
+from pipeline.losses.chunked_loss import chunked_loss
 from pipeline.output_head import OutputHead
 
 N, D, V = 13, 8, 30

@@ -5,12 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cache.errors import ModelError, RecipeError
-from pipeline import student_making
-from pipeline.designs import block_positions, design_student
 from pipeline.forward import mean_loss
 from pipeline.models import take_apart
 from pipeline.student_config import InitConfig, PruneConfig, PruneHiddenConfig, PruneLayersConfig, PruneMlpConfig
-from pipeline.student_making import kept_blocks_before_measuring, num_student_blocks
+from pipeline.students import making as student_making
+from pipeline.students.designs import block_positions, design_student
+from pipeline.students.making import kept_blocks_before_measuring, num_student_blocks
 
 ROWS = [torch.randint(1, 64, (40,), generator=torch.Generator().manual_seed(row)) for row in range(8)]
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.divergences import DIVERGENCES, Divergence, Events
-from pipeline.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, SampledTail
+from pipeline.losses.divergences import DIVERGENCES, Divergence, Events
+from pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, SampledTail
+from pipeline.losses.vocabulary_losses import events_of
 from pipeline.output_head import OutputHead
-from pipeline.tail_sampling import draw_tail
-from pipeline.vocabulary_losses import events_of
+from pipeline.targets.tail_sampling import draw_tail
 
 N, V, K, M = 5, 40, 4, 6
 ALL = slice(0, None)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline.encodings import StateForm, decode_state, encode_state, ordinary_positions, state_column
-from pipeline.transform_coding import fit_code
+from pipeline.targets.encodings import StateForm, decode_state, encode_state, ordinary_positions, state_column
+from pipeline.targets.transform_coding import fit_code
 
 N, D = 200, 12
 INT8 = StateForm("int8")

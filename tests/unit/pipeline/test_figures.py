@@ -6,10 +6,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from pipeline.figure_curves import curve_figure
-from pipeline.figure_dots import DotRow, dots_figure
-from pipeline.figure_layers import layer_map_figure
-from pipeline.figures import INK, LIGHT, Figure, drawing_style
+from pipeline.figures.curves import curve_figure
+from pipeline.figures.dots import DotRow, dots_figure
+from pipeline.figures.layers import layer_map_figure
+from pipeline.figures.sheet import INK, LIGHT, Figure, drawing_style
 
 
 def curve(name: str = "loss") -> Figure:

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.divergences import Events
-from pipeline.encodings import StateForm, encode_state
-from pipeline.logits_targets import (
+from pipeline.losses.divergences import Events
+from pipeline.losses.logits_targets import (
     FINAL,
     NORMALISER,
     TAIL,
@@ -18,11 +17,12 @@ from pipeline.logits_targets import (
     SampledForm,
     StoredLogits,
 )
+from pipeline.losses.vocabulary_losses import events_of
 from pipeline.output_head import OutputHead
-from pipeline.tail_sampling import draw_tail
-from pipeline.token_encodings import encode_tail, encode_topk, tail_column, topk_column
-from pipeline.transform_coding import fit_code, logit_correction
-from pipeline.vocabulary_losses import events_of
+from pipeline.targets.encodings import StateForm, encode_state
+from pipeline.targets.tail_sampling import draw_tail
+from pipeline.targets.token_encodings import encode_tail, encode_topk, tail_column, topk_column
+from pipeline.targets.transform_coding import fit_code, logit_correction
 
 B, T, D, V, K, M = 2, 6, 8, 40, 4, 5
 TEMPERATURE = 2.0

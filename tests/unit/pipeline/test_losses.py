@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.divergences import Divergence
-from pipeline.logits_targets import BucketedTopk
-from pipeline.losses import HIDDEN_LOSSES, cross_entropy, hidden_mse, hidden_normalised_mse
-from pipeline.vocabulary_losses import events_of
+from pipeline.losses.divergences import Divergence
+from pipeline.losses.logits_targets import BucketedTopk
+from pipeline.losses.terms import HIDDEN_LOSSES, cross_entropy, hidden_mse, hidden_normalised_mse
+from pipeline.losses.vocabulary_losses import events_of
 
 N, V, D = 5, 24, 7
 

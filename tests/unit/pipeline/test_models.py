@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from cache.errors import ModelError, RecipeError
-from pipeline.depth import block_importances, check_prune, choose_kept_blocks, cut_blocks
 from pipeline.forward import block_outputs
 from pipeline.models import (
     check_tokenizers,
@@ -21,6 +20,7 @@ from pipeline.models import (
     take_apart,
 )
 from pipeline.student_config import PruneLayersConfig
+from pipeline.students.depth import block_importances, check_prune, choose_kept_blocks, cut_blocks
 
 ARCHITECTURES = {
     "llama": ("model.layers", "LlamaRMSNorm", {}),

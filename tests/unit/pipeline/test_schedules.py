@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipeline.schedules import Schedule
+from pipeline.losses.schedules import Schedule
 
 
 @pytest.mark.parametrize(

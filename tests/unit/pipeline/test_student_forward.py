@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from pipeline.chunked_loss import chunked_loss
+from pipeline.losses.chunked_loss import chunked_loss
 from pipeline.models import find_structure, head_problem
 from pipeline.output_head import OutputHead, PlainLogits
 from pipeline.student_forward import StudentForward

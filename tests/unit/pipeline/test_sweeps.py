@@ -15,13 +15,13 @@ from rich.console import Console
 from cache.errors import InUseError, RecipeError
 from cache.processes import is_dead
 from pipeline.ablate import ablate
+from pipeline.commands.sweep_tables import sweep_lines, sweep_tables
 from pipeline.recipe_file import load_recipe, parse_recipe
-from pipeline.sweep_file import Sweep, load_sweep
-from pipeline.sweep_keys import canonical, sweep_key
-from pipeline.sweep_processes import Outcome, run_command
-from pipeline.sweep_results import before_training, is_sweep, output_of, read_sweep, spread_of
-from pipeline.sweep_state import SweepState, hold_sweep
-from pipeline.sweep_tables import sweep_lines, sweep_tables
+from pipeline.sweeps.file import Sweep, load_sweep
+from pipeline.sweeps.keys import canonical, sweep_key
+from pipeline.sweeps.processes import Outcome, run_command
+from pipeline.sweeps.results import before_training, is_sweep, output_of, read_sweep, spread_of
+from pipeline.sweeps.state import SweepState, hold_sweep
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 BASE = {
@@ -472,7 +472,7 @@ def test_the_end_of_a_process_is_one_line(
 ):
     file = tmp_path / "program.py"
     file.write_text(f"import os, sys; e = sys.stderr\n{program}\n")
-    monkeypatch.setattr("pipeline.sweep_processes._PROGRAM", file)
+    monkeypatch.setattr("pipeline.sweeps.processes._PROGRAM", file)
     tokens: list[str] = []
     outcome = run_command("train", on_start=tokens.append)
     assert (outcome.summary, outcome.error, outcome.is_refusal) == (None, error, bool(is_refusal))
@@ -482,7 +482,7 @@ def test_the_end_of_a_process_is_one_line(
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pipeline.sweep_state import hold_sweep
+from pipeline.sweeps.state import hold_sweep
 with hold_sweep(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

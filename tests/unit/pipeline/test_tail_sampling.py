@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.tail_sampling import draw_tail
+from pipeline.targets.tail_sampling import draw_tail
 
 V, K, M = 40, 4, 6
 TEMPERATURES = (1.0, 2.0, 4.0)

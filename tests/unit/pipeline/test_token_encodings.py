@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from pipeline.token_encodings import decode_tail, decode_topk, encode_tail, encode_topk, tail_column, topk_column
+from pipeline.targets.token_encodings import (
+    decode_tail,
+    decode_topk,
+    encode_tail,
+    encode_topk,
+    tail_column,
+    topk_column,
+)
 
 N, K, M = 60, 16, 12
 # One, two, three and again three byte planes of ids; 256 and 65,536 are the last that fit one and two.

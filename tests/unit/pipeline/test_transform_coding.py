@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.output_head import OutputHead
-from pipeline.transform_coding import (
+from pipeline.targets.transform_coding import (
     DigitClass,
     TransformCode,
     code_arrays,

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.divergences import Divergence
-from pipeline.logits_statistics import LogitsStatistics, Sought, logits_statistics
-from pipeline.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, SampledTail, StudentEvents
+from pipeline.losses.divergences import Divergence
+from pipeline.losses.logits_statistics import LogitsStatistics, Sought, logits_statistics
+from pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, SampledTail, StudentEvents
+from pipeline.losses.vocabulary_losses import vocabulary_losses
 from pipeline.output_head import OutputHead
-from pipeline.vocabulary_losses import vocabulary_losses
 
 C, V, K = 9, 50, 6
 TEMPERATURES = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
@@ -34,7 +34,7 @@ def rest_of(logits: Tensor, ids: Tensor) -> Tensor:
 @pytest.fixture(params=[1, 2, 4, 100])
 def rows_of_a_block(request, monkeypatch) -> None:
     """The last block is shorter for some."""
-    monkeypatch.setattr("pipeline.row_blocks._BLOCK_BYTES", 4 * V * request.param)
+    monkeypatch.setattr("pipeline.targets.row_blocks._BLOCK_BYTES", 4 * V * request.param)
 
 
 @pytest.mark.usefixtures("rows_of_a_block")

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from pipeline.distiller import Distiller, Loss, LossWeights, TargetForms
-from pipeline.divergences import Divergence
-from pipeline.encodings import StateForm
-from pipeline.hidden_terms import HiddenForm
+from pipeline.losses.divergences import Divergence
+from pipeline.losses.hidden_terms import HiddenForm
 from pipeline.projectors import create_projectors
 from pipeline.student_forward import StudentForward
+from pipeline.targets.encodings import StateForm
 from pipeline.warm_start import fit_projectors
 
 LAYER_MAP = {1: 2, 3: 5}

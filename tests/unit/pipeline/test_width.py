@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cache.errors import ModelError
-from pipeline.axes import parameter_axes
 from pipeline.models import take_apart
-from pipeline.norms import scaled_weight
-from pipeline.width import (
+from pipeline.students.axes import parameter_axes
+from pipeline.students.norms import scaled_weight
+from pipeline.students.width import (
     channel_importances,
     most_important,
     narrow_mlps,

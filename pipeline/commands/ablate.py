@@ -1,0 +1,41 @@
+"""The `coldstill ablate` command."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.endings import UNFINISHED, one_line_errors
+from pipeline.commands.shared import JsonOption, OverridesArgument, call, print_json, print_lines, quieten_libraries
+
+SweepArgument = Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep, a YAML file.", show_default=False)]
+
+
+def ablate(
+    sweep: SweepArgument,
+    overrides: OverridesArgument = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run again what failed.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare variants of a recipe over several seeds: what is complete is not run again, the teacher runs once.
+
+    Exit code 1 where runs failed.
+    """
+    with one_line_errors():
+        quieten_libraries()
+        result = call("ablate", sweep, overrides or [], retry=retry, say=_say)
+        if as_json:
+            print_json(result)
+        else:
+            from pipeline.commands.summaries import console
+            from pipeline.commands.sweep_tables import sweep_lines, sweep_tables
+
+            for table in sweep_tables(result):
+                console().print(table)
+            print_lines(sweep_lines(result))
+        if any(run.status == "failed" for variant in result.variants for run in variant.runs):
+            raise typer.Exit(UNFINISHED)
+
+
+def _say(line: str) -> None:
+    typer.echo(f"coldstill: {line}", err=True)

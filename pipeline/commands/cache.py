@@ -1,0 +1,158 @@
+"""The `coldstill cache` commands: list, check, repair and remove stores."""
+
+import contextlib
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from cache.errors import ColdstillError, RecipeError, StoreError
+from pipeline.commands.endings import DAMAGED, one_line_errors
+from pipeline.commands.shared import (
+    JsonOption,
+    OverridesArgument,
+    RecipeArgument,
+    call,
+    print_json,
+    print_lines,
+    quieten_libraries,
+    run_stage,
+)
+
+cache_app = typer.Typer(name="cache", no_args_is_help=True, help="List, check, repair and remove stores.")
+
+RootArgument = Annotated[str, typer.Argument(help="What recipes name as `cache`: a folder or a URL.")]
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", help="Its name, or the beginning of it, where there are several.", show_default=False),
+]
+
+
+@cache_app.command("ls")
+def list_stores(root: RootArgument = "caches", as_json: JsonOption = False) -> None:
+    """List the stores of a root."""
+    with one_line_errors():
+        from cache.inventory import describe_store, list_stores
+        from pipeline.commands import summaries
+
+        stores, damaged = [], []
+        for name in list_stores(root):
+            try:
+                stores.append(describe_store(root, name))
+            except StoreError as error:
+                damaged.append(str(error))
+        if as_json:
+            print_json({"stores": stores, "damaged": damaged})
+        else:
+            summaries.console().print(summaries.store_table(stores))
+        for message in damaged:
+            typer.echo(f"coldstill: {message}", err=True)
+        if damaged:
+            raise typer.Exit(DAMAGED)
+
+
+@cache_app.command("info")
+def show_store(root: RootArgument = "caches", store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Show columns, share complete, size, age, teacher and selections of a store, or of all in a root."""
+    with one_line_errors():
+        from cache.inventory import choose_stores, describe_store
+        from pipeline.commands import summaries
+
+        described = [describe_store(root, name) for name in choose_stores(root, store)]
+        if as_json:
+            print_json(described)
+            return
+        for summary in described:
+            print_lines(summaries.store_lines(summary))
+            summaries.console().print(summaries.column_table(summary))
+            summaries.console().print(summaries.selection_table(summary))
+
+
+@cache_app.command("verify")
+def verify_root(
+    root: RootArgument = "caches",
+    live: Annotated[
+        int | None,
+        typer.Option(
+            "--live",
+            metavar="N",
+            min=1,
+            help="Also run the teacher again over N rows of a store, and compare every column.",
+            show_default=False,
+        ),
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option("--store", help="Of --live: the store's name, or the beginning of it.", show_default=False),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", metavar="PATH", help="Of --live: where the teacher is now.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every byte of a root and hold it against its checksum; exit code 1 where anything is wrong."""
+    with one_line_errors():
+        from cache.root_audit import verify
+        from pipeline.commands import summaries
+
+        if live is None and (store or teacher):
+            raise RecipeError("--store and --teacher belong to --live N; without it all stores are read, by no teacher")
+        audit = verify(root)
+        if not as_json:
+            print_lines(summaries.verify_lines(audit))
+        checked = None
+        if live is not None and audit.is_clean:
+            quieten_libraries()
+            checked = call("live_check", root, store=store, num_rows=live, teacher_path=teacher)
+        if as_json:
+            answer = {**dataclasses.asdict(audit), "is_clean": audit.is_clean}
+            found = checked and {**dataclasses.asdict(checked), "is_within": checked.is_within}
+            print_json(answer if live is None else {**answer, "live": found})
+        elif checked:
+            summaries.console().print(summaries.live_table(checked))
+            print_lines(summaries.live_lines(checked))
+        if not audit.is_clean or (checked and not checked.is_within):
+            raise typer.Exit(DAMAGED)
+
+
+@cache_app.command("repair")
+def repair_store(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+    """Drop exactly what is damaged in the store of a recipe's teacher, and compute it again."""
+    with one_line_errors():
+        from pipeline.commands import summaries
+
+        result = run_stage("repair", recipe, overrides)
+        if as_json:
+            print_json(result)
+        else:
+            print_lines(summaries.repair_lines(result))
+
+
+@cache_app.command("rm")
+def remove(
+    root: RootArgument = "caches",
+    store: StoreOption = None,
+    column: Annotated[str | None, typer.Option(help="Remove only this column.", show_default=False)] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove a store, or one column of it."""
+    with one_line_errors():
+        from cache.inventory import choose_stores, describe_store, remove_column, remove_store
+        from cache.store import open_store, store_path
+        from pipeline.commands import summaries
+
+        (name,) = choose_stores(root, store, just_one=True)
+        path = store_path(root, name)
+        what = f"column {column} of {path}" if column else path
+        if not column:
+            # What cannot be opened can still be removed.
+            with contextlib.suppress(ColdstillError):
+                what = f"{path}: {summaries.what_is_lost(describe_store(root, name))}"
+        if not yes:
+            typer.confirm(f"remove {what}?", abort=True, err=True)
+        if column:
+            remove_column(open_store(path), column)
+        else:
+            remove_store(root, name)
+        print(f"removed {what}")

@@ -1,0 +1,1 @@
+"""A recipe's output folder, and what is published and found by a recipe."""

@@ -1,0 +1,1 @@
+"""What stage one is made of: requests, shards, calibrations, workers."""

@@ -1,0 +1,120 @@
+"""Where students are: the path that a recipe names, or the folder of a student that was pruned for it.
+
+Pruned students are kept beside the stores by content. A root on object storage keeps them there too, and each machine
+has a copy in a local folder, which is what transformers reads. `checksums.json` is written last: a student without it
+was never finished.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cache.array_object import REPAIR_HINT
+from cache.errors import CorruptError, StoreNotFoundError
+from cache.index import read_entry, write_entry
+from cache.objects import Objects, open_objects
+from cache.student_files import CHECKSUMS, STUDENTS, find_damage
+from pipeline.config import Recipe
+from pipeline.models import resolve_folder
+from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE
+from pipeline.runs.index import rows_key
+from pipeline.whole import whole_folder
+
+_RECORD = (PROVENANCE_FILE, RECIPE_FILE)
+
+
+def students_folder(recipe: Recipe) -> Path:
+    """Give the local folder that pruned students are in: beside the stores, or a copy where those are remote."""
+    if "://" not in recipe.cache:
+        return Path(recipe.cache) / STUDENTS
+    if recipe.local_copy is not None:
+        return Path(recipe.local_copy) / STUDENTS
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_home) / "coldstill" / STUDENTS
+
+
+def publish_student(recipe: Recipe, folder: Path) -> None:
+    """Let the recipe's teacher, data and student sections lead to a pruned student."""
+    if "://" in recipe.cache:
+        _upload(open_objects(recipe.cache), folder)
+    write_entry(recipe.cache, "student", _student_key(recipe), {"folder": folder.name})
+
+
+def find_student(recipe: Recipe) -> Path:
+    """Find the folder of a recipe's student: the path that it names, or the student pruned for it.
+
+    Raises:
+        ModelError: The path leads to no model.
+        StoreNotFoundError: The student was not pruned yet, or its folder is gone.
+        CorruptError: The pruned student's files are not what was written.
+    """
+    if recipe.student.path is not None:
+        return resolve_folder(recipe.student.path, revision=recipe.student.revision)
+    folder = students_folder(recipe) / read_entry(recipe.cache, "student", _student_key(recipe))["folder"]
+    if not has_student(recipe, folder):
+        raise StoreNotFoundError(f"the pruned student in {folder} is gone; run: coldstill prune")
+    check_student_files(folder)
+    return folder
+
+
+def has_student(recipe: Recipe, folder: Path) -> bool:
+    """Whether a pruned student is there, after it was copied from object storage where it has to be.
+
+    Raises:
+        CorruptError: The student on object storage is not what was written.
+    """
+    is_there = (folder / CHECKSUMS).is_file()
+    if "://" not in recipe.cache:
+        return is_there
+    if is_there and find_damage(open_objects(folder.parent), folder.name) is None:
+        return True
+    objects = open_objects(recipe.cache)
+    remote = f"{STUDENTS}/{folder.name}"
+    if not objects.exists(f"{remote}/{CHECKSUMS}"):
+        return False
+    with whole_folder(folder) as partial:
+        for name in objects.files(remote):
+            (partial / name).write_bytes(objects.read(f"{remote}/{name}"))
+        if what := find_damage(open_objects(folder.parent), partial.name):
+            raise CorruptError(f"the pruned student in {recipe.cache}/{remote} is corrupt: {what}; {REPAIR_HINT}")
+    return True
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the sha256 of every file that makes a student what it is; with that it is complete.
+
+    The record of how it was made is left out: two machines that make the same student make the same checksums.
+    """
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in _RECORD]
+    sums = {file.name: _sha256(file) for file in files}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def check_student_files(folder: Path) -> None:
+    """Hold a pruned student's files against their checksums.
+
+    Raises:
+        CorruptError: One is missing or altered.
+    """
+    if what := find_damage(open_objects(folder.parent), folder.name):
+        raise CorruptError(f"the pruned student in {folder} is corrupt: {what}; {REPAIR_HINT}")
+
+
+def _student_key(recipe: Recipe) -> dict[str, Any]:
+    # What is trained of it decides nothing of what was cut.
+    return {**rows_key(recipe), "student": recipe.student.model_dump(exclude={"lora"})}
+
+
+def _upload(objects: Objects, folder: Path) -> None:
+    remote = f"{STUDENTS}/{folder.name}"
+    if objects.exists(f"{remote}/{CHECKSUMS}"):
+        return
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == CHECKSUMS):
+        objects.write(f"{remote}/{file.name}", file.read_bytes())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,185 @@
+"""Make a student of a teacher: cut in depth, then its MLPs, then its residual stream; or designed after it.
+
+Each step measures on the model that the step before it left. Knows models and rows, not where students are kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from cache.errors import RecipeError
+from pipeline.models import ModelParts, take_apart, text_config
+from pipeline.student_config import InitConfig, PruneConfig, PruneMlpConfig
+from pipeline.students.axes import mlp_size
+from pipeline.students.depth import block_importances, check_prune, choose_kept_blocks, cut_blocks, num_removed
+from pipeline.students.designs import Design, block_positions, design_student
+from pipeline.students.interpolation import interpolate
+from pipeline.students.pruning_report import pruning_report
+from pipeline.students.width import (
+    channel_importances,
+    most_important,
+    narrow_mlps,
+    narrow_stream,
+    neuron_importances,
+    neurons_kept,
+)
+
+_DIGITS = 6  # of importances, as a record keeps them
+
+
+@dataclass(frozen=True)
+class MadeStudent:
+    """A student as it was made.
+
+    Attributes:
+        model: The student.
+        report: What was cut and what that cost (`pipeline.students.pruning_report`).
+    """
+
+    model: PreTrainedModel
+    report: dict[str, Any]
+
+
+def check_student_section(section: PruneConfig | InitConfig, teacher: PreTrainedConfig) -> None:
+    """Refuse, before any work, a student that cannot be made of a teacher with this config.
+
+    Raises:
+        RecipeError: It would cut what is not there, or nothing.
+        ModelError: The teacher's architecture cannot be narrowed.
+    """
+    if isinstance(section, InitConfig):
+        _design_of(section, teacher)
+        return
+    config = text_config(teacher)
+    if section.layers is not None:
+        check_prune(section.layers, num_blocks=config.num_hidden_layers)
+    if section.mlp is not None:
+        _check_below(
+            _mlp_size_wanted(section.mlp, config.intermediate_size), config.intermediate_size, "mlp", "neurons"
+        )
+    if section.hidden is not None:
+        _check_below(section.hidden.size, config.hidden_size, "hidden", "channels")
+
+
+def num_student_blocks(section: PruneConfig | InitConfig, teacher: PreTrainedConfig) -> int:
+    """Give how many blocks the student will have."""
+    if isinstance(section, InitConfig):
+        return _design_of(section, teacher).num_blocks
+    removed = 0 if section.layers is None else num_removed(section.layers)
+    return int(text_config(teacher).num_hidden_layers) - removed
+
+
+def kept_blocks_before_measuring(section: PruneConfig | InitConfig, teacher: PreTrainedConfig) -> list[int] | None:
+    """Give the teacher blocks that the student will be cut from; None where only a measurement decides them."""
+    num_blocks = int(text_config(teacher).num_hidden_layers)
+    if isinstance(section, InitConfig):
+        return _design_blocks(section, _design_of(section, teacher), num_blocks)
+    if section.layers is None:
+        return list(range(num_blocks))
+    if section.layers.method == "importance":
+        return None
+    return choose_kept_blocks(section.layers, num_blocks=num_blocks)
+
+
+def make_student(
+    section: PruneConfig | InitConfig, teacher: ModelParts, rows: Sequence[Tensor], *, teacher_loss: float
+) -> MadeStudent:
+    """Make a student; the teacher is left as it was.
+
+    Args:
+        section: How.
+        teacher: The teacher.
+        rows: Calibration rows of token ids, [T] each.
+        teacher_loss: The teacher's mean cross entropy over them, in nats a token.
+
+    Raises:
+        ModelError: The teacher's architecture cannot be narrowed so.
+    """
+    facts: dict[str, Any] = {}
+    if isinstance(section, PruneConfig):
+        model = _prune(section, teacher, rows, facts)
+    else:
+        model = _initialise(section, teacher, rows)
+    kind = _kind(section)
+    return MadeStudent(
+        model, {"kind": kind, **pruning_report(teacher, model, rows, teacher_loss=teacher_loss), **facts}
+    )
+
+
+def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]) -> PreTrainedModel:
+    kept = list(range(len(teacher.blocks)))
+    if section.layers is not None:
+        importances = block_importances(teacher, rows) if section.layers.method == "importance" else None
+        facts["block_importances"] = importances and [round(value, _DIGITS) for value in importances]
+        kept = choose_kept_blocks(section.layers, num_blocks=len(teacher.blocks), importances=importances)
+    parts = take_apart(cut_blocks(teacher, kept))
+    if section.mlp is not None:
+        wanted = _mlp_size_wanted(section.mlp, mlp_size(parts))
+        parts = take_apart(_narrow_mlps(parts, wanted, rows, method=section.mlp.method))
+    if section.hidden is not None:
+        parts = take_apart(_narrow_stream(parts, section.hidden.size, rows))
+    return parts.model
+
+
+def _initialise(section: InitConfig, teacher: ModelParts, rows: Sequence[Tensor]) -> PreTrainedModel:
+    design = _design_of(section, teacher.model.config)
+    if section.weights == "interpolate":
+        return interpolate(teacher, design)
+    blocks = _design_blocks(section, design, len(teacher.blocks))
+    assert blocks is not None
+    parts = take_apart(cut_blocks(teacher, blocks))
+    copies = section.weights == "copy"
+    if design.mlp_size < mlp_size(parts):
+        if copies:
+            parts = take_apart(_narrow_mlps(parts, design.mlp_size, rows, method="activations"))
+        else:
+            parts = take_apart(narrow_mlps(parts, [torch.arange(design.mlp_size)] * len(parts.blocks)))
+    if design.hidden_size < parts.hidden_size:
+        if copies:
+            parts = take_apart(_narrow_stream(parts, design.hidden_size, rows))
+        else:
+            parts = take_apart(narrow_stream(parts, torch.arange(design.hidden_size), rows=[]))
+    return parts.model
+
+
+def _narrow_mlps(parts: ModelParts, size: int, rows: Sequence[Tensor], *, method: str) -> PreTrainedModel:
+    importances = neuron_importances(parts, rows, method=method)
+    return narrow_mlps(parts, [most_important(of_block, size) for of_block in importances])
+
+
+def _narrow_stream(parts: ModelParts, size: int, rows: Sequence[Tensor]) -> PreTrainedModel:
+    return narrow_stream(parts, most_important(channel_importances(parts, rows), size), rows)
+
+
+def _design_of(section: InitConfig, teacher: PreTrainedConfig) -> Design:
+    return design_student(teacher, parameters=section.parameters, compression=section.compression, shape=section.shape)
+
+
+def _design_blocks(section: InitConfig, design: Design, num_blocks: int) -> list[int] | None:
+    """Give the teacher blocks that a designed student takes; None where its blocks lie between them."""
+    if section.weights == "interpolate":
+        return None
+    if section.weights == "truncate":
+        return list(range(design.num_blocks))
+    return [round(position) for position in block_positions(num_blocks, design.num_blocks)]
+
+
+def _mlp_size_wanted(section: PruneMlpConfig, size: int) -> int:
+    return section.size if section.size is not None else neurons_kept(section.keep or 1.0, size)
+
+
+def _check_below(wanted: int, size: int, section: str, what: str) -> None:
+    if wanted >= size:
+        raise RecipeError(
+            f"student.prune.{section} keeps {wanted} {what}, but the teacher has {size}: nothing would be cut"
+        )
+
+
+def _kind(section: PruneConfig | InitConfig) -> str:
+    if isinstance(section, InitConfig):
+        return "init"
+    return "depth_and_width" if section.is_deep and section.is_wide else "depth" if section.is_deep else "width"

@@ -1,0 +1,67 @@
+"""Which recipes of a sweep give the same result: those are one run, with one key.
+
+A key is a digest of what changes a result: teacher, data, student, targets, mapping, projector, loss and training, with
+the seed. Not of where things are or how they are carried out: output, cache, batch size of the teacher, devices,
+workers, logging, saving; nor of how models are judged, which a trained student can be again. What has no effect does
+not count either: without hidden terms the mapping, the projectors and the stored blocks, without a divergence the
+stored logits and the temperature. It is known before stage one, so local files count by where they lie, however that
+is written: a model or text that was replaced in its place is noticed by stage two.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from cache.identity import digest_of
+from pipeline.config import HiddenTargetConfig, LogitsTargetConfig, MappingConfig, ProjectorConfig, Recipe
+from pipeline.loss_config import LossConfig
+from pipeline.runs.folder import decisive_sections
+from pipeline.runs.index import rows_key
+
+_KEY_CHARS = 12
+_LOCAL_KEYS = ("path", "data_dir", "data_files")
+_DIVERGENCE_KEYS = ("temperature", "divergence", "divergence_weight", "selective_k", "selective_entropy")
+
+
+def canonical(recipe: Recipe) -> Recipe:
+    """Give the recipe with the same result whose idle sections are as they are by default, or keep nothing."""
+    loss, targets = recipe.loss, recipe.targets
+    idle = {}
+    if not loss.ever("beta"):
+        idle = {name: LossConfig.model_fields[name].default for name in _DIVERGENCE_KEYS}
+        idle["schedule"] = loss.schedule.model_copy(update={"temperature": None})
+        targets = targets.model_copy(update={"logits": LogitsTargetConfig(kind="none")})
+    if not loss.ever("gamma"):
+        idle["hidden"] = LossConfig.model_fields["hidden"].default
+    if not loss.ever("delta"):
+        idle["dynamics"] = LossConfig.model_fields["dynamics"].default
+    changes: dict[str, Any] = {"loss": loss.model_copy(update=idle)}
+    if not loss.needs_hidden:
+        targets = targets.model_copy(update={"hidden": HiddenTargetConfig(blocks="none")})
+        changes |= {"mapping": MappingConfig(), "projector": ProjectorConfig()}
+    if recipe.student.path is not None:
+        changes["student"] = recipe.student.model_copy(update={"path": _plain(recipe.student.path)})
+    return recipe.model_copy(update={**changes, "targets": targets})
+
+
+def sweep_key(recipe: Recipe) -> str:
+    """Name the run of a recipe; the same for all recipes that give its result."""
+    sections = {**decisive_sections(canonical(recipe)), **rows_key(recipe)}
+    sections["teacher"] = _with_plain_paths(sections["teacher"])
+    sections["data"] |= {split: _with_plain_paths(sections["data"][split]) for split in ("train", "eval")}
+    del sections["student"]["trust_remote_code"]
+    return digest_of(sections)[:_KEY_CHARS]
+
+
+def _with_plain_paths(section: dict[str, Any]) -> dict[str, Any]:
+    return {key: _plain(value) if key in _LOCAL_KEYS else value for key, value in section.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Write a path in one way, whether absolute or not; names on the hub and URLs stay as they are."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if not isinstance(value, str) or "://" in value:
+        return value
+    path = Path(os.path.normpath(value))
+    return str(path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path)

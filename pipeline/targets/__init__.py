@@ -1,0 +1,1 @@
+"""What is stored of a teacher: columns, their encodings, and how they are read back."""
