@@ -222,11 +222,17 @@ def forget_clients() -> None:
 
 @dataclass
 class Place:
-    """A teacher, a text and what a run in a local cache made of them."""
+    """A teacher, a text and what a run in a local cache made of them.
+
+    Attributes:
+        tree: What `precompute` wrote of stores and index.
+        evaluated: The same after `train` and `evaluate`, which keeps there what it measured.
+    """
 
     folder: Path
     coldstill: Callable[..., Any]
     tree: dict[str, bytes] = field(default_factory=dict)
+    evaluated: dict[str, bytes] = field(default_factory=dict)
     weights: bytes = b""
     student: bytes = b""
     evaluation: dict[str, Any] = field(default_factory=dict)
@@ -273,6 +279,12 @@ def in_this_process(*arguments: Any, expect: int = 0) -> Any:
     return result
 
 
+def local_tree(cache: Path) -> dict[str, bytes]:
+    """Give every file of the stores and the index."""
+    files = [path for path in cache.rglob("*") if path.is_file() and "students" not in path.parts]
+    return {str(path.relative_to(cache)): path.read_bytes() for path in files}
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], corpus: list[str]) -> Place:
     """Make the teacher's folder and the text, and run all stages with a local cache."""
@@ -285,10 +297,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cache.rows.SHARD_TOKENS", SHARD_TOKENS)
         in_this_process("precompute", recipe)
+        made.tree = local_tree(cache)
         in_this_process("train", recipe)
         made.evaluation = json.loads(in_this_process("evaluate", recipe, "--json").stdout)
-    files = [path for path in cache.rglob("*") if path.is_file() and "students" not in path.parts]
-    made.tree = {str(path.relative_to(cache)): path.read_bytes() for path in files}
+    made.evaluated = local_tree(cache)
     made.weights = (folder / "local/run/student/model.safetensors").read_bytes()
     (student,) = cache.glob("students/*/model.safetensors")
     made.student = student.read_bytes()
@@ -371,7 +383,7 @@ def test_all_stages_over_a_bucket_give_the_bytes_of_a_local_cache(
     assert endpoint.read(bucket, weights) == place.student
     assert (tmp_path / "home/coldstill" / weights).read_bytes() == place.student
     assert json.loads(in_this_process("precompute", recipe, "--json").stdout)["computed_tokens"] == 0
-    assert endpoint.tree(bucket) == place.tree
+    assert endpoint.tree(bucket) == place.evaluated
 
 
 def test_another_machine_trains_from_the_bucket_alone(
