@@ -17,7 +17,6 @@ from cache.errors import RecipeError
 from pipeline.commands.ablate import ablate
 from pipeline.commands.advise import advise
 from pipeline.commands.cache import cache_app
-from pipeline.commands.endings import one_line_errors
 from pipeline.commands.report import report
 from pipeline.commands.shared import (
     JsonOption,
@@ -32,6 +31,7 @@ from pipeline.commands.shared import (
     run_stage,
     speaks,
 )
+from pipeline.endings import one_line_errors
 
 app = typer.Typer(
     name="coldstill",

@@ -35,11 +35,11 @@ from pipeline.models import load_model
 from pipeline.planning.fidelity import FidelityJudge
 from pipeline.precompute import precompute
 from pipeline.recipe_file import parse_recipe
-from pipeline.runs.index import RunRows, find_run_rows
+from pipeline.run_index import RunRows, find_run_rows
 from pipeline.stage_one.byte_estimates import measured_bytes
 from pipeline.students.folders import find_student
+from pipeline.target_forms import read_batch, read_logits
 from pipeline.targets.columns import columns_of
-from pipeline.targets.target_forms import read_batch, read_logits
 from pipeline.teacher import Teacher
 
 TEMPERATURES = (1.0, 2.0, 4.0)

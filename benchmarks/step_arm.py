@@ -24,7 +24,7 @@ from pipeline.forward import block_outputs
 from pipeline.pairing import layer_map_of
 from pipeline.peak_memory import peak_memory_bytes
 from pipeline.recipe_file import load_recipe
-from pipeline.runs.index import find_run_rows
+from pipeline.run_index import find_run_rows
 from pipeline.students.folders import find_student
 from pipeline.trainer_setup import create_trainer
 

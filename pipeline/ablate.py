@@ -14,17 +14,17 @@ from typing import Any
 
 from cache.errors import ColdstillError, RecipeError, StoreError
 from cache.identity import digest_of
-from pipeline.commands.summaries import format_duration
 from pipeline.config import Recipe
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE
 from pipeline.recipe_file import dump_recipe, load_recipe
+from pipeline.run_index import find_run_rows, trained_student
 from pipeline.runs.folder import check_claim, claimed_run, decisive_sections, finished_summary, run_key
-from pipeline.runs.index import find_run_rows, trained_student
 from pipeline.sweeps.file import Sweep, load_sweep
 from pipeline.sweeps.keys import canonical, sweep_key
 from pipeline.sweeps.processes import Outcome, run_command
 from pipeline.sweeps.results import SweepResult, measures_of, output_of, read_sweep
 from pipeline.sweeps.state import SweepState, hold_sweep
+from pipeline.units import format_duration
 from pipeline.whole import write_whole
 
 # Of `evaluate`, what changes nothing but how fast models are judged.

@@ -24,7 +24,7 @@ from pipeline.config import Recipe
 from pipeline.forward import pad_rows
 from pipeline.models import check_vocabularies, identify, load_config, load_model, resolve_device
 from pipeline.provenance import write_record
-from pipeline.runs.index import RunRows, find_run_rows, trained_student
+from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.runs.model_card import update_card
 from pipeline.student_forward import StudentForward
 from pipeline.students.folders import find_student

@@ -19,7 +19,7 @@ from pipeline.data import tokenizer_digest
 from pipeline.models import text_config
 from pipeline.provenance import PROVENANCE_FILE, write_record
 from pipeline.prune import PreparedStudent, prepare_student
-from pipeline.runs.index import RunRows, publish_run_rows
+from pipeline.run_index import RunRows, publish_run_rows
 from pipeline.stage_one.calibrate import calibrate, missing_calibrations
 from pipeline.stage_one.requests import (
     SPLITS,

@@ -10,8 +10,8 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from cache.errors import HubError, RecipeError, StoreNotFoundError
+from pipeline.run_index import STUDENT
 from pipeline.runs.folder import folder_named
-from pipeline.runs.index import STUDENT
 from pipeline.runs.model_card import has_numbers
 from pipeline.sweeps.results import is_sweep
 

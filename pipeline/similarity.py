@@ -27,11 +27,11 @@ from pipeline.forward import block_outputs
 from pipeline.models import find_structure, load_config, load_model, resolve_device, text_config
 from pipeline.projectors import create_projectors
 from pipeline.provenance import PROVENANCE_FILE
-from pipeline.runs.index import RunRows, find_run_rows, trained_student
+from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.similarity_measures import cka_matrix, cosine_matrix, mean_cosine
 from pipeline.students.folders import find_student
+from pipeline.target_forms import column_axes, target_forms
 from pipeline.targets.columns import hidden_block, hidden_form
-from pipeline.targets.target_forms import column_axes, target_forms
 from pipeline.trainer import PROJECTORS_FILE
 from pipeline.whole import write_whole
 

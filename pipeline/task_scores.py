@@ -24,7 +24,7 @@ from pipeline.retention import (
     independent,
     retention,
 )
-from pipeline.runs.index import RunRows
+from pipeline.run_index import RunRows
 from pipeline.tasks import LoadedTask, TaskScore, answer, harness_version
 from pipeline.teacher import Teacher
 

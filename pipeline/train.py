@@ -14,6 +14,7 @@ from pipeline.models import (
     resolve_folder,
 )
 from pipeline.peak_memory import peak_memory_bytes
+from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.runs.folder import (
     check_claim,
     claim,
@@ -26,7 +27,6 @@ from pipeline.runs.folder import (
     sweep_checkpoints,
     write_metrics,
 )
-from pipeline.runs.index import RunRows, find_run_rows, trained_student
 from pipeline.runs.model_card import model_card
 from pipeline.students.folders import find_student
 from pipeline.trainer import UniversalDistillationTrainer

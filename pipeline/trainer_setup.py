@@ -20,12 +20,12 @@ from pipeline.losses.schedules import Schedule
 from pipeline.models import check_vocabularies, load_config, load_model, load_tokenizer, text_config
 from pipeline.pairing import layer_map_of
 from pipeline.projectors import create_projectors
+from pipeline.run_index import RunRows
 from pipeline.runs.folder import checkpoints_folder
-from pipeline.runs.index import RunRows
 from pipeline.selective_checkpointing import SELECTIVE
 from pipeline.students.adapters import add_adapters
+from pipeline.target_forms import column_axes, logits_columns, target_forms
 from pipeline.targets.columns import columns_of
-from pipeline.targets.target_forms import column_axes, logits_columns, target_forms
 from pipeline.trainer import UniversalDistillationTrainer
 
 _READERS = 2

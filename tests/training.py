@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pipeline.config import Recipe
-from pipeline.runs.index import find_run_rows
+from pipeline.run_index import find_run_rows
 from pipeline.students.folders import find_student
 from pipeline.trainer_setup import create_trainer
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.endings import UNFINISHED, one_line_errors
 from pipeline.commands.shared import JsonOption, OverridesArgument, call, print_json, print_lines, quieten_libraries
+from pipeline.endings import UNFINISHED, one_line_errors
 
 SweepArgument = Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep, a YAML file.", show_default=False)]
 

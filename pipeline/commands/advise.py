@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.endings import one_line_errors
 from pipeline.commands.shared import JsonOption, OverridesArgument, RecipeArgument, print_json, print_lines, run_stage
+from pipeline.endings import one_line_errors
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
     from pipeline.advise import NextStep

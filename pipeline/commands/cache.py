@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from cache.errors import ColdstillError, RecipeError, StoreError
-from pipeline.commands.endings import DAMAGED, one_line_errors
 from pipeline.commands.shared import (
     JsonOption,
     OverridesArgument,
@@ -18,6 +17,7 @@ from pipeline.commands.shared import (
     quieten_libraries,
     run_stage,
 )
+from pipeline.endings import DAMAGED, one_line_errors
 
 cache_app = typer.Typer(name="cache", no_args_is_help=True, help="List, check, repair and remove stores.")
 

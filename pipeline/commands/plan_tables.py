@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from pipeline.commands.summaries import console, format_size
+from pipeline.commands.summaries import console
+from pipeline.units import format_size
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from cache.errors import RecipeError
-from pipeline.commands.endings import one_line_errors
 from pipeline.commands.shared import JsonOption, call, print_json, quieten_libraries
+from pipeline.endings import one_line_errors
 
 
 def report(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.units import format_size
+
 if TYPE_CHECKING:  # a listing does not wait for torch
     from cache.inventory import StoreSummary
     from cache.root_audit import RootAudit
@@ -232,22 +234,6 @@ def repair_lines(result: "RepairSummary") -> Iterator[str]:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def format_size(num_bytes: float) -> str:
-    """Give a number of bytes as a person reads it, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:,.0f} B" if unit == "B" else f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.1f} TB"
-
-
-def format_duration(seconds: float) -> str:
-    """Give a time as a person reads it."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _age(age_s: float | None) -> str:

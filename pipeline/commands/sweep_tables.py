@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich.table import Table
 
-from pipeline.commands.summaries import format_duration, format_size
 from pipeline.sweeps.results import RETENTION, SECONDS_PER_POINT, TASK_AVERAGE, SweepResult, before_training
+from pipeline.units import format_duration, format_size
 
 _Formats = Mapping[str, tuple[str, Callable[[float], str]]]
 

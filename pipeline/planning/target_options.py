@@ -17,8 +17,8 @@ from pipeline.planning.fidelity import Fidelity, FidelityJudge
 from pipeline.planning.trial import Trial
 from pipeline.stage_one.byte_estimates import measured_bytes
 from pipeline.students.folders import find_student
+from pipeline.target_forms import logits_columns, read_batch, read_logits
 from pipeline.targets.columns import HIDDEN_PREFIX, columns_of, hidden_form
-from pipeline.targets.target_forms import logits_columns, read_batch, read_logits
 from pipeline.teacher import Teacher
 
 _JUDGED_ROWS = 4

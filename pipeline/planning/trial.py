@@ -21,7 +21,7 @@ from pipeline.config import Recipe
 from pipeline.peak_memory import release_memory
 from pipeline.precompute import PrecomputeSummary, precompute
 from pipeline.recipe_file import dump_recipe, parse_recipe
-from pipeline.runs.index import RunRows, find_run_rows
+from pipeline.run_index import RunRows, find_run_rows
 from pipeline.stage_one.byte_estimates import measured_bytes
 
 _STEPS = 2

@@ -11,7 +11,7 @@ from cache.manifest import Manifest
 from pipeline.config import Recipe
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE
 from pipeline.recipe_file import load_recipe
-from pipeline.runs.index import RunRows, find_run_rows, trained_student
+from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.runs.results import read_evaluation
 from pipeline.stage_one.byte_estimates import measured_bytes
 from pipeline.students.folders import find_student

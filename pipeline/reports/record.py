@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.commands.summaries import format_duration, format_size
 from pipeline.recipe_file import dump_recipe
 from pipeline.reports.data import RunRecord
 from pipeline.reports.page import Block, Code, Folded, Missing, Section, Table, Words
+from pipeline.units import format_duration, format_size
 
 
 def cost_section(run: RunRecord) -> Section:

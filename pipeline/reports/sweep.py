@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from pipeline.commands.summaries import format_duration, format_size
 from pipeline.figures.dots import DotRow, dots_figure
 from pipeline.figures.sheet import Figure
 from pipeline.reports.numbers import MEASURES, heading, list_words, percent, show_measure
@@ -18,6 +17,7 @@ from pipeline.sweeps.results import (
     before_training,
     measures_of,
 )
+from pipeline.units import format_duration, format_size
 
 _Show = Callable[[float], str]
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import yaml
 
-from pipeline.commands.summaries import format_duration
 from pipeline.figures.curves import Points, curve_figure
 from pipeline.figures.sheet import LIGHT, Figure
 from pipeline.recipe_file import load_recipe
@@ -15,6 +14,7 @@ from pipeline.reports.numbers import HIDDEN_UNITS, show_measure
 from pipeline.reports.page import Block, Code, Figures, Folded, Missing, Section, Table
 from pipeline.reports.training import logged
 from pipeline.sweeps.results import RunResult, SweepResult, VariantResult, measures_of
+from pipeline.units import format_duration
 
 _TERMS = {
     "loss_task": "Task loss (cross entropy)",

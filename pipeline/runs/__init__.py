@@ -1,1 +1,1 @@
-"""A recipe's output folder, and what is published and found by a recipe."""
+"""A recipe's output folder: what is kept there, what it says of the trained student, and its card."""

@@ -23,7 +23,7 @@ from cache.identity import digest_of
 from pipeline.config import Recipe
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE, write_record
 from pipeline.recipe_file import load_recipe
-from pipeline.runs.index import RunRows, trained_student
+from pipeline.run_index import RunRows, trained_student
 from pipeline.runs.model_card import CARD_FILE
 from pipeline.students.adapters import has_adapters, merged
 from pipeline.trainer import PROJECTORS_FILE, UniversalDistillationTrainer

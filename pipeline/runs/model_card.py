@@ -15,7 +15,7 @@ from pipeline.loss_config import LossConfig, LossWeight
 from pipeline.losses.divergences import DEFAULT_WEIGHTS
 from pipeline.provenance import RECIPE_FILE
 from pipeline.recipe_file import load_recipe
-from pipeline.runs.index import RunRows, trained_student
+from pipeline.run_index import RunRows, trained_student
 from pipeline.students.pruning_record import describe_cut, read_pruning
 from pipeline.whole import write_whole
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pipeline.config import Recipe
 from pipeline.provenance import PROVENANCE_FILE
-from pipeline.runs.index import trained_student
+from pipeline.run_index import trained_student
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from cache.student_files import CHECKSUMS, STUDENTS, find_damage
 from pipeline.config import Recipe
 from pipeline.models import resolve_folder
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE
-from pipeline.runs.index import rows_key
+from pipeline.run_index import rows_key
 from pipeline.whole import whole_folder
 
 _RECORD = (PROVENANCE_FILE, RECIPE_FILE)

@@ -15,8 +15,8 @@ from typing import Any
 from cache.identity import digest_of
 from pipeline.config import HiddenTargetConfig, LogitsTargetConfig, MappingConfig, ProjectorConfig, Recipe
 from pipeline.loss_config import LossConfig
+from pipeline.run_index import rows_key
 from pipeline.runs.folder import decisive_sections
-from pipeline.runs.index import rows_key
 
 _KEY_CHARS = 12
 _LOCAL_KEYS = ("path", "data_dir", "data_files")

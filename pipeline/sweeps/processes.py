@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cache.processes import process_token
-from pipeline.commands.endings import USER_ERROR
+from pipeline.endings import USER_ERROR
 
 _PROGRAM = Path(__file__).parents[2] / "cli.py"
 _ERROR_PREFIX = "coldstill: "

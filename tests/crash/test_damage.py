@@ -198,7 +198,7 @@ def read_all(store: Store, columns: dict[str, list[str]]) -> dict[str, Any]:
 def readings(place: Place) -> dict[str, Callable[[], Any]]:
     """Give what can be read of a root: the rows of each selection, the output head, and what leads there."""
     from pipeline.recipe_file import load_recipe
-    from pipeline.runs.index import find_run_rows
+    from pipeline.run_index import find_run_rows
     from pipeline.students.folders import find_student
 
     recipe = load_recipe(place.recipe)

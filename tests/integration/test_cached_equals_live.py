@@ -16,7 +16,7 @@ from pipeline.forward import pad_rows
 from pipeline.models import take_apart
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
-from pipeline.runs.index import find_run_rows
+from pipeline.run_index import find_run_rows
 from pipeline.targets.calibrations import read_codes
 from pipeline.targets.encodings import StateForm, decode_state
 from pipeline.targets.token_encodings import decode_tail, decode_topk

@@ -14,7 +14,7 @@ from cache.reader import Reader
 from pipeline.evaluate import evaluate
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
-from pipeline.runs.index import find_run_rows
+from pipeline.run_index import find_run_rows
 from pipeline.students.folders import find_student
 
 

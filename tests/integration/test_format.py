@@ -17,7 +17,7 @@ from cache.manifest import Manifest
 from cache.reader import Reader
 from cache.store import open_store
 from pipeline.recipe_file import load_recipe
-from pipeline.runs.index import find_run_rows
+from pipeline.run_index import find_run_rows
 from pipeline.targets.calibrations import read_codes
 from pipeline.targets.encodings import StateForm, decode_state
 from pipeline.targets.token_encodings import decode_tail, decode_topk

@@ -16,7 +16,7 @@ from cache.store import CONSTANTS, Store
 from pipeline.config import Recipe
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
-from pipeline.runs.index import find_run_rows
+from pipeline.run_index import find_run_rows
 from pipeline.targets.calibrations import read_codes, write_calibration
 from pipeline.targets.transform_coding import TransformCode
 from pipeline.train import train

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from cache.student_files import CHECKSUMS
 from pipeline.provenance import PROVENANCE_FILE
 from pipeline.recipe_file import load_recipe
-from pipeline.runs.index import find_run_rows
+from pipeline.run_index import find_run_rows
 from pipeline.runs.model_card import has_numbers, update_card
 from pipeline.students.folders import find_student, write_checksums
 from pipeline.students.pruning_record import PRUNING_FILE

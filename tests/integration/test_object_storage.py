@@ -32,7 +32,7 @@ from cache import remote_objects
 from cache.objects import open_objects
 from cache.reader import Reader
 from pipeline.recipe_file import load_recipe
-from pipeline.runs.index import find_run_rows
+from pipeline.run_index import find_run_rows
 
 REGION = "us-east-1"
 # Six rows of 24 tokens in each shard.

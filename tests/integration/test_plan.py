@@ -13,7 +13,7 @@ from cache.local_objects import LocalObjects
 from cache.manifest import Manifest
 from cache.store import CONSTANTS
 from pipeline.recipe_file import load_recipe
-from pipeline.runs.index import find_run_rows
+from pipeline.run_index import find_run_rows
 
 FINAL = {"logits": {"kind": "final"}, "hidden": {"encoding": "coded"}}
 

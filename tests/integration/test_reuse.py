@@ -18,7 +18,7 @@ from cache.reader import Reader
 from cache.store import Store, open_store
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
-from pipeline.runs.index import find_run_rows
+from pipeline.run_index import find_run_rows
 from pipeline.students.folders import find_student
 from pipeline.train import train
 

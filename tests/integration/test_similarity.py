@@ -17,7 +17,7 @@ from pipeline.config import Recipe
 from pipeline.forward import block_outputs
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
-from pipeline.runs.index import find_run_rows
+from pipeline.run_index import find_run_rows
 from pipeline.similarity import BlockSimilarity, block_similarity
 from pipeline.students.folders import find_student
 from pipeline.train import train

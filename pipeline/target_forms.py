@@ -25,7 +25,7 @@ from pipeline.losses.logits_targets import (
     LogitsTarget,
     SampledForm,
 )
-from pipeline.runs.index import RunRows
+from pipeline.run_index import RunRows
 from pipeline.targets.calibrations import read_codes
 from pipeline.targets.columns import TargetColumns, columns_of, final_form, hidden_form, logsumexp_name
 from pipeline.targets.stored_head import load_head
