@@ -20,9 +20,10 @@ from pipeline.reports.record import cost_section, record_section
 from pipeline.reports.recovery import recovery_section, recovery_tiles, run_subtitle
 from pipeline.reports.sweep import sweep_page
 from pipeline.reports.training import epochs_section, loss_section
+from pipeline.reports.variants import first_complete
 from pipeline.runs.folder import folder_named
 from pipeline.similarity import BlockSimilarity, block_similarity
-from pipeline.sweeps.results import is_sweep, read_sweep
+from pipeline.sweeps.results import SweepResult, is_sweep, read_sweep
 from pipeline.whole import whole_file, write_whole
 
 REPORT = "report"
@@ -59,7 +60,8 @@ def report(path: Path, *, output: Path | None = None, show_progress: bool = True
     folder = folder_named(path)
     with drawing_style():
         if is_sweep(folder):
-            page = sweep_page(read_sweep(folder), footer=_footer())
+            sweep = read_sweep(folder)
+            page = sweep_page(sweep, _similarities(sweep, show_progress=show_progress), footer=_footer())
         elif is_run(folder):
             page = _run_page(read_run(folder), show_progress=show_progress)
         else:
@@ -70,11 +72,7 @@ def report(path: Path, *, output: Path | None = None, show_progress: bool = True
 
 
 def _run_page(run: RunRecord, *, show_progress: bool) -> Page:
-    found: BlockSimilarity | str
-    try:
-        found = block_similarity(run.recipe, run.layer_map, show_progress=show_progress)
-    except ColdstillError as error:
-        found = str(error)
+    found = _similarity(run, show_progress=show_progress)
     return Page(
         title=run.folder.resolve().name,
         subtitle=run_subtitle(run),
@@ -91,6 +89,20 @@ def _run_page(run: RunRecord, *, show_progress: bool) -> Page:
         ],
         footer=_footer(),
     )
+
+
+def _similarity(run: RunRecord, *, show_progress: bool) -> BlockSimilarity | str:
+    """Compare a run's blocks with the teacher's; where that cannot be done, say why."""
+    try:
+        return block_similarity(run.recipe, run.layer_map, show_progress=show_progress)
+    except ColdstillError as error:
+        return str(error)
+
+
+def _similarities(sweep: SweepResult, *, show_progress: bool) -> dict[str, BlockSimilarity | str]:
+    """Compare the blocks of each variant's first complete run."""
+    runs = {variant.name: run for variant in sweep.variants if (run := first_complete(variant)) is not None}
+    return {name: _similarity(read_run(run.output), show_progress=show_progress) for name, run in runs.items()}
 
 
 def _footer() -> str:

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "task": {"loss.beta": 0, "loss.gamma": 0},
     "task+logits": {"loss.gamma": 0},
@@ -47,9 +49,11 @@ def write_sweep_folder(folder: Path, run: Path, *, seeds: tuple[int, ...] = (1, 
 
 def _write_run(folder: Path, run: Path, variant: str, *, quality: float, seed: int) -> None:
     drawn = random.Random(f"{variant}{seed}")
-    (folder / "student").mkdir(parents=True)
-    for name in ("recipe.yaml", "provenance.json", "config.json"):
-        shutil.copy(run / "student" / name, folder / "student" / name)
+    shutil.copytree(run / "student", folder / "student")
+    weights = load_file(folder / "student" / "model.safetensors")
+    changed = {name: values * drawn.uniform(0.7, 1.3) for name, values in weights.items()}
+    save_file(changed, folder / "student" / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(run / "projectors.safetensors", folder / "projectors.safetensors")
     train = json.loads((run / "train.json").read_text())
     train["summary"]["seconds"] *= drawn.uniform(0.9, 1.1)
     hidden = [

@@ -1,12 +1,13 @@
 """The report of a sweep: its variants side by side, with error bars, their training, their cost, what failed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pipeline.figures.dots import DotRow, dots_figure
 from pipeline.figures.sheet import Figure
 from pipeline.reports.numbers import MEASURES, heading, list_words, percent, show_measure
 from pipeline.reports.page import Block, Figures, Missing, Page, Section, Table, Tile
-from pipeline.reports.variants import training_section, variants_section
+from pipeline.reports.variants import nearest_blocks_section, training_section, variants_section
 from pipeline.sweeps.results import (
     RETENTION,
     SECONDS_PER_POINT,
@@ -18,6 +19,9 @@ from pipeline.sweeps.results import (
     measures_of,
 )
 from pipeline.units import format_duration, format_size
+
+if TYPE_CHECKING:
+    from pipeline.similarity import BlockSimilarity
 
 _Show = Callable[[float], str]
 
@@ -37,8 +41,8 @@ _COSTS: dict[str, tuple[str, _Show, bool]] = {
 _SHARES = ("agreement", RETENTION, TASK_AVERAGE)
 
 
-def sweep_page(sweep: SweepResult, *, footer: str) -> Page:
-    """Give the whole report of a sweep."""
+def sweep_page(sweep: SweepResult, similarities: "Mapping[str, BlockSimilarity | str]", *, footer: str) -> Page:
+    """Give the whole report of a sweep, given how alike the blocks of each variant and of the teacher are."""
     runs = [run for variant in sweep.variants for run in variant.runs]
     counts = {status: sum(run.status == status for run in runs) for status in ("complete", "failed", "pending")}
     said = list_words([f"{count} {status}" for status, count in counts.items() if count])
@@ -49,6 +53,7 @@ def sweep_page(sweep: SweepResult, *, footer: str) -> Page:
         sections=[
             _comparison(sweep),
             training_section(sweep),
+            nearest_blocks_section(similarities),
             _cost(sweep),
             variants_section(sweep),
         ],

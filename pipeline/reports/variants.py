@@ -1,8 +1,8 @@
-"""The sections of a sweep's report on single variants: their training curves, their runs, what they change."""
+"""The sections of a sweep's report on single variants: curves of training, how near blocks come, runs and changes."""
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -10,11 +10,14 @@ from pipeline.figures.curves import Points, curve_figure
 from pipeline.figures.sheet import LIGHT, Figure
 from pipeline.recipe_file import load_recipe
 from pipeline.reports.data import is_run
-from pipeline.reports.numbers import HIDDEN_UNITS, show_measure
-from pipeline.reports.page import Block, Code, Figures, Folded, Missing, Section, Table
+from pipeline.reports.numbers import HIDDEN_UNITS, list_words, show_measure
+from pipeline.reports.page import Block, Code, Figures, Folded, Missing, Section, Table, Words
 from pipeline.reports.training import logged
 from pipeline.sweeps.results import RunResult, SweepResult, VariantResult, measures_of
 from pipeline.units import format_duration
+
+if TYPE_CHECKING:
+    from pipeline.similarity import BlockSimilarity
 
 _TERMS = {
     "loss_task": "Task loss (cross entropy)",
@@ -55,7 +58,7 @@ def _lines(sweep: SweepResult) -> dict[tuple[str, str], dict[str, Points]]:
     """Give, by term and unit, the points of each variant; kinds of hidden loss that differ share no axis."""
     lines: dict[tuple[str, str], dict[str, Points]] = {}
     for variant in sweep.variants:
-        run = _first_complete(variant)
+        run = first_complete(variant)
         if run is None:
             continue
         log = json.loads((run.output / "train.json").read_text())["log"]
@@ -73,6 +76,61 @@ def _lines(sweep: SweepResult) -> dict[tuple[str, str], dict[str, Points]]:
     return {key: lines[key] for key in sorted(lines, key=lambda key: list(_TERMS).index(key[0]))}
 
 
+def nearest_blocks_section(found: "Mapping[str, BlockSimilarity | str]") -> Section:
+    """Draw how near a student's nearest block comes to each of the teacher's, one line a variant.
+
+    Args:
+        found: Of the first complete run of each variant; a text says why nobody knows.
+    """
+    compared = {name: similarity for name, similarity in found.items() if not isinstance(similarity, str)}
+    blocks: list[Block] = []
+    figures = [
+        _nearest_figure(measure, of_measure)
+        for measure in ("cosine", "cka")
+        if (of_measure := {name: one for name, one in compared.items() if one.measure == measure})
+    ]
+    if figures:
+        one = next(iter(compared.values()))
+        said = (
+            f"Of the first seed of each variant, measured on {one.num_positions:,} positions of {one.num_rows} eval "
+            "rows: of all the student's blocks the one that is the most like the teacher's, so that variants compare "
+            "which learned from other blocks, or from none."
+        )
+        blocks += [Figures(figures), Words(said)]
+    reasons: dict[str, list[str]] = {}
+    for name, similarity in found.items():
+        if isinstance(similarity, str):
+            reasons.setdefault(similarity, []).append(name)
+    for reason, names in reasons.items():
+        blocks.append(
+            Missing(f"Blocks of {list_words([repr(name) for name in names])} could not be compared: {reason}")
+        )
+    if not found:
+        blocks.append(Missing("No run is complete yet; run: coldstill ablate"))
+    return Section("similarity", "Block similarity", blocks)
+
+
+def _nearest_figure(measure: str, found: "Mapping[str, BlockSimilarity]") -> Figure:
+    pruned = [_nearest(similarity.teacher_blocks, similarity.pruned) for similarity in found.values()]
+    lines = {"before training": pruned[0]} if all(points == pruned[0] for points in pruned) else {}
+    lines |= {name: _nearest(similarity.teacher_blocks, similarity.recovered) for name, similarity in found.items()}
+    chosen = dict(list(lines.items())[:_MOST_LINES])
+    some = "" if len(chosen) == len(lines) else f" The first {len(chosen)} of {len(lines)} lines are drawn."
+    return curve_figure(
+        f"nearest-blocks-{measure}",
+        "Nearest student block to each teacher block",
+        chosen,
+        x_label="teacher block",
+        y_label="mean cosine" if measure == "cosine" else "linear CKA",
+        caption=f"The higher, the nearer the student's states are to the teacher's; stored blocks only.{some}",
+    )
+
+
+def _nearest(teacher_blocks: Sequence[int], matrix: Sequence[Sequence[float]]) -> Points:
+    """Give, for each teacher block, the highest likeness of any student block; rows of the matrix are the student's."""
+    return [(block, max(row[column] for row in matrix)) for column, block in enumerate(teacher_blocks)]
+
+
 def variants_section(sweep: SweepResult) -> Section:
     """List, for each variant, what it changes and how each of its runs ended; and what all share."""
     blocks: list[Block] = [_folded(variant) for variant in sweep.variants]
@@ -80,7 +138,7 @@ def variants_section(sweep: SweepResult) -> Section:
     if recipes:
         text = yaml.safe_dump(_shared(recipes), sort_keys=False, allow_unicode=True)
         blocks.append(Folded("What all variants share", [Code("resolved recipe, where all agree", text)]))
-    run = next((run for variant in sweep.variants if (run := _first_complete(variant))), None)
+    run = next((run for variant in sweep.variants if (run := first_complete(variant))), None)
     if run is not None:
         record = json.loads((run.output / "student" / "provenance.json").read_text())
         made = {name: record[name] for name in ("store", "teacher", "versions", "hardware") if name in record}
@@ -105,7 +163,8 @@ def _row(run: RunResult) -> list[str]:
     return [str(run.seed), status, *qualities, seconds, run.key]
 
 
-def _first_complete(variant: VariantResult) -> RunResult | None:
+def first_complete(variant: VariantResult) -> RunResult | None:
+    """Give the first run of a variant that is complete, by order of seeds."""
     return next((run for run in variant.runs if run.status == "complete" and is_run(run.output)), None)
 
 

@@ -141,6 +141,24 @@ def test_a_sweep_is_reported_with_its_failures(coldstill: Coldstill, whole_run: 
     assert all(f"<summary>{name}</summary>" in page for name in VARIANTS)
 
 
+def test_a_sweep_says_how_near_each_students_blocks_come_to_the_teachers(
+    coldstill: Coldstill, whole_run: Path, tmp_path: Path
+):
+    write_sweep_folder(tmp_path, whole_run)
+    # One that cannot be compared is named with its reason, and the others are drawn all the same.
+    (tmp_path / "runs" / "31ab" / "projectors.safetensors").unlink()
+    found = json.loads(coldstill("report", tmp_path, "--json").stdout)
+    (reason,) = found["missing"]["similarity"]
+    assert reason.startswith("Blocks of 'all' could not be compared: the projectors of the run are gone")
+    drawn = (tmp_path / "report" / "figures" / "nearest-blocks-cka.svg").read_text()
+    for name, key in (("task", "01ab"), ("task+hidden", "21ab")):
+        kept = json.loads((tmp_path / "runs" / key / "evaluation" / "similarity.json").read_text())["similarity"]
+        nearest = [max(column) for column in zip(*kept["recovered"], strict=True)]
+        assert f"{name} from {nearest[0]:.4g} to {nearest[-1]:.4g}" in drawn
+    before = [max(column) for column in zip(*kept["pruned"], strict=True)]
+    assert f"before training from {before[0]:.4g} to {before[-1]:.4g}" in drawn
+
+
 def test_names_from_records_are_text_and_never_markup(coldstill: Coldstill, whole_run: Path, tmp_path: Path):
     write_sweep_folder(tmp_path, whole_run)
     file = tmp_path / "sweep.json"

@@ -202,4 +202,5 @@ def test_a_figures_own_file_opens_alone(tab: Tab, reports: dict[str, ReportSumma
 def test_the_fixtures_show_what_reports_must_be_able_to_show(reports: dict[str, ReportSummary]):
     blocks = {"similarity-before", "similarity-after", "projector-spectrum", "pairs-cosine", "layer-map"}
     assert blocks <= set(reports["run"].figures)
-    assert {"variants-perplexity", "variants-kl", "variants-agreement"} <= set(reports["sweep"].figures)
+    compared = {"variants-perplexity", "variants-kl", "variants-agreement", "nearest-blocks-cka"}
+    assert compared <= set(reports["sweep"].figures)
