@@ -27,6 +27,7 @@ import boto3
 import pytest
 import s3fs
 import yaml
+from crash.trees import difference
 
 from cache import remote_objects
 from cache.objects import open_objects
@@ -374,7 +375,7 @@ def test_all_stages_over_a_bucket_give_the_bytes_of_a_local_cache(
     bucket = endpoint.make_bucket()
     recipe = place.recipe(tmp_path / "recipe.yaml", f"s3://{bucket}/caches")
     assert f"store      s3://{bucket}/caches/stores/" in in_this_process("precompute", recipe).output
-    assert endpoint.tree(bucket) == place.tree
+    assert difference(endpoint.tree(bucket), place.tree) == {}
     in_this_process("train", recipe)
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == place.weights
     assert json.loads(in_this_process("evaluate", recipe, "--json").stdout)["models"] == place.evaluation["models"]
@@ -383,7 +384,7 @@ def test_all_stages_over_a_bucket_give_the_bytes_of_a_local_cache(
     assert endpoint.read(bucket, weights) == place.student
     assert (tmp_path / "home/coldstill" / weights).read_bytes() == place.student
     assert json.loads(in_this_process("precompute", recipe, "--json").stdout)["computed_tokens"] == 0
-    assert endpoint.tree(bucket) == place.evaluated
+    assert difference(endpoint.tree(bucket), place.evaluated) == {}
 
 
 def test_another_machine_trains_from_the_bucket_alone(
@@ -538,7 +539,7 @@ def test_a_store_in_a_bucket_is_listed_verified_repaired_and_removed(
     repaired = json.loads(in_this_process("cache", "repair", recipe, "--json").stdout)
     assert len(repaired["mended"]["dropped"]) == 2
     assert 0 < repaired["precompute"]["computed_tokens"] <= 2 * SHARD_TOKENS
-    assert endpoint.tree(filled) == place.tree
+    assert difference(endpoint.tree(filled), place.tree) == {}
     in_this_process("cache", "rm", cache, "--column", "hidden/2/int8", "--yes")
     assert not [name for name in endpoint.names(filled) if "/hidden/2/int8/" in name]
     in_this_process("cache", "verify", cache)
@@ -632,7 +633,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     use(endpoint.url)
     result = json.loads(in_this_process("precompute", recipe, "--json").stdout)
     assert 0 < result["computed_tokens"] <= NUM_TOKENS
-    assert endpoint.tree(bucket) == place.tree
+    assert difference(endpoint.tree(bucket), place.tree) == {}
     in_this_process("cache", "verify", f"s3://{bucket}/caches")
 
 
@@ -656,7 +657,7 @@ def test_requests_that_fail_at_random_cost_nothing_but_time(
     code, errors = in_another_process(proxy.url, tmp_path, "precompute", recipe)
     assert code == 0, errors
     assert proxy.num_faults > share * 300, "hardly a request failed"
-    assert endpoint.tree(bucket) == place.tree
+    assert difference(endpoint.tree(bucket), place.tree) == {}
     use(proxy.url)
     in_this_process("train", recipe)
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == place.weights
@@ -687,7 +688,7 @@ def test_an_endpoint_that_goes_down_is_one_line_and_nothing_is_lost(
     if last_good == 400:
         assert committed
         assert result["computed_tokens"] < NUM_TOKENS, "what was committed was computed again"
-    assert endpoint.tree(bucket) == place.tree
+    assert difference(endpoint.tree(bucket), place.tree) == {}
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of any fork beside threads
