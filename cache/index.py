@@ -45,6 +45,14 @@ def read_entry(root: str, kind: str, key: Any) -> dict[str, Any]:
         raise CorruptError(f"{root}/{name} is corrupt; run: coldstill precompute") from None
 
 
+def kept_entry(root: str, kind: str, key: Any) -> dict[str, Any] | None:
+    """Give what a key leads to; None where nothing does, or what was written there is damaged and worth another try."""
+    try:
+        return read_entry(root, kind, key)
+    except (StoreNotFoundError, CorruptError):
+        return None
+
+
 def parse_entry(name: str, data: bytes) -> dict[str, Any]:
     """Give the value of an entry's file, held against its check and its name.
 

@@ -5,7 +5,6 @@ the recipe names tasks, all models answer these too, and there the teacher itsel
 Shapes: N positions that count, V vocabulary, D width.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from cache.errors import CorruptError, StoreNotFoundError
-from cache.index import read_entry, write_entry
+from cache.index import kept_entry, write_entry
 from cache.reader import Reader
 from cache.tokens import TOKENS
 from pipeline.config import Recipe
@@ -156,8 +154,8 @@ def _quality_of(
     config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
     rows = {"store": run.store.name, "selection": run.selections["eval"].name}
     key = {"version": _VERSION, **rows, "student": identify(folder, config, dtype=_DTYPE)}
-    with contextlib.suppress(StoreNotFoundError, CorruptError):
-        return Quality(**read_entry(recipe.cache, "quality", key))
+    if (kept := kept_entry(recipe.cache, "quality", key)) is not None:
+        return Quality(**kept)
     quality = _judge(recipe, run, teacher, folder, name, show_progress=show_progress)
     write_entry(recipe.cache, "quality", key, asdict(quality))
     return quality

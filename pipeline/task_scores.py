@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cache.errors import CorruptError, IdentityError, ModelError, StoreNotFoundError
-from cache.index import read_entry, write_entry
+from cache.errors import IdentityError, ModelError
+from cache.index import kept_entry, write_entry
 from pipeline.config import Recipe
 from pipeline.data import tokenizer_digest
 from pipeline.models import identify, load_config, load_model, load_tokenizer, resolve_device
@@ -132,8 +132,9 @@ def _scores(
 ) -> dict[str, TaskScore]:
     """Give a model's scores by task: those that are kept, and those of the tasks that it is asked now."""
     keys = {task.name: {"model": asked.identity, "task": task.content, "lm_eval": harness_version()} for task in tasks}
-    scores = {name: _kept(recipe, key) for name, key in keys.items()}
-    missing = [task for task in tasks if scores[task.name] is None]
+    kept = {name: kept_entry(recipe.cache, "tasks", key) for name, key in keys.items()}
+    scores = {name: TaskScore(**entry) for name, entry in kept.items() if entry is not None}
+    missing = [task for task in tasks if task.name not in scores]
     if missing:
         model, tokenizer = asked.load()
         model = model.to(resolve_device(recipe.evaluate.device))
@@ -141,14 +142,7 @@ def _scores(
             score = answer(model, tokenizer, task, recipe.evaluate, show_progress=show_progress)
             write_entry(recipe.cache, "tasks", keys[task.name], asdict(score))
             scores[task.name] = score
-    return {name: score for name, score in scores.items() if score is not None}
-
-
-def _kept(recipe: Recipe, key: Mapping[str, Any]) -> TaskScore | None:
-    try:
-        return TaskScore(**read_entry(recipe.cache, "tasks", key))
-    except (StoreNotFoundError, CorruptError):
-        return None
+    return scores
 
 
 def _compare(scores: Mapping[str, TaskScore]) -> tuple[TaskComparison, Matrix | None]:

@@ -1,10 +1,15 @@
 """Tiny real models, a tiny real tokenizer, a text and a recipe that fits them."""
 
 import copy
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Tests share the cores as processes, and models this small gain nothing from threads. Read when torch is imported,
+# here and in the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

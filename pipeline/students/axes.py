@@ -3,6 +3,7 @@
 Only what is known by name is cut: a wrong guess would give a model that runs and is broken.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor, nn
@@ -35,7 +36,9 @@ def parameter_axes(parts: ModelParts) -> dict[str, tuple[Axis, ...]]:
     Raises:
         ModelError: The model has weights that this module does not know; names the first.
     """
-    return {name: _axes_of(parts, name, tuple(value.shape)) for name, value in parts.model.state_dict().items()}
+    around: dict[str, tuple[Axis, ...]] = dict.fromkeys((embedding_name(parts), head_name(parts)), _READER)
+    around[final_norm_name(parts)] = ("channels",)
+    return {name: _axes_of(parts, around, name, tuple(value.shape)) for name, value in parts.model.state_dict().items()}
 
 
 def embedding_name(parts: ModelParts) -> str:
@@ -63,12 +66,13 @@ def weight_of(block: nn.Module, name: str) -> Tensor:
     return block.get_parameter(f"{name}.weight")
 
 
-def _axes_of(parts: ModelParts, name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
+def _axes_of(
+    parts: ModelParts, around: Mapping[str, tuple[Axis, ...]], name: str, shape: tuple[int, ...]
+) -> tuple[Axis, ...]:
+    """Give the axes of one entry, given those of the modules around the blocks."""
     module, _, kind = name.rpartition(".")
-    if module in (embedding_name(parts), head_name(parts)):
-        return _READER[: len(shape)]
-    if module == final_norm_name(parts):
-        return ("channels",)
+    if module in around:
+        return around[module][: len(shape)]
     prefix = f"{parts.blocks_name}."
     if module.startswith(prefix):
         _, _, within = module.removeprefix(prefix).partition(".")
