@@ -3,7 +3,8 @@
     python benchmarks/sweeps.py --teacher FOLDER --text FILE [--arc-easy FILE] [--sweeps students losses]
 
 `students` cuts the teacher in depth (30 to 26 blocks of SmolLM2-135M), in the width of its MLPs (70%), in that of its
-residual stream (576 to 448 channels) and in depth and both widths, each with the weights of its preset. `losses` learns
+residual stream (576 to 448 channels) and in depth and both widths, each with the weights of its preset; in depth also
+with what its blocks write fitted to the teacher's stream, as it is of itself where width is cut. `losses` learns
 from the task alone, with logits, with hidden states and with all of them, three seeds each, on the student cut in
 depth. Both learn from packed rows of the text and are judged on other rows of it; with --arc-easy, a JSON lines file
 of `query`, `choices` and `gold`, `students` answers the first 200 of its questions too. Each sweep is `coldstill
@@ -75,6 +76,7 @@ def students(options: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, A
         "seeds": [1],
         "variants": {
             "depth": {"student.prune": {"layers": layers}, **DEPTH},
+            "depth, reconstructed": {"student.prune": {"layers": layers, "reconstruct": True}, **DEPTH},
             "mlp": {"student.prune": {"mlp": mlp}, **WIDTH},
             "hidden": {"student.prune": {"hidden": hidden}, **narrow},
             "depth and width": {"student.prune": {"layers": layers, "mlp": mlp, "hidden": hidden}, **narrow},

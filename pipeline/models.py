@@ -129,6 +129,12 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def kept_channels_of(config: PreTrainedConfig) -> list[int] | None:
+    """Give the teacher's channel of each of a student's, or None where the student's stream was not cut from it."""
+    kept = getattr(text_config(config), KEPT_CHANNELS, None)
+    return None if kept is None else [int(channel) for channel in kept]
+
+
 def kept_blocks_of(config: PreTrainedConfig) -> list[int] | None:
     """Give the teacher blocks that a student's config says it was cut from, or None."""
     kept = getattr(config, KEPT_BLOCKS, None)

@@ -26,8 +26,12 @@ from pipeline.students.folders import (
 )
 from pipeline.students.making import check_student_section, make_student
 from pipeline.students.pruning_record import PRUNING_FILE, read_pruning
+from pipeline.students.pruning_report import JudgedRows
 from pipeline.teacher import Teacher
 from pipeline.whole import whole_folder, write_whole
+
+# Part of a student's name: a change of how students are made makes those that are kept stale.
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def prepare_student(recipe: Recipe, teacher: Teacher, train_rows: Rows) -> Prepa
     folder = students_folder(recipe) / student_name(section, teacher, calibration)
     was_made = not has_student(recipe, folder)
     if was_made:
-        _make(recipe, section, teacher, calibration, folder)
+        _make(recipe, section, teacher, train_rows, folder)
     else:
         check_student_files(folder)
     publish_student(recipe, folder)
@@ -93,15 +97,17 @@ def prepare_student(recipe: Recipe, teacher: Teacher, train_rows: Rows) -> Prepa
 
 
 def calibration_rows(section: PruneConfig | InitConfig, train_rows: Rows) -> list[np.ndarray]:
-    """Give the rows that decide what goes, and that the student is judged on when it is made."""
+    """Give the rows that decide what goes, and that what stays is fitted to."""
     return train_rows.tokens[: section.calibration_rows]
 
 
 def student_name(section: PruneConfig | InitConfig, teacher: Teacher, calibration: Sequence[np.ndarray]) -> str:
     """Name a student by all that decides it."""
-    how = section.model_dump(exclude={"calibration_rows"}, exclude_none=True)
+    how = section.model_dump(exclude={"calibration_rows", "reconstruct"}, exclude_none=True)
+    if isinstance(section, PruneConfig):
+        how["reconstruct"] = section.wants_reconstruction
     rows = [row_id(tokens).hex() for tokens in calibration] if section.needs_calibration else []
-    facts = {"teacher": teacher.fingerprint, type(section).__name__: how, "calibration": rows}
+    facts = {"version": _VERSION, "teacher": teacher.fingerprint, type(section).__name__: how, "calibration": rows}
     return digest_of(facts)[:FINGERPRINT_CHARS]
 
 
@@ -109,11 +115,22 @@ def _make(
     recipe: Recipe,
     section: PruneConfig | InitConfig,
     teacher: Teacher,
-    calibration: Sequence[np.ndarray],
+    train_rows: Rows,
     folder: Path,
 ) -> None:
-    rows = [torch.from_numpy(tokens) for tokens in calibration]
-    student = make_student(section, teacher.parts, rows, teacher_loss=teacher.loss_on(calibration))
+    calibration = calibration_rows(section, train_rows)
+    # As many rows behind those that it is fitted to; where there are none, these.
+    judged = train_rows.tokens[len(calibration) : len(calibration) + section.calibration_rows] or calibration
+    student = make_student(
+        section,
+        teacher.parts,
+        [torch.from_numpy(tokens) for tokens in calibration],
+        JudgedRows(
+            [torch.from_numpy(tokens) for tokens in judged],
+            are_calibration=judged is calibration,
+            teacher_loss=teacher.loss_on(judged),
+        ),
+    )
     with whole_folder(folder) as partial:
         student.model.save_pretrained(partial)
         teacher.tokenizer.save_pretrained(partial)

@@ -24,7 +24,7 @@ from pipeline.batches import BatchCollator, BatchColumns, StoredRows
 from pipeline.config import Recipe
 from pipeline.distiller import IGNORED
 from pipeline.forward import block_outputs
-from pipeline.models import find_structure, load_config, load_model, resolve_device, text_config
+from pipeline.models import find_structure, kept_channels_of, load_config, load_model, resolve_device, text_config
 from pipeline.projectors import create_projectors
 from pipeline.provenance import PROVENANCE_FILE
 from pipeline.run_index import RunRows, find_run_rows, trained_student
@@ -226,7 +226,7 @@ def _teacher_channels(recipe: Recipe, folder: Path, teacher_width: int) -> Any:
     config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
     if int(text_config(config).hidden_size) == teacher_width:
         return slice(None)
-    kept = getattr(config, "kept_channels", None)
+    kept = kept_channels_of(config)
     return None if kept is None else torch.tensor(kept)
 
 

@@ -9,6 +9,7 @@ from pipeline.training_keys import check_lora_keys
 
 PruneMethod = Literal["last", "first", "importance", "explicit"]
 MlpImportance = Literal["weights", "activations"]
+Reconstruct = bool | Literal["auto"]
 DesignShape = Literal["depth", "width", "balanced"]
 InitialWeights = Literal["copy", "truncate", "interpolate"]
 
@@ -57,6 +58,7 @@ class PruneConfig(Section):
     layers: PruneLayersConfig | None = None
     mlp: PruneMlpConfig | None = None
     hidden: PruneHiddenConfig | None = None
+    reconstruct: Reconstruct = "auto"
     calibration_rows: Count = 16
 
     @model_validator(mode="after")
@@ -70,7 +72,12 @@ class PruneConfig(Section):
         """Whether what is cut depends on calibration rows."""
         by_activations = self.mlp is not None and self.mlp.method == "activations"
         by_influence = self.layers is not None and self.layers.method == "importance"
-        return by_influence or by_activations or self.hidden is not None
+        return by_influence or by_activations or self.hidden is not None or self.wants_reconstruction
+
+    @property
+    def wants_reconstruction(self) -> bool:
+        """Whether what blocks write is fitted: of itself where width is cut, so that blocks alone are only removed."""
+        return self.is_wide if self.reconstruct == "auto" else self.reconstruct
 
     @property
     def is_deep(self) -> bool:

@@ -34,7 +34,7 @@ def prune_lines(result: "PreparedStudent") -> Iterator[str]:
     if report is None:
         yield "nothing was cut: the recipe's student is there already"
         return
-    parameters, blocks, loss = report["parameters"], report["blocks"], report["calibration"]["perplexity"]
+    parameters, blocks, loss = report["parameters"], report["blocks"], report["judged"]["perplexity"]
     share = parameters["student"] / parameters["teacher"]
     yield f"parameters {parameters['student']:,} of {parameters['teacher']:,} ({share:.1%})"
     removed = "" if blocks["kept"] is None else _removed(blocks["kept"], blocks["teacher"])
@@ -43,9 +43,12 @@ def prune_lines(result: "PreparedStudent") -> Iterator[str]:
         sizes = report[name]
         if sizes["student"] != sizes["teacher"]:
             yield f"{name:10} {sizes['student']:,} of {sizes['teacher']:,} {what}"
+    if report["reconstructed"]:
+        yield "fitted     what blocks write, to the teacher's residual stream (student.prune.reconstruct)"
+    rows = "the calibration rows" if report["judged"]["are_calibration"] else "train rows behind the calibration rows"
     yield (
         f"perplexity {loss['student']:,.2f}, the teacher's {loss['teacher']:,.2f}, on "
-        f"{report['calibration']['num_tokens']:,} calibration tokens"
+        f"{report['judged']['num_tokens']:,} tokens of {rows}"
     )
 
 

@@ -50,7 +50,7 @@ def _pruning_table(pruning: Mapping[str, Any]) -> Table:
     ]
     if pruning.get("blocks"):
         rows.insert(0, ["blocks", str(pruning["blocks"]["teacher"]), str(len(pruning["blocks"]["kept"]))])
-    calibration = pruning.get("calibration") or {}
+    calibration = pruning.get("judged") or {}
     for measure in ("loss", "perplexity"):
         if measure in calibration:
             values = [show_measure(measure, calibration[measure][model]) for model in ("teacher", "student")]

@@ -27,6 +27,8 @@ _OF_MODULES: dict[str, tuple[Axis, Axis]] = {
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 # What reads the residual stream, through a norm or as it is.
 READERS = [name for name, axes in _OF_MODULES.items() if axes[1] == "channels"]
+# What writes to it, in the order of a block.
+WRITERS = ["self_attn.o_proj", "mlp.down_proj"]
 MLP_OUTPUT = "mlp.down_proj"
 
 

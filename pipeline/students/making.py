@@ -1,6 +1,6 @@
-"""Make a student of a teacher: cut in depth, then its MLPs, then its residual stream; or designed after it.
+"""Make a student of a teacher: cut in depth, then its MLPs, then its residual stream, then reconstructed; or designed.
 
-Each step measures on the model that the step before it left. Knows models and rows, not where students are kept.
+Each cut measures on the model that the one before it left. Knows models and rows, not where students are kept.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cache.errors import RecipeError
-from pipeline.models import ModelParts, take_apart, text_config
-from pipeline.student_config import InitConfig, PruneConfig, PruneMlpConfig
+from cache.errors import ModelError, RecipeError
+from pipeline.models import ModelParts, kept_blocks_of, kept_channels_of, take_apart, text_config
+from pipeline.student_config import InitConfig, PruneConfig, PruneMlpConfig, Reconstruct
 from pipeline.students.axes import mlp_size
 from pipeline.students.depth import block_importances, check_prune, choose_kept_blocks, cut_blocks, num_removed
 from pipeline.students.designs import Design, block_positions, design_student
 from pipeline.students.interpolation import interpolate
-from pipeline.students.pruning_report import pruning_report
+from pipeline.students.pruning_report import JudgedRows, pruning_report
+from pipeline.students.reconstruction import reconstruct, why_no_reconstruction
 from pipeline.students.width import (
     channel_importances,
     most_important,
@@ -86,7 +87,7 @@ def kept_blocks_before_measuring(section: PruneConfig | InitConfig, teacher: Pre
 
 
 def make_student(
-    section: PruneConfig | InitConfig, teacher: ModelParts, rows: Sequence[Tensor], *, teacher_loss: float
+    section: PruneConfig | InitConfig, teacher: ModelParts, rows: Sequence[Tensor], judged: JudgedRows
 ) -> MadeStudent:
     """Make a student; the teacher is left as it was.
 
@@ -94,23 +95,21 @@ def make_student(
         section: How.
         teacher: The teacher.
         rows: Calibration rows of token ids, [T] each.
-        teacher_loss: The teacher's mean cross entropy over them, in nats a token.
+        judged: What it is compared with the teacher on.
 
     Raises:
-        ModelError: The teacher's architecture cannot be narrowed so.
+        ModelError: The teacher's architecture cannot be narrowed so, or its students not reconstructed.
     """
     facts: dict[str, Any] = {}
     if isinstance(section, PruneConfig):
         model = _prune(section, teacher, rows, facts)
     else:
-        model = _initialise(section, teacher, rows)
-    kind = _kind(section)
-    return MadeStudent(
-        model, {"kind": kind, **pruning_report(teacher, model, rows, teacher_loss=teacher_loss), **facts}
-    )
+        model = _initialise(section, teacher, rows, facts)
+    return MadeStudent(model, {"kind": _kind(section), **pruning_report(teacher, model, judged), **facts})
 
 
 def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]) -> PreTrainedModel:
+    facts["reconstructed"] = section.wants_reconstruction and _can_reconstruct(section.reconstruct, teacher, rows)
     kept = list(range(len(teacher.blocks)))
     if section.layers is not None:
         importances = block_importances(teacher, rows) if section.layers.method == "importance" else None
@@ -122,17 +121,42 @@ def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], fa
         parts = take_apart(_narrow_mlps(parts, wanted, rows, method=section.mlp.method))
     if section.hidden is not None:
         parts = take_apart(_narrow_stream(parts, section.hidden.size, rows))
+    if facts["reconstructed"]:
+        _reconstruct(parts, teacher, rows)
     return parts.model
 
 
-def _initialise(section: InitConfig, teacher: ModelParts, rows: Sequence[Tensor]) -> PreTrainedModel:
+def _can_reconstruct(wanted: Reconstruct, teacher: ModelParts, rows: Sequence[Tensor]) -> bool:
+    why = why_no_reconstruction(teacher, rows[0])
+    if why is not None and wanted is True:
+        raise ModelError(
+            f"student.prune.reconstruct is true, but students of {type(teacher.model).__name__} cannot be "
+            f"reconstructed: {why}; set it to auto or false"
+        )
+    return why is None
+
+
+def _reconstruct(student: ModelParts, teacher: ModelParts, rows: Sequence[Tensor]) -> None:
+    blocks = kept_blocks_of(student.model.config)
+    assert blocks is not None
+    channels_K = torch.arange(teacher.hidden_size)
+    if student.hidden_size < teacher.hidden_size:
+        channels_K = torch.tensor(kept_channels_of(student.model.config))
+    reconstruct(student, teacher, rows, kept_blocks=blocks, channels_K=channels_K)
+
+
+def _initialise(
+    section: InitConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]
+) -> PreTrainedModel:
     design = _design_of(section, teacher.model.config)
+    copies = section.weights == "copy"
+    is_narrower = design.mlp_size < mlp_size(teacher) or design.hidden_size < teacher.hidden_size
+    facts["reconstructed"] = copies and is_narrower and _can_reconstruct("auto", teacher, rows)
     if section.weights == "interpolate":
         return interpolate(teacher, design)
     blocks = _design_blocks(section, design, len(teacher.blocks))
     assert blocks is not None
     parts = take_apart(cut_blocks(teacher, blocks))
-    copies = section.weights == "copy"
     if design.mlp_size < mlp_size(parts):
         if copies:
             parts = take_apart(_narrow_mlps(parts, design.mlp_size, rows, method="activations"))
@@ -143,6 +167,8 @@ def _initialise(section: InitConfig, teacher: ModelParts, rows: Sequence[Tensor]
             parts = take_apart(_narrow_stream(parts, design.hidden_size, rows))
         else:
             parts = take_apart(narrow_stream(parts, torch.arange(design.hidden_size), rows=[]))
+    if facts["reconstructed"]:
+        _reconstruct(parts, teacher, rows)
     return parts.model
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,24 +15,32 @@ from pipeline.models import ModelParts, kept_blocks_of, text_config
 _DIGITS = 4
 
 
-def pruning_report(
-    teacher: ModelParts, student: PreTrainedModel, rows: Sequence[Tensor], *, teacher_loss: float
-) -> dict[str, Any]:
-    """Compare a student with its teacher: parameters, sizes, and the loss of both on calibration rows.
+@dataclass(frozen=True)
+class JudgedRows:
+    """What a student is compared with its teacher on.
 
-    Args:
-        teacher: The teacher.
-        student: What was made of it.
+    Attributes:
         rows: Token ids, [T] each.
+        are_calibration: Whether they are the rows that it was made by, which flatter it.
         teacher_loss: The teacher's mean cross entropy over them, in nats a token.
+    """
+
+    rows: Sequence[Tensor]
+    are_calibration: bool
+    teacher_loss: float
+
+
+def pruning_report(teacher: ModelParts, student: PreTrainedModel, judged: JudgedRows) -> dict[str, Any]:
+    """Compare a student with its teacher: parameters, sizes, and the loss of both.
 
     Returns:
-        JSON-able: `parameters`, `blocks`, `mlp` and `hidden`, each of teacher and student, and `calibration` with
-        `num_tokens`, and `loss` in nats a token and `perplexity` of both.
+        JSON-able: `parameters`, `blocks`, `mlp` and `hidden`, each of teacher and student, and `judged` with
+        `are_calibration`, `num_tokens`, and `loss` in nats a token and `perplexity` of both.
     """
     configs = {"teacher": text_config(teacher.model.config), "student": text_config(student.config)}
     models = {"teacher": teacher.model, "student": student}
-    losses = {"teacher": round(teacher_loss, _DIGITS), "student": round(mean_loss(student, rows), _DIGITS)}
+    losses = {"teacher": judged.teacher_loss, "student": mean_loss(student, judged.rows)}
+    losses = {name: round(loss, _DIGITS) for name, loss in losses.items()}
     return {
         "parameters": {name: sum(value.numel() for value in model.parameters()) for name, model in models.items()},
         "blocks": {
@@ -41,8 +50,9 @@ def pruning_report(
         },
         "mlp": {name: getattr(config, "intermediate_size", None) for name, config in configs.items()},
         "hidden": {name: int(config.hidden_size) for name, config in configs.items()},
-        "calibration": {
-            "num_tokens": sum(len(row) - 1 for row in rows),
+        "judged": {
+            "are_calibration": judged.are_calibration,
+            "num_tokens": sum(len(row) - 1 for row in judged.rows),
             "loss": losses,
             "perplexity": {name: round(math.exp(min(loss, 700.0)), _DIGITS) for name, loss in losses.items()},
         },

@@ -89,9 +89,10 @@ def test_a_sweep_over_students_losses_and_temperatures_loads_the_teacher_once(
     recipes = [load_recipe(file, [f"output={workplace}/{each[0].split('=')[1]}", *each[1:]]) for each in sweep]
     summary = precompute(*recipes)
     assert work.loads == 1
-    num_rows, calibration = 26, 16
-    # Each row once; the calibration rows for the importance, and once for the teacher's loss, whatever is cut of it.
-    assert work.tokens_of_rows == (num_rows + 2 * calibration) * 24
+    num_rows, calibration, judged = 26, 16, 4
+    # Each row once; the calibration rows for the importance; the four train rows behind them for the teacher's loss,
+    # whatever is cut of it.
+    assert work.tokens_of_rows == (num_rows + calibration + judged) * 24
     assert summary.computed_tokens == num_rows * 24
     assert len(set(summary.students)) == 3
     for recipe in recipes:

@@ -9,8 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cache.reader import Reader
+from pipeline.recipe_file import load_recipe
+from pipeline.run_index import find_run_rows
+
 STUDENTS: dict[str, dict[str, Any]] = {
     "depth": {"prune": {"layers": {"remove": 1, "method": "importance"}}},
+    "depth-reconstructed": {"prune": {"layers": {"remove": 1, "method": "importance"}, "reconstruct": True}},
     "mlp": {"prune": {"mlp": {"keep": 0.6}}},
     "mlp-by-weights": {"prune": {"mlp": {"size": 32, "method": "weights"}}},
     "hidden": {"prune": {"hidden": {"size": 22}}},
@@ -44,8 +49,32 @@ def test_prune_says_what_was_cut_and_what_it_cost(coldstill: Callable[..., Any],
     assert "mlp        32 of 48 neurons a block" in lines
     assert "hidden     24 of 32 channels" in lines
     assert lines[-1].startswith("perplexity ")
-    assert lines[-1].endswith("on 368 calibration tokens")
+    assert lines[-1].endswith("on 92 tokens of train rows behind the calibration rows")
+    assert "fitted     what blocks write, to the teacher's residual stream (student.prune.reconstruct)" in lines
     assert coldstill("prune", recipe).stdout.splitlines()[0].endswith("(there already)")
+
+
+def test_a_student_is_judged_on_rows_that_it_was_not_fitted_to_where_there_are_some(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path]
+):
+    recipe = write_recipe(student={"prune": {"mlp": {"keep": 0.5}, "calibration_rows": 14}})
+    made = json.loads(coldstill("prune", recipe, "--json").stdout)
+    model = AutoModelForCausalLM.from_pretrained(made["folder"])
+    reader = Reader(*train_rows(coldstill, recipe), ["tokens"])
+    batch = torch.tensor([reader.row(index)["tokens"]["ids"].tolist() for index in range(14, 20)])
+    with torch.no_grad():
+        loss = model(input_ids=batch, labels=batch).loss.item()
+    judged = made["report"]["judged"]
+    assert judged["loss"]["student"] == pytest.approx(loss, abs=2e-4)
+    assert (judged["num_tokens"], judged["are_calibration"]) == (6 * 23, False)
+    line = coldstill("prune", write_recipe(student__prune__calibration_rows=20)).stdout.splitlines()[-1]
+    assert line.endswith("on 460 tokens of the calibration rows")
+
+
+def train_rows(coldstill: Callable[..., Any], recipe: Path) -> tuple[Any, Any]:
+    coldstill("precompute", recipe)
+    run = find_run_rows(load_recipe(recipe))
+    return run.store, run.selections["train"]
 
 
 def test_students_that_differ_in_any_cut_are_kept_apart_and_a_dry_run_knows_them(
@@ -54,7 +83,10 @@ def test_students_that_differ_in_any_cut_are_kept_apart_and_a_dry_run_knows_them
     changes: list[dict[str, Any]] = [
         {"student": {"prune": {"mlp": {"keep": 0.6}}}},
         {"student": {"prune": {"mlp": {"keep": 0.5}}}},
+        {"student": {"prune": {"mlp": {"keep": 0.6, "method": "weights"}, "reconstruct": False}}},
         {"student": {"prune": {"mlp": {"keep": 0.6, "method": "weights"}}}},
+        {"student": {"prune": {"layers": {"remove": 1, "method": "last"}}}},
+        {"student": {"prune": {"layers": {"remove": 1, "method": "last"}, "reconstruct": True}}},
         {"student": {"prune": {"mlp": {"keep": 0.6}, "calibration_rows": 4}}},
     ]
     for change in changes:
@@ -64,6 +96,7 @@ def test_students_that_differ_in_any_cut_are_kept_apart_and_a_dry_run_knows_them
     assert len(list((workplace / "caches" / "students").glob("[!.]*"))) == len(changes)
     recipe = write_recipe(**changes[2], student__prune__calibration_rows=4)
     coldstill("prune", recipe)  # weights read no rows, so other rows make no other student
+    coldstill("prune", write_recipe(**changes[4], student__prune__reconstruct=False))  # which is what auto means here
     assert len(list((workplace / "caches" / "students").glob("[!.]*"))) == len(changes)
 
 

@@ -11,12 +11,14 @@ from pipeline.student_config import InitConfig, PruneConfig, PruneHiddenConfig, 
 from pipeline.students import making as student_making
 from pipeline.students.designs import block_positions, design_student
 from pipeline.students.making import kept_blocks_before_measuring, num_student_blocks
+from pipeline.students.pruning_report import JudgedRows
 
 ROWS = [torch.randint(1, 64, (40,), generator=torch.Generator().manual_seed(row)) for row in range(8)]
 
 
 def make_student(section, teacher, rows):
-    return student_making.make_student(section, teacher, rows, teacher_loss=mean_loss(teacher.model, rows))
+    judged = JudgedRows(rows, are_calibration=True, teacher_loss=mean_loss(teacher.model, rows))
+    return student_making.make_student(section, teacher, rows, judged)
 
 
 def design(model, **options):
@@ -136,7 +138,7 @@ def test_depth_and_both_widths_are_cut_together_and_reported(build_model, tmp_pa
         batch = torch.stack(ROWS)
         for name, model in (("teacher", teacher), ("student", made.model)):
             loss = model(input_ids=batch, labels=batch).loss.item()
-            assert report["calibration"]["loss"][name] == pytest.approx(loss, rel=1e-4)
+            assert report["judged"]["loss"][name] == pytest.approx(loss, rel=1e-4)
     made.model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert reloaded.generate(ROWS[0][:4].unsqueeze(0), max_new_tokens=3, do_sample=False).shape == (1, 7)
