@@ -28,4 +28,5 @@ def describe_cut(pruning: Mapping[str, Any]) -> str:
         if was_cut(pruning, size)
     ]
     before, after = pruning["parameters"]["teacher"], pruning["parameters"]["student"]
-    return ", ".join([*changed, f"parameters {before:,} to {after:,} ({after / before:.1%})"])
+    changed.append(f"parameters {before:,} to {after:,} ({after / before:.1%})")
+    return ", ".join([*changed, *(["reconstructed"] if pruning.get("reconstructed") else [])])

@@ -22,6 +22,7 @@ CUT = {
     "blocks": {"teacher": 4, "student": 3, "kept": [0, 1, 2]},
     "mlp": {"teacher": None, "student": None},
     "hidden": {"teacher": 32, "student": 32},
+    "reconstructed": True,
 }
 TASKS = {
     "tasks": {
@@ -108,7 +109,7 @@ def test_the_card_says_what_was_cut_and_the_tasks_with_their_errors_for_people_a
     update_card(recipe, find_run_rows(recipe), pruned, {**record, **TASKS, **average})
     card = ModelCard.load(workplace / "run/student/README.md")
     table = table_of(card.content)
-    assert table["student"] == ["blocks 4 to 3, parameters 56,000 to 44,800 (80.0%)"]
+    assert table["student"] == ["blocks 4 to 3, parameters 56,000 to 44,800 (80.0%), reconstructed"]
     assert table["arc_easy, acc_norm"] == ["60.0% ± 3.0%", "40.0% ± 3.1%", "55.0%", "91.7% ± 4.0%", "75.0% ± 20.0%"]
     assert table["lambada, perplexity"] == ["20.00 ± 1.00", "1,200.00 ± 50.00", "30.50 ± 2.00", "-", "-"]
     assert "average of 1 tasks" not in card.content

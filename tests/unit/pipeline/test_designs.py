@@ -8,7 +8,7 @@ from cache.errors import ModelError, RecipeError
 from pipeline.forward import mean_loss
 from pipeline.models import take_apart
 from pipeline.student_config import InitConfig, PruneConfig, PruneHiddenConfig, PruneLayersConfig, PruneMlpConfig
-from pipeline.students import making as student_making
+from pipeline.students import making
 from pipeline.students.designs import block_positions, design_student
 from pipeline.students.making import kept_blocks_before_measuring, num_student_blocks
 from pipeline.students.pruning_report import JudgedRows
@@ -18,7 +18,7 @@ ROWS = [torch.randint(1, 64, (40,), generator=torch.Generator().manual_seed(row)
 
 def make_student(section, teacher, rows):
     judged = JudgedRows(rows, are_calibration=True, teacher_loss=mean_loss(teacher.model, rows))
-    return student_making.make_student(section, teacher, rows, judged)
+    return making.make_student(section, teacher, rows, judged)
 
 
 def design(model, **options):
