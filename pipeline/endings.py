@@ -42,6 +42,13 @@ def one_line_errors() -> Iterator[None]:
         if error.errno not in _DISK_ERRORS:
             raise
         _fail(f"{error.filename or 'disk'}: {error.strerror}; what was committed stays; run the command again to go on")
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail(
+            f"{str(error).partition('. ')[0]}; take smaller batches (teacher.batch_size, "
+            "train.per_device_train_batch_size, evaluate.batch_size), or cpu as teacher.device or evaluate.device"
+        )
     except _Terminated:
         _say_interrupted()
         raise typer.Exit(TERMINATED) from None
@@ -50,6 +57,12 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an accelerator had no memory left; torch is loaded where it raised that."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 class _Terminated(BaseException):

@@ -43,14 +43,14 @@ def changed_config(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig
 def model_from_state(
     config: PreTrainedConfig, state: Mapping[str, Tensor], *, like: PreTrainedModel
 ) -> PreTrainedModel:
-    """Make a model of a config, in the dtype and with the generation config of another, from weights by name.
+    """Make a model of a config from weights by name, with the dtype, device and generation config of another.
 
     Weights that the config ties are taken from the input embedding.
     """
     model = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
     model.load_state_dict(state)
     model.generation_config = copy.deepcopy(like.generation_config)
-    return model.eval()
+    return model.to(like.device).eval()
 
 
 def _as_mistral(config: LlamaConfig) -> MistralConfig:
