@@ -85,7 +85,8 @@ def advise(recipe: Recipe, *, arguments: Sequence[str], target: float = MODEST) 
     retention = retention_of(evaluation)
     measured = _measured(recipe, evaluation, retention)
     advice = advise_next(_settings(recipe, cut), measured, target=target)
-    notes = [*advice.notes, *_overfitting(metrics["log"])]
+    better_start = _start_notes(recipe) if advice.step != "done" else []
+    notes = [*advice.notes, *_overfitting(metrics["log"]), *better_start]
     if "loss.gamma" in advice.changes and recipe.loss.schedule.gamma is not None:
         notes.append("loss.schedule moves gamma from there: change its end too")
     commands = _commands(recipe, advice, arguments)
@@ -146,7 +147,7 @@ def _start(
     reason = f"no results yet; preset {name} is the one for a student cut in {_in_words(cut)}{share}"
     has_preset = recipe.preset in (name, name.replace(cut, "auto"))
     changes = {} if has_preset else {"preset": name}
-    notes = _task_notes(recipe)
+    notes = [*_task_notes(recipe), *_start_notes(recipe)]
     if has_preset or recipe.preset is None:
         loss = {key: getattr(recipe.loss, key) for key in recipe.loss.model_fields_set}
         own = _flat({"loss": loss, "train": recipe.train})
@@ -169,6 +170,17 @@ def _task_notes(recipe: Recipe) -> list[str]:
     if recipe.evaluate.tasks:
         return []
     return ["name evaluate.tasks to measure retention; without tasks agreement with the teacher stands in for it"]
+
+
+def _start_notes(recipe: Recipe) -> list[str]:
+    """Note a better start for training that the recipe neither takes nor refuses."""
+    section = recipe.student.prune
+    if section is None or section.reconstruct != "auto" or section.wants_reconstruction:
+        return []
+    return [
+        "blocks are only removed; with student.prune.reconstruct=true what the others write is fitted to the teacher's "
+        "stream, which is a better start"
+    ]
 
 
 def _check_run(recipe: Recipe) -> None:
