@@ -1,14 +1,15 @@
 """What each kind of cut costs and what comes back, and what each part of the loss contributes: sweeps and reports.
 
-    python benchmarks/sweeps.py --teacher FOLDER --text FILE [--arc-easy FILE] [--sweeps students losses]
+    python benchmarks/sweeps.py --teacher FOLDER --text FILE [--arc-easy FILE] [--sweeps students losses terms]
 
 `students` cuts the teacher in depth (30 to 26 blocks of SmolLM2-135M), in the width of its MLPs (70%), in that of its
 residual stream (576 to 448 channels) and in depth and both widths, each with the weights of its preset; in depth also
 with what its blocks write fitted to the teacher's stream, as it is of itself where width is cut. `losses` learns
 from the task alone, with logits, with hidden states and with all of them, three seeds each, on the student cut in
-depth. Both learn from packed rows of the text and are judged on other rows of it; with --arc-easy, a JSON lines file
-of `query`, `choices` and `gold`, `students` answers the first 200 of its questions too. Each sweep is `coldstill
-ablate`, on one store, and then `coldstill report`; what is complete is not run again. Prints the sweeps' tables.
+depth. `terms` gives the student cut in its residual stream no hidden term, the preset's and a normalised one. All learn
+from packed rows of the text and are judged on other rows of it; with --arc-easy, a JSON lines file of `query`,
+`choices` and `gold`, `students` answers the first 200 of its questions too. Each sweep is `coldstill ablate`, on one
+store, and then `coldstill report`; what is complete is not run again. Prints the sweeps' tables.
 
 Without --teacher, or the variable SMOLLM2, the teacher of `coldstill demo` and the built-in corpus stand in.
 """
@@ -43,7 +44,7 @@ def main() -> None:
     recipe["targets"] = {}
     recipe["train"]["bf16"] = options.bf16
     for name in options.sweeps:
-        sweep = {"students": students, "losses": losses}[name](options, recipe)
+        sweep = SWEEPS[name](options, recipe)
         path = options.workdir / f"{name}.yaml"
         path.write_text(yaml.safe_dump({"name": name, "output": str(options.workdir / name), **sweep}, sort_keys=False))
         coldstill("ablate", path)
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher", default=os.environ.get("SMOLLM2"), help="the teacher's folder or hub name")
     parser.add_argument("--text", help="a text file; its first rows judge, the next ones train")
     parser.add_argument("--arc-easy", type=Path, help="a JSON lines file of query, choices and gold")
-    parser.add_argument("--sweeps", nargs="+", choices=["students", "losses"], default=["students", "losses"])
+    parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
     parser.add_argument("--workdir", type=Path, default=Path("runs/sweeps"))
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--remove", type=int, default=4)
@@ -89,6 +90,23 @@ def students(options: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, A
 
 def losses(_options: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
     return {"recipe": recipe, "seeds": [1, 2, 3], "variants": LOSSES}
+
+
+def terms(options: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
+    narrow = {"student.prune": {"hidden": {"size": options.hidden}}, "projector.init": "least_squares"}
+    return {
+        "recipe": recipe,
+        "seeds": [1],
+        "overrides": {**narrow, **WIDTH},
+        "variants": {
+            "no hidden term": {"loss.gamma": 0.0},
+            "mse, 0.2": {},
+            "normalised_mse, 5": {"loss.hidden": "normalised_mse", "loss.gamma": 5.0},
+        },
+    }
+
+
+SWEEPS = {"students": students, "losses": losses, "terms": terms}
 
 
 def task_file(options: argparse.Namespace) -> Path:
