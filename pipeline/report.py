@@ -72,7 +72,7 @@ def report(path: Path, *, output: Path | None = None, show_progress: bool = True
 
 
 def _run_page(run: RunRecord, *, show_progress: bool) -> Page:
-    found = _similarity(run, show_progress=show_progress)
+    found = _similarity(run, "similarity", show_progress=show_progress)
     return Page(
         title=run.folder.resolve().name,
         subtitle=run_subtitle(run),
@@ -91,10 +91,10 @@ def _run_page(run: RunRecord, *, show_progress: bool) -> Page:
     )
 
 
-def _similarity(run: RunRecord, *, show_progress: bool) -> BlockSimilarity | str:
+def _similarity(run: RunRecord, label: str, *, show_progress: bool) -> BlockSimilarity | str:
     """Compare a run's blocks with the teacher's; where that cannot be done, say why."""
     try:
-        return block_similarity(run.recipe, run.layer_map, show_progress=show_progress)
+        return block_similarity(run.recipe, run.layer_map, label=label, show_progress=show_progress)
     except ColdstillError as error:
         return str(error)
 
@@ -102,7 +102,10 @@ def _similarity(run: RunRecord, *, show_progress: bool) -> BlockSimilarity | str
 def _similarities(sweep: SweepResult, *, show_progress: bool) -> dict[str, BlockSimilarity | str]:
     """Compare the blocks of each variant's first complete run."""
     runs = {variant.name: run for variant in sweep.variants if (run := first_complete(variant)) is not None}
-    return {name: _similarity(read_run(run.output), show_progress=show_progress) for name, run in runs.items()}
+    return {
+        name: _similarity(read_run(run.output), f"similarity of {name}", show_progress=show_progress)
+        for name, run in runs.items()
+    }
 
 
 def _footer() -> str:

@@ -7,7 +7,7 @@ Shapes: B rows, T positions, N positions that count, Ds and Dt widths of student
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,12 @@ class BlockSimilarity:
 
 
 def block_similarity(
-    recipe: Recipe, layer_map: Mapping[int, int], *, num_rows: int = 4, show_progress: bool = True
+    recipe: Recipe,
+    layer_map: Mapping[int, int],
+    *,
+    num_rows: int = 4,
+    label: str = "similarity",
+    show_progress: bool = True,
 ) -> BlockSimilarity:
     """Compare the recipe's students with its teacher over the first eval rows, or read what was found before.
 
@@ -94,6 +99,7 @@ def block_similarity(
         recipe: The recipe.
         layer_map: Student block to teacher block, as the student was trained.
         num_rows: How many eval rows.
+        label: What the progress bar calls it.
         show_progress: Whether to show a progress bar.
 
     Raises:
@@ -114,7 +120,9 @@ def block_similarity(
     key = {**facts, "columns": sorted(columns.values())}
     if kept is not None and kept["key"] == key:
         return _parse(kept["similarity"])
-    found = _compare(recipe, run, columns, layer_map, num_rows, show_progress=show_progress)
+    students = {"pruned": find_student(recipe), "recovered": trained_student(recipe)}
+    with tqdm(students.items(), unit="model", desc=label, disable=not show_progress) as bar:
+        found = _compare(recipe, run, columns, layer_map, num_rows, bar)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps({"key": key, "similarity": _rounded(asdict(found))}, indent=1) + "\n")
     return _parse(_rounded(asdict(found)))
@@ -165,14 +173,12 @@ def _compare(
     columns: dict[int, str],
     layer_map: Mapping[int, int],
     num_rows: int,
-    *,
-    show_progress: bool,
+    students: Iterable[tuple[str, Path]],
 ) -> BlockSimilarity:
     rows = _read_rows(recipe, run, columns, num_rows)
-    folders = {"pruned": find_student(recipe), "recovered": trained_student(recipe)}
     matrices: dict[str, list[list[float]]] = {}
     pairs: list[ProjectedPair] = []
-    for name, folder in tqdm(folders.items(), unit="model", desc="similarity", disable=not show_progress):
+    for name, folder in students:
         channels = _teacher_channels(recipe, folder, run.store.teacher["hidden_size"])
         states = _student_states(recipe, folder, rows)
         if channels is None:
