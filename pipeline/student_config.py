@@ -61,6 +61,13 @@ class PruneConfig(Section):
     reconstruct: Reconstruct = "auto"
     calibration_rows: Count = 16
 
+    @field_validator("reconstruct", mode="before")
+    @classmethod
+    def _check_reconstruct(cls, value: Any) -> Any:
+        if value != "auto" and not isinstance(value, bool):
+            raise ValueError("takes auto, true or false")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> "PruneConfig":
         if not self.is_deep and not self.is_wide:

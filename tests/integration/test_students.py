@@ -113,6 +113,10 @@ def test_students_that_differ_in_any_cut_are_kept_apart_and_a_dry_run_knows_them
             {"prune": {"hidden": {"size": 64}}},
             "student.prune.hidden keeps 64 channels, but the teacher has 32: nothing",
         ),
+        (
+            {"prune": {"layers": {"remove": 1}, "reconstruct": "maybe"}},
+            "student.prune.reconstruct in {recipe}: takes auto, true or false, got 'maybe'",
+        ),
         ({"init": {"shape": "width"}}, "init takes either parameters, how many the student has, or compression"),
         ({"init": {"parameters": 9}}, "student.init wants 9 parameters, but the smallest student of this teacher has"),
         ({}, "student takes exactly one of path, a model that is there, prune, how to cut one, and init"),
