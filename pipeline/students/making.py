@@ -149,25 +149,26 @@ def _initialise(
     section: InitConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]
 ) -> PreTrainedModel:
     design = _design_of(section, teacher.model.config)
-    copies = section.weights == "copy"
-    is_narrower = design.mlp_size < mlp_size(teacher) or design.hidden_size < teacher.hidden_size
-    facts["reconstructed"] = copies and is_narrower and _can_reconstruct("auto", teacher, rows)
+    facts["reconstructed"] = False
     if section.weights == "interpolate":
         return interpolate(teacher, design)
     blocks = _design_blocks(section, design, len(teacher.blocks))
     assert blocks is not None
     parts = take_apart(cut_blocks(teacher, blocks))
-    if design.mlp_size < mlp_size(parts):
+    copies = section.weights == "copy"
+    cuts_mlps, cuts_stream = design.mlp_size < mlp_size(parts), design.hidden_size < parts.hidden_size
+    if cuts_mlps:
         if copies:
             parts = take_apart(_narrow_mlps(parts, design.mlp_size, rows, method="activations"))
         else:
             parts = take_apart(narrow_mlps(parts, [torch.arange(design.mlp_size)] * len(parts.blocks)))
-    if design.hidden_size < parts.hidden_size:
+    if cuts_stream:
         if copies:
             parts = take_apart(_narrow_stream(parts, design.hidden_size, rows))
         else:
             parts = take_apart(narrow_stream(parts, torch.arange(design.hidden_size), rows=[]))
-    if facts["reconstructed"]:
+    if copies and (cuts_mlps or cuts_stream) and _can_reconstruct("auto", teacher, rows):
+        facts["reconstructed"] = True
         _reconstruct(parts, teacher, rows)
     return parts.model
 

@@ -19,6 +19,7 @@ from pipeline.forward import padded_batches
 from pipeline.models import ModelParts
 from pipeline.students.axes import READERS, final_norm_name, head_name, is_tied
 from pipeline.students.norms import sliced_norm
+from pipeline.students.ridge import solve_towards
 
 # Of the mean of the Gram matrix's diagonal: what few rows do not tell stays as plain slicing has it.
 _RIDGE = 1e-3
@@ -147,10 +148,9 @@ class _Moments:
             gram_KK, cross_KD = reading.gram_KK.double(), reading.cross_KD.double()
             kept_K = torch.arange(len(self.channels_K), device=self.channels_K.device)
             usual = cross_KD[kept_K, self.channels_K].sum() / gram_KK.diagonal().sum()
-            ridge = _RIDGE * gram_KK.diagonal().mean()
-            gram_KK.diagonal().add_(ridge)
-            cross_KD[kept_K, self.channels_K] += ridge * usual
-            map_DK = torch.linalg.solve(gram_KK, cross_KD).T.float()
+            sliced_KD = torch.zeros_like(cross_KD)
+            sliced_KD[kept_K, self.channels_K] = usual
+            map_DK = solve_towards(sliced_KD, gram_KK, cross_KD, share=_RIDGE).T.float()
             result.maps |= dict.fromkeys(reading.readers, map_DK)
         result.norm_scales = {name: scale.value for name, scale in self._scales.items() if name not in self._readings}
         return result

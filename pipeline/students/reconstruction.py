@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipeline.forward import block_output, padded_batches
 from pipeline.models import ModelParts
 from pipeline.students.axes import WRITERS
+from pipeline.students.ridge import solve_towards
 
 # Of the mean of the Gram matrix's diagonal: what few rows do not tell stays as the cut left it.
 _RIDGE = 0.3
@@ -164,14 +165,8 @@ def _fit(block: nn.Module, index: int, writer: int, batches: Sequence[_Batch]) -
         weighted_NH = read_NH * batch.weights_N[writer].unsqueeze(1)
         gram_HH += weighted_NH.T @ read_NH
         cross_HK += weighted_NH.T @ lacking_NK
-    module.weight.copy_(_solve(gram_HH.double(), cross_HK.double(), module.weight.double()))
-
-
-def _solve(gram_HH: Tensor, cross_HK: Tensor, weight_KH: Tensor) -> Tensor:
-    """Solve (G + ridge) Wᵀ = C + ridge * (the weight as it is)ᵀ."""
-    ridge = _RIDGE * gram_HH.diagonal().mean()
-    gram_HH.diagonal().add_(ridge)
-    return torch.linalg.solve(gram_HH, cross_HK + ridge * weight_KH.T).T
+    fitted_HK = solve_towards(module.weight.double().T, gram_HH.double(), cross_HK.double(), share=_RIDGE)
+    module.weight.copy_(fitted_HK.T)
 
 
 def _calls(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, list[_Call]]:

@@ -27,7 +27,7 @@ import boto3
 import pytest
 import s3fs
 import yaml
-from crash.trees import difference
+from crash.trees import difference, files_below
 
 from cache import remote_objects
 from cache.objects import open_objects
@@ -282,8 +282,7 @@ def in_this_process(*arguments: Any, expect: int = 0) -> Any:
 
 def local_tree(cache: Path) -> dict[str, bytes]:
     """Give every file of the stores and the index."""
-    files = [path for path in cache.rglob("*") if path.is_file() and "students" not in path.parts]
-    return {str(path.relative_to(cache)): path.read_bytes() for path in files}
+    return {name: data for name, data in files_below(cache).items() if not name.startswith("students/")}
 
 
 @pytest.fixture(scope="module")

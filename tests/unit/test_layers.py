@@ -84,6 +84,7 @@ LAYERS = [
     "pipeline.students.depth",
     "pipeline.students.axes",
     "pipeline.students.norms",
+    "pipeline.students.ridge",
     "pipeline.students.read_correction",
     "pipeline.students.width",
     "pipeline.students.designs",
