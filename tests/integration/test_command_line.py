@@ -205,10 +205,10 @@ def test_training_before_precomputing_and_rows_that_are_not_stored_are_refused(
     coldstill: Callable[..., Any], write_recipe: Callable[..., Path]
 ):
     result = coldstill("train", write_recipe(), expect=2)
-    assert "holds no rows for this recipe's teacher and data sections; run: coldstill precompute" in result.stderr
+    assert "holds no rows for this recipe's teacher and data sections (nothing is there); run: coldstill" in result.stderr
     coldstill("precompute", write_recipe())
     result = coldstill("train", write_recipe(data__train__max_rows=21), expect=2)
-    assert "holds no rows for this recipe's teacher and data sections" in result.stderr
+    assert "teacher and data sections (the nearest there: data.train.max_rows 20 there, 21 here); run:" in result.stderr
 
 
 def test_columns_that_are_not_complete_are_counted(coldstill: Callable[..., Any], write_recipe: Callable[..., Path]):
