@@ -40,6 +40,7 @@ LAYERS = [
     "pipeline.presets",
     "pipeline.config",
     "pipeline.advice",
+    "pipeline.yaml_text",
     "pipeline.recipe_file",
     "pipeline.whole",
     "pipeline.provenance",
