@@ -10,6 +10,7 @@ from pipeline.held_out import HIGHER_IS_BETTER, Quality, RowSums, differences, q
 from pipeline.retention import Estimate
 
 NUM_ROWS = 300
+LOSSES = {"teacher": 3.0, "pruned": 3.1, "recovered": 3.05}
 
 
 def rows(*, worse: float, seed: int = 0, kl: float = 0.3) -> tuple[dict[str, RowSums], list[int]]:
@@ -127,3 +128,12 @@ def test_the_figures_that_a_user_saw_have_no_gap():
     }
     gaps = {measure: Estimate(135.21 - 138.76, None) for measure in HIGHER_IS_BETTER}
     assert shares_closed(models, gaps)["perplexity"] is None
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_the_perplexity_has_a_gap_exactly_where_the_loss_has_one_however_its_own_error_is_rounded(is_open: bool):
+    models = {name: vars(Quality(loss, math.exp(loss), 0.1, 0.5)) for name, loss in LOSSES.items()}
+    gaps = {measure: Estimate(1.0, 0.1) for measure in HIGHER_IS_BETTER}
+    gaps |= {"loss": Estimate(0.1, 0.01 if is_open else 0.1), "perplexity": Estimate(1.0, 1.0 if is_open else 0.1)}
+    closed = shares_closed(models, gaps)
+    assert (closed["loss"] is not None, closed["perplexity"] is not None) == (is_open, is_open)
