@@ -46,7 +46,9 @@ LAYERS = [
     "pipeline.builtin_corpus",
     "pipeline.data",
     "pipeline.output_head",
-    "pipeline.models",
+    "pipeline.models.loading",
+    "pipeline.models.vocabularies",
+    "pipeline.models.structure",
     "pipeline.forward",
     "pipeline.teacher",
     "pipeline.targets.transform_coding",
@@ -176,6 +178,9 @@ def imports(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            # What a package's `__init__` offers is imported from its modules.
+            init = ROOT.joinpath(*node.module.split("."), "__init__.py")
+            found |= imports(init) if init.is_file() else set()
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found
