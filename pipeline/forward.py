@@ -33,6 +33,12 @@ def block_outputs(blocks: nn.ModuleList, wanted: Sequence[int]) -> Iterator[dict
             handle.remove()
 
 
+def model_inputs(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> dict[str, Any]:
+    """Give what a decoder is called with; positions only where there are any, since not every decoder takes them."""
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **positions}
+
+
 def pad_rows(rows: Sequence[Tensor], *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Lay rows of token ids side by side: ids [B, T], 0 behind each row's end, and the mask [B, T] of real ones."""
     lengths_B = torch.tensor([len(row) for row in rows])

@@ -22,8 +22,8 @@ from cache.identity import digest_of, weights_digest
 from cache.manifest import Manifest
 from pipeline.batches import BatchCollator, BatchColumns, StoredRows
 from pipeline.config import Recipe
-from pipeline.distiller import IGNORED
 from pipeline.forward import block_outputs
+from pipeline.labels import counts_of
 from pipeline.models import find_structure, kept_channels_of, load_config, load_model, resolve_device, text_config
 from pipeline.projectors import create_projectors
 from pipeline.provenance import PROVENANCE_FILE
@@ -205,7 +205,7 @@ def _read_rows(recipe: Recipe, run: RunRows, hidden: dict[int, str], num_rows: i
     batch = collate(stored.__getitems__(range(min(num_rows, len(stored)))))
     form = target_forms(recipe, run.store, columns).hidden
     assert form is not None
-    counts_BT = batch["labels"] != IGNORED
+    counts_BT = counts_of(batch)
     counts_BT[:, 0] = False
     # Which positions are stored is the same for every block.
     counts_BT = form.chosen(batch["hidden"], next(iter(hidden)), counts_BT)
@@ -265,7 +265,7 @@ def _load_projectors(
 ) -> nn.ModuleDict:
     widths = (next(iter(states.values())).shape[1] for states in (student, teacher))
     projectors = create_projectors(
-        layer_map, student_width=next(widths), teacher_width=next(widths), kind=recipe.projector.kind
+        layer_map, student_dim=next(widths), teacher_dim=next(widths), kind=recipe.projector.kind
     )
     if projectors.state_dict():
         file = Path(recipe.output) / PROJECTORS_FILE

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.forward import block_outputs
+from pipeline.forward import block_outputs, model_inputs
 from pipeline.models import find_structure, head_problem, text_config
 from pipeline.output_head import Head, OutputHead, PlainLogits
 
@@ -33,7 +33,11 @@ class StudentForward:
             warnings.warn(f"{problem}: the student's logits are computed whole, which takes more memory", stacklevel=2)
 
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor | None, blocks: Sequence[int]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        blocks: Sequence[int],
+        position_ids: Tensor | None = None,
     ) -> tuple[dict[int, Tensor], Tensor, Head]:
         """Run the student.
 
@@ -41,6 +45,7 @@ class StudentForward:
             input_ids: Token ids [B, T].
             attention_mask: 1 at real positions [B, T]; None where nothing is padded.
             blocks: Whose outputs to give.
+            position_ids: Of each token [B, T]; the model's own where it is None.
 
         Returns:
             These outputs [B, T, D], by block; the post-norm last state [B, T, D] and the head that makes logits of it,
@@ -48,7 +53,7 @@ class StudentForward:
         """
         runs = self._student.get_submodule(self._structure.body_name) if self._has_known_head else self._student
         with block_outputs(self._student.get_submodule(self._structure.blocks_name), blocks) as outputs:
-            output = runs(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            output = runs(**model_inputs(input_ids, attention_mask, position_ids))
         if not self._has_known_head:
             return outputs, output.logits, PlainLogits(output.logits.shape[-1])
         head = OutputHead.of_model(self._student.get_output_embeddings(), text_config(self._student.config))
