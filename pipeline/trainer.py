@@ -42,7 +42,7 @@ class UniversalDistillationTrainer(Trainer):
 
     Takes what `transformers.Trainer` takes, ordinary data sets and collators among it, with labels as every causal
     language model has them: the ids, not shifted, -100 where they do not count; or no labels, for all but padding.
-    Checkpoints are the student alone, with `projectors.safetensors` beside it.
+    The student is trained in place; checkpoints are it alone, with `projectors.safetensors` beside it.
 
     Args:
         model: The student, any causal language model; or a `Distiller`, which has a layer map, projectors and a loss.

@@ -37,7 +37,7 @@ def student(build_model: Callable[..., Any]) -> Any:
 
 
 def test_the_books_usage_trains_student_and_projectors_and_leaves_the_teacher_alone(build_model, tmp_path: Path):
-    teacher = build_model(num_hidden_layers=24, hidden_size=24)
+    teacher = build_model(num_hidden_layers=24, hidden_size=24).train()
     student = build_model(seed=1, num_hidden_layers=20, hidden_size=16, num_attention_heads=2)
     dataset, training_args = (
         rows(),

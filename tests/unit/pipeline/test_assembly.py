@@ -270,3 +270,5 @@ def test_a_batch_that_would_be_taken_wrongly_is_refused(
     )
     with pytest.raises(DataError, match=message):
         trainer.train()
+    with pytest.raises(DataError, match=message):
+        trainer.evaluate([row] * 4)
