@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import NonFiniteError
-from pipeline.forward import pad_rows, run_body
+from pipeline.forward import model_inputs, pad_rows, run_body
 from pipeline.models import ModelParts, rope_switches
 from pipeline.targets.columns import Tail
 from pipeline.targets.tail_sampling import draw_tail
@@ -118,7 +118,9 @@ def capture(
     # Without padding no mask is passed: attention then takes its fastest path.
     attention_mask = None if bool(mask_BT.all()) else mask_BT.long()
     switches = rope_switches(parts.model.config)
-    outputs, state_BTD = run_body(parts.body, parts.blocks, ids_BT, attention_mask, request.blocks, switches=switches)
+    outputs, state_BTD = run_body(
+        parts.body, parts.blocks, model_inputs(ids_BT, attention_mask), request.blocks, switches=switches
+    )
     hidden_ND = {block: outputs[block][mask_BT] for block in request.blocks}
     state_ND = state_BTD[mask_BT]
     places = _Places(rows, row_names)

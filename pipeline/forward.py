@@ -7,7 +7,7 @@ Shapes: B rows, T positions, D width.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.labels import IGNORED
 from pipeline.models import rope_switches, rows_by_side, sides
 
 _BATCH = 4
-_IGNORED = -100
 
 
 @contextmanager
@@ -39,6 +39,14 @@ def block_outputs(blocks: nn.ModuleList, wanted: Sequence[int]) -> Iterator[dict
     finally:
         for handle in handles:
             handle.remove()
+
+
+def model_inputs(
+    input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+) -> dict[str, Any]:
+    """Give what a decoder is called with; positions only where there are any, since not every decoder takes them."""
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **positions}
 
 
 def pad_rows(rows: Sequence[Tensor], *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -62,8 +70,7 @@ def padded_batches(rows: Sequence[Tensor], model: PreTrainedModel) -> Iterator[t
 def run_body(
     body: nn.Module,
     blocks: nn.ModuleList,
-    ids_BT: Tensor,
-    attention_mask: Tensor | None,
+    inputs: Mapping[str, Any],
     wanted: Sequence[int],
     *,
     switches: Sequence[int],
@@ -74,8 +81,7 @@ def run_body(
     Args:
         body: Takes token ids.
         blocks: Its decoder blocks.
-        ids_BT: Token ids [B, T].
-        attention_mask: 1 at real positions [B, T]; None where nothing is padded.
+        inputs: What `model_inputs` gives.
         wanted: Blocks whose outputs to give.
         switches: What `rope_switches` gives of the model.
         take: What to give of the body's output.
@@ -83,23 +89,24 @@ def run_body(
     Returns:
         The blocks' outputs [B, T, D], by block, and what was taken, [B, T, ...].
     """
-    groups = rows_by_side(attention_mask, switches)
+    groups = rows_by_side(inputs, switches)
     if not groups:
         with block_outputs(blocks, wanted) as outputs:
-            return outputs, take(body(input_ids=ids_BT, attention_mask=attention_mask, use_cache=False))
-    assert attention_mask is not None
-    parts = [
-        run_body(body, blocks, ids_BT[rows, :longest], attention_mask[rows, :longest], wanted, switches=(), take=take)
-        for rows, longest in groups
-    ]
+            return outputs, take(body(**inputs))
+    num_positions = inputs["input_ids"].shape[1]
+    parts = [run_body(body, blocks, _part(inputs, *group), wanted, switches=(), take=take) for group in groups]
     order = torch.cat([rows for rows, _ in groups]).argsort()
 
     def whole(of_groups: Sequence[Tensor]) -> Tensor:
-        padding = [(0, 0) * (part.dim() - 2) + (0, ids_BT.shape[1] - part.shape[1]) for part in of_groups]
+        padding = [(0, 0) * (part.dim() - 2) + (0, num_positions - part.shape[1]) for part in of_groups]
         return torch.cat([F.pad(part, pad) for part, pad in zip(of_groups, padding, strict=True)])[order]
 
     outputs = {block: whole([of_group[block] for of_group, _ in parts]) for block in wanted}
     return outputs, whole([taken for _, taken in parts])
+
+
+def _part(inputs: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:
+    return {name: value[rows, :end] if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 @torch.inference_mode()
@@ -107,7 +114,7 @@ def mean_loss(model: Any, rows: Sequence[Tensor]) -> float:
     """Give a causal language model's mean cross entropy over rows of token ids [T], in nats a token."""
     total, num_tokens = 0.0, 0
     for ids_BT, mask_BT in padded_batches(rows, model):
-        labels_BT = ids_BT.masked_fill(~mask_BT, _IGNORED)
+        labels_BT = ids_BT.masked_fill(~mask_BT, IGNORED)
         count = int(mask_BT[:, 1:].sum())
         loss = model(input_ids=ids_BT, attention_mask=mask_BT.long(), labels=labels_BT, use_cache=False).loss
         total, num_tokens = total + float(loss) * count, num_tokens + count

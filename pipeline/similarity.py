@@ -22,8 +22,8 @@ from cache.identity import digest_of, weights_digest
 from cache.manifest import Manifest
 from pipeline.batches import BatchCollator, BatchColumns, StoredRows
 from pipeline.config import Recipe
-from pipeline.distiller import IGNORED
-from pipeline.forward import run_body
+from pipeline.forward import model_inputs, run_body
+from pipeline.labels import counts_of
 from pipeline.models import (
     find_structure,
     kept_channels_of,
@@ -213,7 +213,7 @@ def _read_rows(recipe: Recipe, run: RunRows, hidden: dict[int, str], num_rows: i
     batch = collate(stored.__getitems__(range(min(num_rows, len(stored)))))
     form = target_forms(recipe, run.store, columns).hidden
     assert form is not None
-    counts_BT = batch["labels"] != IGNORED
+    counts_BT = counts_of(batch)
     counts_BT[:, 0] = False
     # Which positions are stored is the same for every block.
     counts_BT = form.chosen(batch["hidden"], next(iter(hidden)), counts_BT)
@@ -230,8 +230,8 @@ def _student_states(recipe: Recipe, folder: Path, rows: _Rows) -> dict[int, Tens
     blocks, body = model.get_submodule(structure.blocks_name), model.get_submodule(structure.body_name)
     assert isinstance(blocks, nn.ModuleList)
     mask_BT = None if rows.mask_BT is None else rows.mask_BT.to(device)
-    every, switches = range(len(blocks)), rope_switches(model.config)
-    outputs, _ = run_body(body, blocks, rows.ids_BT.to(device), mask_BT, every, switches=switches)
+    inputs, switches = model_inputs(rows.ids_BT.to(device), mask_BT), rope_switches(model.config)
+    outputs, _ = run_body(body, blocks, inputs, range(len(blocks)), switches=switches)
     return {block: outputs[block].float().cpu()[rows.counts_BT] for block in sorted(outputs)}
 
 
@@ -273,7 +273,7 @@ def _load_projectors(
 ) -> nn.ModuleDict:
     widths = (next(iter(states.values())).shape[1] for states in (student, teacher))
     projectors = create_projectors(
-        layer_map, student_width=next(widths), teacher_width=next(widths), kind=recipe.projector.kind
+        layer_map, student_dim=next(widths), teacher_dim=next(widths), kind=recipe.projector.kind
     )
     if projectors.state_dict():
         file = Path(recipe.output) / PROJECTORS_FILE

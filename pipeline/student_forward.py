@@ -10,7 +10,7 @@ from typing import cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.forward import run_body
+from pipeline.forward import model_inputs, run_body
 from pipeline.models import find_structure, head_problem, rope_switches, text_config
 from pipeline.output_head import Head, OutputHead, PlainLogits
 
@@ -35,7 +35,11 @@ class StudentForward:
             warnings.warn(f"{problem}: the student's logits are computed whole, which takes more memory", stacklevel=2)
 
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor | None, blocks: Sequence[int]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        blocks: Sequence[int],
+        position_ids: Tensor | None = None,
     ) -> tuple[dict[int, Tensor], Tensor, Head]:
         """Run the student.
 
@@ -43,24 +47,20 @@ class StudentForward:
             input_ids: Token ids [B, T].
             attention_mask: 1 at real positions [B, T]; None where nothing is padded.
             blocks: Whose outputs to give.
+            position_ids: Of each token [B, T]; the model's own where it is None.
 
         Returns:
             These outputs [B, T, D], by block; the post-norm last state [B, T, D] and the head that makes logits of it,
             or the logits [B, T, V] and the head that takes them as they are.
         """
         of_student = cast("nn.ModuleList", self._student.get_submodule(self._structure.blocks_name))
+        inputs = model_inputs(input_ids, attention_mask, position_ids)
         if not self._has_known_head:
             outputs, logits_BTV = run_body(
-                self._student,
-                of_student,
-                input_ids,
-                attention_mask,
-                blocks,
-                switches=self._switches,
-                take=lambda output: output.logits,
+                self._student, of_student, inputs, blocks, switches=self._switches, take=lambda output: output.logits
             )
             return outputs, logits_BTV, PlainLogits(logits_BTV.shape[-1])
         body = self._student.get_submodule(self._structure.body_name)
-        outputs, state_BTD = run_body(body, of_student, input_ids, attention_mask, blocks, switches=self._switches)
+        outputs, state_BTD = run_body(body, of_student, inputs, blocks, switches=self._switches)
         head = OutputHead.of_model(self._student.get_output_embeddings(), text_config(self._student.config))
         return outputs, state_BTD, head

@@ -105,8 +105,8 @@ def _make_trainer(
     projector = recipe.projector
     projectors = create_projectors(
         layer_map,
-        student_width=int(text_config(student.config).hidden_size),
-        teacher_width=run.store.teacher["hidden_size"],
+        student_dim=int(text_config(student.config).hidden_size),
+        teacher_dim=run.store.teacher["hidden_size"],
         kind=projector.kind,
         learnable=projector.learnable,
         seed=recipe.seed,

@@ -6,9 +6,10 @@ two sides of such a length are never run together. `dynamic` factors change beyo
 no row is longer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -49,17 +50,28 @@ def sides(lengths: Sequence[int], switches: Sequence[int]) -> list[int]:
     return [sum(length > switch for switch in switches) for length in lengths]
 
 
-def rows_by_side(attention_mask_BT: Tensor | None, switches: Sequence[int]) -> list[tuple[Tensor, int]]:
-    """Give the rows of a padded batch that may be run together, as indices and the length of the longest of them.
+def rows_by_side(inputs: Mapping[str, Any], switches: Sequence[int]) -> list[tuple[Tensor, int]]:
+    """Give the rows of a batch that may be run together, as indices, and how many positions hold all of them.
 
-    Empty where all of them may.
+    Args:
+        inputs: `input_ids` [B, T], and `attention_mask` [B, T] and `position_ids` [B, T], or None.
+        switches: What `rope_switches` gives of the model.
+
+    Returns:
+        Empty where the batch may be run as it is.
     """
-    if attention_mask_BT is None or not switches:
+    if not switches:
         return []
-    lengths_B = attention_mask_BT.sum(dim=1)
-    side_B = sum(lengths_B > switch for switch in switches)
-    assert isinstance(side_B, Tensor)
-    if bool((side_B == side_B[0]).all()):
+    ids_BT, mask_BT, positions_BT = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    assert ids_BT is not None
+    whole = ids_BT.shape[1]
+    real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+    ends_B = (real_BT * torch.arange(1, whole + 1, device=ids_BT.device)).amax(dim=1)
+    lengths_B = ends_B if positions_BT is None else (positions_BT + 1).masked_fill(~real_BT, 0).amax(dim=1)
+    side_B = torch.tensor(sides(lengths_B.tolist(), switches), device=ids_BT.device)
+    # Without positions of its own a batch is as long as its padding makes it.
+    (side_as_it_is,) = sides([whole if positions_BT is None else int(lengths_B.max())], switches)
+    if bool((side_B == side_as_it_is).all()):
         return []
     groups = [(side_B == side).nonzero().squeeze(1) for side in side_B.unique()]
-    return [(rows, int(lengths_B[rows].max())) for rows in groups]
+    return [(rows, int(ends_B[rows].max())) for rows in groups]

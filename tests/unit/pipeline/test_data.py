@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cache.errors import DataError
-from pipeline.batches import EpochOrder, StoredRow, _labels
+from pipeline.batches import BatchCollator, BatchColumns, EpochOrder, StoredRow
 from pipeline.config import DataConfig
 from pipeline.data import build_rows, load_documents, tokenizer_digest
 
@@ -74,10 +74,17 @@ def test_a_prompt_is_read_but_not_learned(tokenizer, tmp_path):
         prompt = tokenizer(line["question"])["input_ids"]
         assert row[:start].tolist() == prompt[:start]
         assert start == len(prompt)
-    labels = _labels([StoredRow({"tokens": {"ids": held_out.tokens[0]}}, held_out.loss_starts[0])], 16)[0]
-    start = held_out.loss_starts[0]
-    assert (labels[: start - 1] == -100).all()
-    assert labels[start - 1 : len(held_out.tokens[0]) - 1].tolist() == held_out.tokens[0][start:].tolist()
+    collate = BatchCollator(BatchColumns(logits={}, hidden={}), {"tokens": {"ids": "token"}})
+    rows = [
+        StoredRow({"tokens": {"ids": tokens}}, start)
+        for tokens, start in zip(held_out.tokens, held_out.loss_starts, strict=True)
+    ]
+    # As a causal language model takes them: the ids themselves, in their own places.
+    for labels, row in zip(collate(rows)["labels"], rows, strict=True):
+        ids, start = row.arrays["tokens"]["ids"], row.loss_start
+        assert (labels[:start] == -100).all()
+        assert labels[start : len(ids)].tolist() == ids[start:].tolist()
+        assert (labels[len(ids) :] == -100).all()
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet"])

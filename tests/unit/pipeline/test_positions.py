@@ -157,3 +157,26 @@ def test_rows_longer_than_a_model_reads_are_refused_before_the_teacher_runs(
     changes = {} if who == "teacher" else {"student": {"path": str(folder)}, "mapping": {"strategy": "uniform"}}
     result = coldstill("precompute", write_recipe(**changes), "--dry-run", expect=2)
     assert f"data.sequence_length is 24, but the {who} reads at most 20 tokens" in result.output
+
+
+def test_padding_alone_does_not_bring_short_rows_to_the_other_side(model: PreTrainedModel):
+    student = StudentForward(model)
+    rows = [row for row in ROWS if len(row) <= SWITCH]
+    ids_BT = torch.stack([torch.nn.functional.pad(row, (0, 40 - len(row))) for row in rows])
+    mask_BT = (torch.arange(40) < torch.tensor([[len(row)] for row in rows])).long()
+    _, state_BTD, _ = student(ids_BT, mask_BT, [])
+    assert state_BTD.shape[:2] == (3, 40)
+    for index, row in enumerate(rows):
+        torch.testing.assert_close(state_BTD[index, : len(row)], student(row.unsqueeze(0), None, [])[1][0])
+
+
+def test_documents_that_share_a_row_count_by_their_own_positions(model: PreTrainedModel):
+    student = StudentForward(model)
+    rows = [ROWS[2], ROWS[0]]
+    ids = torch.stack([torch.cat([row, row])[:18] for row in rows])
+    # One document of 18 tokens, which lies beyond the switch, and two of 9, which do not.
+    positions = torch.stack([torch.arange(18), torch.arange(18) % 9])
+    together = student(ids, None, [], positions)[1]
+    for index in range(2):
+        alone = student(ids[index : index + 1], None, [], positions[index : index + 1])[1]
+        torch.testing.assert_close(together[index : index + 1], alone)
