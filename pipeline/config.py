@@ -45,11 +45,19 @@ class SourceConfig(Section):
     options: dict[str, Any] = Field(default={})
     text_column: str = "text"
     prompt_column: str | None = None
+    skip_null: bool = False
     max_rows: Count | None = None
 
     def origin(self) -> dict[str, Any]:
         """Say which documents these are, whatever number of rows is taken of them."""
         return self.model_dump(exclude={"max_rows"})
+
+    def identity(self) -> dict[str, Any]:
+        """Give what decides the documents and their number, as rows are found and named by it in a root.
+
+        Roots outlive versions: a key that came later is left out where it is as it was before there was one.
+        """
+        return self.model_dump(exclude=None if self.skip_null else {"skip_null"})
 
 
 class DataConfig(Section):
@@ -69,6 +77,10 @@ class DataConfig(Section):
         if self.eval.max_rows is None and self.train.origin() == self.eval.origin():
             raise ValueError("train and eval read the same source, so eval.max_rows must say how many rows eval takes")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """Give what decides the rows, as they are found by it in a root; see `SourceConfig.identity`."""
+        return {**self.model_dump(), "train": self.train.identity(), "eval": self.eval.identity()}
 
 
 class LogitsTargetConfig(Section):

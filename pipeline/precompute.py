@@ -52,6 +52,7 @@ class PrecomputeSummary:
         store: The store's folder or URL.
         students: The folder of each recipe's student.
         num_rows: Rows of each split, of all recipes.
+        num_shared: Documents and rows that train does without because eval has them.
         num_tokens: Tokens of all rows.
         num_shards: Shards that hold them.
         computed_tokens: Tokens that the teacher ran over; 0 where everything was complete.
@@ -64,6 +65,7 @@ class PrecomputeSummary:
     store: str
     students: list[str]
     num_rows: dict[str, int]
+    num_shared: int
     num_tokens: int
     num_shards: int
     computed_tokens: int
@@ -119,6 +121,7 @@ def precompute(*recipes: Recipe, share: Share | None = None, show_progress: bool
         store=store.path,
         students=[str(student.folder) for student in students],
         num_rows=_count_rows(runs),
+        num_shared=sum(selection.provenance["num_shared"] for selection in _selections(runs)),
         num_tokens=sum(selection.num_tokens for selection in _selections(runs)),
         num_shards=len({shard for selection in _selections(runs) for shard in selection.shard_names}),
         computed_tokens=computed_tokens,

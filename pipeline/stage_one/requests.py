@@ -48,7 +48,7 @@ class Request:
         """Say where the rows of a split came from."""
         return {
             "tokenizer": self.tokenizer,
-            "source": getattr(self.recipe.data, split).model_dump(),
+            "source": getattr(self.recipe.data, split).identity(),
             "num_documents": self.rows[split].num_documents,
             "num_shared": self.rows[split].num_shared,
         }

@@ -133,10 +133,19 @@ WRONG = {
     "no teacher": ({"teacher__path": "/nowhere/model"}, "no model folder at /nowhere/model"),
     "no file": (
         {"data__train__data_files": "/nowhere.txt"},
-        "cannot load data set 'text': Unable to find '/nowhere.txt'",
+        "cannot load data set 'text' (/nowhere.txt): Unable to find '/nowhere.txt'",
     ),
     "no rows": ({"data__train__max_rows": 0}, "data.train.max_rows in {recipe}: Input should be greater than 0, got 0"),
-    "no column": ({"data__train__text_column": "body"}, "data set 'text' has no column 'body'; it has text"),
+    "no column": (
+        {"data__train__text_column": "body"},
+        "data set 'text' ({recipe.parent}/text.txt) has no column 'body'; it has text",
+    ),
+    "no folder": ({"data__train": {"path": "./nope"}}, "no file or folder at {here}/nope, which the source's path"),
+    "no text": (
+        {"data__train__data_files": "{recipe.parent}/teacher/model.safetensors"},
+        "cannot load data set 'text' ({recipe.parent}/teacher/model.safetensors): "
+        "{recipe.parent}/teacher/model.safetensors, line 1, is not utf-8: byte 0x",
+    ),
     "k too large": (
         {"targets__logits__k": 385},
         "targets.logits.k is 385, but the teacher's vocabulary has 384 entries",
@@ -169,9 +178,10 @@ def test_wrong_input_is_one_line_exit_2_and_leaves_nothing(
 ):
     changes, message = WRONG[case]
     recipe = write_recipe(**changes)
+    recipe.write_text(recipe.read_text().replace("{recipe.parent}", str(workplace)))
     before = set(files_below(workplace))
     result = coldstill("precompute", recipe, expect=2)
-    assert result.stderr.startswith("coldstill: " + message.format(recipe=recipe)), result.stderr
+    assert result.stderr.startswith("coldstill: " + message.format(recipe=recipe, here=Path.cwd())), result.stderr
     assert result.stderr.count("\n") == 1
     left = {name for name in set(files_below(workplace)) - before if not name.startswith("caches/students/")}
     assert left == set()
@@ -180,7 +190,20 @@ def test_wrong_input_is_one_line_exit_2_and_leaves_nothing(
 def test_an_empty_text_is_refused(coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path):
     (workplace / "text.txt").write_text("\n \n")
     result = coldstill("precompute", write_recipe(), expect=2)
-    assert "data.eval gives no row: 0 documents of text read, sequence_length 24; use more text" in result.stderr
+    said = f"coldstill: data.eval gives no row: no row of 'text' ({workplace}/text.txt) holds text; is text_column the"
+    assert result.stderr.startswith(said)
+
+
+def test_documents_that_train_leaves_out_because_eval_has_them_are_counted(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path, corpus: list[str]
+):
+    (workplace / "text.txt").write_text("\n".join(corpus[:12] * 3))
+    recipe = write_recipe(data__train__max_rows=None)
+    told = coldstill("precompute", recipe).output
+    summary = json.loads(coldstill("precompute", recipe, "--json").stdout)
+    assert summary["num_shared"] > 0
+    assert summary["num_shared"] % 2 == 0, "each copy of what eval has, and there are two of each"
+    assert f"left out   {summary['num_shared']} documents or rows of train, because eval has them" in told
 
 
 def test_a_student_of_another_vocabulary_is_refused_before_any_work(
