@@ -1,5 +1,6 @@
 """Documents, one after another, from files, data sets and the built-in corpus. Knows columns of text, no tokens."""
 
+import glob
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def _located(source: SourceConfig) -> SourceConfig:
     home = {
         "path": _expanded(source.path),
         "data_dir": source.data_dir and _expanded(source.data_dir),
-        "data_files": files and [_expanded(file) for file in files],
+        "data_files": files and [_as_pattern(_expanded(file)) for file in files],
     }
     found = source.model_copy(update=home)
     if source.path in FILE_READERS:
@@ -96,6 +97,18 @@ def _expanded(path: str) -> str:
         return path
 
 
+def _as_pattern(file: str) -> str:
+    """Give a file, or a pattern of files, as a pattern in which brackets of folders that are there mean themselves."""
+    if "://" in file:
+        return file
+    path = Path(file).absolute()
+    if path.is_file():
+        return glob.escape(str(path)) if glob.has_magic(str(path)) else file
+    if Path(file).is_absolute() or not glob.has_magic(str(Path.cwd())):
+        return file
+    return f"{glob.escape(str(Path.cwd()))}/{file}"
+
+
 def _with_reader(source: SourceConfig) -> SourceConfig:
     """Turn a path that is a file into the reader of such files, and the file."""
     if source.data_files or source.data_dir:
@@ -107,7 +120,7 @@ def _with_reader(source: SourceConfig) -> SourceConfig:
             f"{', '.join(sorted(FILE_READERS))}"
         )
     options = {"sep": "\t", **source.options} if ".tsv" in Path(source.path).suffixes else source.options
-    return source.model_copy(update={"path": reader, "data_files": [source.path], "options": options})
+    return source.model_copy(update={"path": reader, "data_files": [_as_pattern(source.path)], "options": options})
 
 
 def _looks_local(path: str) -> bool:

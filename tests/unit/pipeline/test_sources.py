@@ -123,6 +123,17 @@ def test_the_home_folder_may_be_a_tilde(read, tmp_path, monkeypatch):
     assert texts(read("text", data_files="~/folder/*.txt")) == texts(read("text", data_dir="~/folder")) == ["One."]
 
 
+@pytest.mark.parametrize("named", ["absolute", "relative", "pattern", "as the path"])
+def test_brackets_in_the_name_of_a_folder_mean_themselves(read, tmp_path, monkeypatch, named):
+    folder = tmp_path / "runs [v1] {a}"
+    folder.mkdir()
+    (folder / "text [2].txt").write_text("A text.")
+    monkeypatch.chdir(folder)
+    files = {"absolute": folder / "text [2].txt", "relative": "text [2].txt", "pattern": "te*.txt"}
+    found = read("./text [2].txt") if named == "as the path" else read("text", data_files=files[named])
+    assert texts(found) == ["A text."]
+
+
 @pytest.mark.parametrize(
     "path", ["./nope", "../nope", "/no/such", "~/nope", "~nobody-here/nope", "a/b/c", "nope.jsonl"]
 )
