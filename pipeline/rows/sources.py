@@ -119,7 +119,7 @@ def _with_reader(source: SourceConfig) -> SourceConfig:
             f"the ending of {source.path!r} does not say how to read it: let it be data_files, and path one of "
             f"{', '.join(sorted(FILE_READERS))}"
         )
-    options = {"sep": "\t", **source.options} if ".tsv" in Path(source.path).suffixes else source.options
+    options = {"sep": "\t", **source.options} if ".tsv" in Path(source.path.lower()).suffixes else source.options
     return source.model_copy(update={"path": reader, "data_files": [_as_pattern(source.path)], "options": options})
 
 
