@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.loss_config import WEIGHT_OF_TERM
 from pipeline.losses.chunked_loss import chunked_loss
 from pipeline.losses.divergences import Divergence
 from pipeline.losses.hidden_terms import HiddenForm, HiddenTerms, StoredStates
@@ -23,8 +24,6 @@ from pipeline.selective_checkpointing import SELECTIVE, selective_kwargs
 from pipeline.student_forward import StudentForward
 
 IGNORED = -100
-# The terms of the loss, and what the recipe calls the weight of each.
-WEIGHT_OF_TERM = {"loss_task": "alpha", "loss_logits": "beta", "loss_hidden": "gamma", "loss_dynamics": "delta"}
 
 
 @dataclass(frozen=True)
