@@ -15,6 +15,7 @@ from typing import Any
 from cache.errors import ColdstillError, RecipeError, StoreError
 from cache.identity import digest_of
 from pipeline.config import Recipe
+from pipeline.interruptions import what_stays
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE
 from pipeline.recipe_file import dump_recipe, load_recipe
 from pipeline.run_index import find_run_rows, trained_student
@@ -22,7 +23,7 @@ from pipeline.runs.folder import check_claim, claimed_run, decisive_sections, fi
 from pipeline.sweeps.file import Sweep, load_sweep
 from pipeline.sweeps.keys import canonical, sweep_key
 from pipeline.sweeps.processes import Outcome, run_command
-from pipeline.sweeps.results import SweepResult, measures_of, output_of, read_sweep
+from pipeline.sweeps.results import SweepResult, measures_of, output_of, read_state, read_sweep
 from pipeline.sweeps.state import SweepState, hold_sweep
 from pipeline.units import format_duration
 from pipeline.whole import write_whole
@@ -70,7 +71,7 @@ def ablate(
         for seed, recipe in variant.recipes.items()
     }
     runs = _plan(sweep, keys)
-    with hold_sweep(sweep.output):
+    with what_stays(lambda: _what_stays(sweep.output, runs)), hold_sweep(sweep.output):
         state = SweepState(sweep, keys)
         state.wait_for_orphan(say)
         wanted = [run for run in runs if _is_wanted(run, state, retry=retry)]
@@ -78,6 +79,12 @@ def ablate(
             _precompute(wanted, state, sweep.output, say)
         _carry_out([run for run in wanted if state.status(run.key) != "failed"], state, sweep.output, say)
     return read_sweep(sweep.output)
+
+
+def _what_stays(folder: Path, runs: Sequence[_Run]) -> str:
+    states = (read_state(folder) or {"runs": {}})["runs"]
+    complete = sum(states.get(run.key, {}).get("status") == "complete" for run in runs)
+    return f"with {complete} of {len(runs)} runs complete; run the same command again to go on"
 
 
 def _plan(sweep: Sweep, keys: Mapping[tuple[str, int], str]) -> list[_Run]:

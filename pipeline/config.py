@@ -11,7 +11,7 @@ from pipeline.loss_config import LossConfig
 from pipeline.presets import PresetName, with_preset
 from pipeline.recipe_types import BlockIndex, Count, Nameable, Positive, Section
 from pipeline.student_config import StudentConfig
-from pipeline.training_keys import check_training_keys
+from pipeline.training_keys import check_best_metric, check_training_keys
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 HiddenEncoding = Literal["int8", "coded", "float16", "bfloat16", "float32"]
@@ -216,6 +216,7 @@ class Recipe(Section):
                 f"loss.schedule.temperature passes through temperatures that targets.logits.kind {kind} does not "
                 "store; targets.logits.kind final answers every temperature: use it, or a constant temperature"
             )
+        check_best_metric(self.train, loss.terms)
         return self
 
     def idle_keys(self) -> list[str]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from cache.errors import RecipeError, TargetError
 from pipeline.labels import IGNORED, next_tokens
+from pipeline.loss_config import WEIGHT_OF_TERM
 from pipeline.losses.chunked_loss import chunked_loss
 from pipeline.losses.divergences import Divergence
 from pipeline.losses.hidden_terms import HiddenForm, HiddenTerms, StoredStates
@@ -24,9 +25,6 @@ from pipeline.losses.vocabulary_losses import vocabulary_losses
 from pipeline.output_head import Head
 from pipeline.selective_checkpointing import SELECTIVE, selective_kwargs
 from pipeline.student_forward import StudentForward
-
-# The terms of the loss, and what the recipe calls the weight of each.
-WEIGHT_OF_TERM = {"loss_task": "alpha", "loss_logits": "beta", "loss_hidden": "gamma", "loss_dynamics": "delta"}
 
 
 @dataclass(frozen=True)

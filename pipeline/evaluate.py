@@ -6,7 +6,7 @@ Shapes: N positions that count, V vocabulary, D width.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from cache.reader import Reader
 from cache.tokens import TOKENS
 from pipeline.config import Recipe
 from pipeline.forward import pad_rows
+from pipeline.interruptions import what_stays
 from pipeline.models import check_vocabularies, identify, load_config, load_model, resolve_device
 from pipeline.provenance import write_record
 from pipeline.run_index import RunRows, find_run_rows, trained_student
@@ -82,6 +83,18 @@ def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
         ModelError: A student cannot be loaded, or a teacher that tasks are to be asked of.
         RecipeError: A task is unknown, or its questions cannot be loaded.
     """
+    judged: list[str] = []
+    with what_stays(lambda: _what_stays(judged)):
+        return _evaluate(recipe, judged, show_progress=show_progress)
+
+
+def _what_stays(judged: Sequence[str]) -> str:
+    if not judged:
+        return "before a student was judged; the same command begins anew"
+    return f"with {' and '.join(judged)} judged on the eval rows; run the same command again to go on"
+
+
+def _evaluate(recipe: Recipe, judged: list[str], *, show_progress: bool) -> Evaluation:
     tasks = load_tasks(recipe.evaluate) if recipe.evaluate.tasks else []
     run = find_run_rows(recipe)
     teacher = _StoredTeacher(run, resolve_device(recipe.evaluate.device), recipe.local_copy)
@@ -92,6 +105,7 @@ def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
     models = {"teacher": teacher.quality()}
     for name, folder in folders.items():
         models[name] = _quality_of(recipe, run, teacher, folder, name, show_progress=show_progress)
+        judged.append(name)
     compared, average = (
         compare_on_tasks(recipe, run, folders, tasks, show_progress=show_progress) if tasks else ({}, None)
     )

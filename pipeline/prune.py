@@ -13,6 +13,7 @@ import torch
 from cache.identity import FINGERPRINT_CHARS, digest_of, row_id
 from pipeline.config import Recipe
 from pipeline.data import Rows, build_rows
+from pipeline.interruptions import what_stays
 from pipeline.models import check_length, check_tokenizers, check_vocabularies, load_config
 from pipeline.provenance import write_record
 from pipeline.student_config import InitConfig, PruneConfig
@@ -57,10 +58,11 @@ def prune(recipe: Recipe) -> PreparedStudent:
     Raises:
         ColdstillError: The recipe's teacher, data or student section cannot be carried out.
     """
-    teacher = Teacher.locate(recipe.teacher)
-    check_student(recipe, teacher)
-    train_rows, _ = build_rows(recipe.data, teacher.tokenizer)
-    return prepare_student(recipe, teacher, train_rows)
+    with what_stays(lambda: "before the student was made; the same command begins anew"):
+        teacher = Teacher.locate(recipe.teacher)
+        check_student(recipe, teacher)
+        train_rows, _ = build_rows(recipe.data, teacher.tokenizer)
+        return prepare_student(recipe, teacher, train_rows)
 
 
 def check_student(recipe: Recipe, teacher: Teacher) -> None:

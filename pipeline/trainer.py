@@ -1,13 +1,9 @@
 """The transformers Trainer over a distiller: terms logged, projectors in checkpoints, stored rows in their own order.
 
 A checkpoint folder is the student as `save_pretrained` writes it, so that plain `from_pretrained` loads any of them,
-with `projectors.safetensors` and the Trainer's own state beside it. `trainer_state.json` is published last, when all
-else has reached the disk: a checkpoint without it was never finished.
+with `projectors.safetensors` and the Trainer's own state beside it.
 """
 
-import dataclasses
-import functools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,26 +14,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput
 
 from cache.errors import RecipeError, StoreNotFoundError
-from cache.local_objects import sync_path
 from pipeline.assembly import LayerMap, Projectors, assemble
 from pipeline.batches import EpochOrder, StoredRows, complete_batch
 from pipeline.distiller import Distiller
 from pipeline.live_targets import LiveTargets
 from pipeline.models import load_model
+from pipeline.resumable_trainer import ResumableTrainer
 from pipeline.students.adapters import has_adapters, load_adapters
 from pipeline.warm_start import fit_projectors
-from pipeline.whole import disk_errors, write_whole
+from pipeline.whole import disk_errors
 
 PROJECTORS_FILE = "projectors.safetensors"
 
 _STUDENT, _PROJECTORS = "student.", "projectors."
 
 
-class UniversalDistillationTrainer(Trainer):
+class UniversalDistillationTrainer(ResumableTrainer):
     """Train a student and its projectors, from a teacher beside it or from stored targets.
 
     Takes what `transformers.Trainer` takes, ordinary data sets and collators among it, with labels as every causal
@@ -192,6 +187,17 @@ class UniversalDistillationTrainer(Trainer):
             logs |= {name: getattr(self._distiller.weights, name) for name in self._distiller.loss.schedules}
         super().log(logs, start_time)
 
+    def sums(self) -> dict[str, Any]:
+        """Give the sums of the terms too."""
+        terms = {name: self._mean(total) for name, total in self._terms.items()}
+        return {**super().sums(), "terms": terms, "terms_since_step": self._terms_since_step}
+
+    def take_up(self, sums: dict[str, Any]) -> None:
+        """Go on with the sums of the terms too."""
+        super().take_up(sums)
+        self._terms = {name: torch.tensor(total, device=self.args.device) for name, total in sums["terms"].items()}
+        self._terms_since_step = sums["terms_since_step"]
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer over student and projectors; the latter in groups of their own where they have a rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -223,21 +229,6 @@ class UniversalDistillationTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        # The Trainer writes its state in place, and then removes older checkpoints: the state must be whole by then.
-        self.state.save_to_json = functools.partial(_publish_state, self.state)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            del self.state.save_to_json
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The first process calls the checkpoint whole, so every other one must have written its part.
-        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -282,14 +273,6 @@ def _of_student(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _of_projectors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give the projectors' part of a distiller's state; empty where all are the identity."""
     return {name: value.contiguous() for name, value in state.items() if name.startswith(_PROJECTORS)}
-
-
-def _publish_state(state: TrainerState, json_path: str) -> None:
-    """Write the Trainer's state so that its file says that the whole checkpoint is on the disk."""
-    path = Path(json_path)
-    for file in path.parent.iterdir():
-        sync_path(file)
-    write_whole(path, json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n")
 
 
 def _read_projectors(folder: Path) -> dict[str, Tensor]:

@@ -169,6 +169,8 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
         "run_name": recipe.output,
         "dataloader_pin_memory": has_accelerator,
         "use_cpu": not has_accelerator,
+        # Whatever evaluation gives is a loss; the Trainer would take `eval_loss_logits` for a score.
+        "greater_is_better": False,
         # A GPU computes while others read and decompress; without one, both want the same cores.
         "dataloader_num_workers": _READERS if has_accelerator else 0,
         # With the hidden term alone the student's output head gets no gradient, and DDP must be told to look.

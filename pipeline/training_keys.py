@@ -7,6 +7,7 @@ there is a key to check.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ OWNED_KEYS: Mapping[str, str] = {
     "label_names": "the batches, which hold what the losses need",
     "label_smoothing_factor": "the losses: the teacher's distribution is the soft target",
     "resume_from_checkpoint": "coldstill train, which continues what was interrupted",
+    "enable_jit_checkpoint": "coldstill train, which saves a checkpoint when it is interrupted",
     "do_train": "the command",
     "do_eval": "the command",
     "do_predict": "the command",
@@ -51,7 +53,23 @@ def check_training_keys(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"train.{key} is decided by {OWNED_KEYS[key]}; remove it")
         _check_name(f"train.{key}", key, declared, "transformers' TrainingArguments")
         checked[key] = _checked_value(key, value, declared[key])
+    _check_length(checked)
     return checked
+
+
+def check_best_metric(values: Mapping[str, Any], terms: Collection[str]) -> None:
+    """Check that the metric of the best checkpoint is one that evaluation gives: the loss, or a term of it.
+
+    Raises:
+        ValueError: It is none.
+    """
+    metric = values.get("metric_for_best_model")
+    known = [f"eval_{name}" for name in ("loss", *terms)]
+    if metric is not None and f"eval_{metric}" not in known and metric not in known:
+        raise ValueError(
+            f"train.metric_for_best_model is {metric!r}, which no evaluation gives; with this loss there are "
+            f"{', '.join(known)}"
+        )
 
 
 def check_lora_keys(values: dict[str, Any]) -> dict[str, Any]:
@@ -70,6 +88,20 @@ def check_lora_keys(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"student.lora.{key} is decided by {_OWNED_LORA_KEYS[key]}; remove it")
         _check_name(f"student.lora.{key}", key, declared, "peft's LoraConfig")
     return values
+
+
+def _check_length(values: Mapping[str, Any]) -> None:
+    """Refuse a run of no steps, which the Trainer takes for one of a single step, or of all the epochs."""
+    steps, epochs = values.get("max_steps", -1), values.get("num_train_epochs", 1.0)
+    if steps == 0 or steps < -1:
+        raise ValueError(
+            f"train.max_steps must be above 0, got {steps}; leave it out, or give -1, to train for "
+            "train.num_train_epochs"
+        )
+    if not 0 < epochs < math.inf:
+        raise ValueError(
+            f"train.num_train_epochs must be above 0 and finite, got {epochs:g}; or give the steps, train.max_steps"
+        )
 
 
 def _check_name(dotted: str, key: str, declared: Collection[str], where: str) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
 
 from cache.errors import RecipeError
 from cache.identity import digest_of
@@ -128,26 +127,6 @@ def read_metrics(recipe: Recipe) -> dict[str, Any] | None:
     if not metrics.is_file() or not (trained_student(recipe) / "config.json").is_file():
         return None
     return dict(json.loads(metrics.read_text()))
-
-
-def last_checkpoint(recipe: Recipe) -> tuple[int, str | None]:
-    """Give step and folder of the newest checkpoint that is whole: its state file is published last."""
-    folders = checkpoints_folder(recipe).glob("checkpoint-*")
-    whole = [folder for folder in folders if _is_whole(folder)]
-    by_step = {int(folder.name.rsplit("-", 1)[-1]): str(folder) for folder in whole}
-    newest = max(by_step, default=0)
-    return newest, by_step.get(newest)
-
-
-def sweep_checkpoints(recipe: Recipe) -> None:
-    """Remove checkpoints that a killed run did not finish."""
-    for folder in checkpoints_folder(recipe).glob("checkpoint-*"):
-        if not _is_whole(folder):
-            shutil.rmtree(folder)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    return (checkpoint / TRAINER_STATE_NAME).is_file()
 
 
 def export_student(

@@ -105,7 +105,7 @@ def test_a_sweep_that_was_interrupted_and_killed_continues_and_does_nothing_twic
     assert "stage one for 4 runs" in said[0]
     assert "projector.kind=auto, loss.temperature=1, seed 1: perplexity" in said[2]
     assert "left" in said[2]
-    assert last == "interrupted; what was committed stays, run the same command again to go on\n"
+    assert last == "interrupted with 1 of 4 runs complete; run the same command again to go on\n"
     assert is_dead(child)
     assert statuses(folder) == ["complete", "pending", "pending", "pending"]
     first_run = [contents(folder, pattern) for pattern in results]

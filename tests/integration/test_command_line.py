@@ -288,7 +288,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(
     with monkeypatch.context() as patch:
         patch.setattr(LocalObjects, "write_all", full_after_thirty)
         result = coldstill("precompute", recipe, expect=2)
-    assert "No space left on device; what was committed stays; run the command again to go on" in result.stderr
+    stays = "before the first of 2 shards was complete; the same command begins with it"
+    assert f"No space left on device, {stays}" in result.stderr
     assert not list(workplace.rglob(".partial/*"))
     coldstill("precompute", recipe)
     resumed = files_below(workplace / "caches/stores")

@@ -12,16 +12,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import gradients, trainer_of
+from training import gradients, train_and_die, trainer_of
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from cache.errors import RecipeError
-from pipeline.config import Recipe
 from pipeline.evaluate import evaluate
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
 from pipeline.train import train
-from pipeline.trainer import UniversalDistillationTrainer
 
 FINAL = {"targets__logits": {"kind": "final", "encoding": "float32"}}
 SCHEDULED = {
@@ -38,20 +36,6 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_pr
 
 def log_of(workplace: Path, name: str = "run") -> list[dict[str, Any]]:
     return [entry for entry in json.loads((workplace / name / "train.json").read_text())["log"] if "loss" in entry]
-
-
-def train_and_die(recipe: Recipe, *, at_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = UniversalDistillationTrainer.training_step
-
-    def dying_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == at_step:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(UniversalDistillationTrainer, "training_step", dying_step)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe)
 
 
 def test_scheduled_values_are_logged_and_make_up_the_loss_of_their_step(
