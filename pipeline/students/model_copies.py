@@ -40,6 +40,20 @@ def changed_config(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig
     return changed
 
 
+def reread_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Give a config as transformers will read it from its file; the kind of attention stays.
+
+    Raises:
+        ModelError: transformers would not read it.
+    """
+    try:
+        reread = type(config).from_dict(copy.deepcopy(config.to_dict()))
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{type(config).__name__} does not allow this cut: {_last_line(error)}") from None
+    reread._attn_implementation = config._attn_implementation
+    return reread
+
+
 def model_from_state(
     config: PreTrainedConfig, state: Mapping[str, Tensor], *, like: PreTrainedModel
 ) -> PreTrainedModel:
@@ -47,8 +61,14 @@ def model_from_state(
 
     Weights that the config ties are taken from the input embedding.
     """
-    model = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
+    model = empty_model(config, like=like)
     model.load_state_dict(state)
+    return model
+
+
+def empty_model(config: PreTrainedConfig, *, like: PreTrainedModel) -> PreTrainedModel:
+    """Make a model of a config with weights of no meaning, and the dtype, device and generation config of another."""
+    model = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
     model.generation_config = copy.deepcopy(like.generation_config)
     return model.to(like.device).eval()
 
