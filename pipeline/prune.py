@@ -76,7 +76,7 @@ def check_student(recipe: Recipe, teacher: Teacher) -> None:
         return
     folder = find_student(recipe)
     check_vocabularies(teacher.config, load_config(folder, trust_remote_code=recipe.student.trust_remote_code))
-    check_tokenizers(teacher.folder, folder)
+    check_tokenizers(teacher.tokenizer, folder, trust_remote_code=recipe.student.trust_remote_code)
 
 
 def prepare_student(recipe: Recipe, teacher: Teacher, train_rows: Rows) -> PreparedStudent:

@@ -3,12 +3,25 @@
 Knows transformers; knows nothing of stores, recipes or what is inside a model.
 """
 
+import contextlib
+import logging
 import os
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from cache.errors import ModelError
 from cache.identity import teacher_identity, weights_digest
@@ -18,6 +31,22 @@ KEPT_BLOCKS = "kept_blocks"
 # And, of one whose residual stream was narrowed, the teacher channel that each of its channels is.
 KEPT_CHANNELS = "kept_channels"
 
+# What transformers raises for files that are not what it expects: a RuntimeError for shapes, an ImportError for a
+# library that a quantised checkpoint needs.
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,
+    SafetensorError,
+)
+# Of architectures whose body is a language model's, and whose output is none.
+_OTHER_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "RewardModel")
+_NAMED = 3  # weights that an error names
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -48,21 +77,24 @@ def resolve_folder(path: str, *, revision: str | None = None, local_only: bool =
         ) from None
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"no folder {path!r}, and the hub cannot be asked for a model of that name: {_first_line(error)}"
+            f"no folder {path!r}, and the hub cannot be asked for a model of that name: {_reason(error)}"
         ) from None
     return Path(found)
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read a model's config.
+    """Read the config of a causal language model.
 
     Raises:
-        ModelError: The folder holds none that transformers can read.
+        ModelError: The folder holds none that transformers can read, or that of another kind of model.
     """
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} holds no model config that transformers can read: {_first_line(error)}") from None
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise ModelError(f"{folder} holds no model config that transformers can read: {_reason(error)}") from None
+    if kind := _other_kind(config):
+        raise ModelError(f"{folder} holds {kind}; Coldstill takes decoder-only language models, with their output head")
+    return config
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -96,7 +128,7 @@ def resolve_device(device: str) -> torch.device:
         try:
             return torch.device(device)
         except RuntimeError as error:
-            raise ModelError(f"device {device!r} is unknown: {_first_line(error)}") from None
+            raise ModelError(f"device {device!r} is unknown: {_reason(error)}") from None
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         return torch.device("cpu")
@@ -104,17 +136,25 @@ def resolve_device(device: str) -> torch.device:
 
 
 def load_model(folder: Path, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load a causal language model from safetensors, on the CPU, in evaluation mode.
+    """Load a causal language model from safetensors, all of its weights, on the CPU, in evaluation mode.
 
     Raises:
-        ModelError: The folder holds no such model.
+        ModelError: The folder holds no such model, or not all of its weights: transformers would make up the others.
     """
+    load_config(folder, trust_remote_code=trust_remote_code)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} holds no causal language model in safetensors: {_first_line(error)}") from None
+        with _without_loading_report():
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
+    except _LOADING_ERRORS as error:
+        raise ModelError(f"{folder} holds no causal language model in safetensors: {_reason(error)}") from None
+    _check_whole(folder, type(model).__name__, loaded)
     return model.eval()
 
 
@@ -126,8 +166,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} holds no tokenizer: {_first_line(error)}") from None
+    except _LOADING_ERRORS as error:
+        raise ModelError(f"{folder} holds no tokenizer: {_reason(error)}") from None
 
 
 def identify(folder: Path, config: PreTrainedConfig, *, dtype: str) -> dict[str, str]:
@@ -135,6 +175,58 @@ def identify(folder: Path, config: PreTrainedConfig, *, dtype: str) -> dict[str,
     return teacher_identity(config=config.to_dict(), weights=weights_digest(folder), dtype=dtype)
 
 
-def _first_line(error: Exception) -> str:
+def _other_kind(config: PreTrainedConfig) -> str | None:
+    """Say what a config describes, where that is no causal language model; None where it is one."""
+    name = (config.architectures or [type(config).__name__])[0]
+    if getattr(config, "is_encoder_decoder", False):
+        return f"an encoder-decoder, {name}"
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    if not is_causal or name.endswith(_OTHER_HEADS):
+        return f"a {name}, which is no causal language model"
+    return None
+
+
+@contextlib.contextmanager
+def _without_loading_report() -> Iterator[None]:
+    """Keep transformers from printing a table of what it found and did not find; `_check_whole` says it in a line."""
+    logger = logging.getLogger("transformers.utils.loading_report")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_whole(folder: Path, name: str, loaded: Mapping[str, Any]) -> None:
+    """Refuse a model of which transformers made up weights, because they were missing or had another shape."""
+    other_shapes = [
+        f"{key} ({list(there)} there, {list(wanted)} by the config)" for key, there, wanted in loaded["mismatched_keys"]
+    ]
+    for problem, weights in (("lacks weights", loaded["missing_keys"]), ("has weights of other shapes", other_shapes)):
+        if weights:
+            raise ModelError(
+                f"{folder} {problem} for {name}: {_listed(weights)}; transformers would fill them with random numbers: "
+                "save or download the whole model again"
+            )
+    if loaded["unexpected_keys"]:
+        warnings.warn(
+            f"{folder} has weights that {name} does not use: {_listed(loaded['unexpected_keys'])}", stacklevel=3
+        )
+
+
+def _listed(names: Collection[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(sorted(names)[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _reason(error: Exception) -> str:
+    """Give an error in one line, without what transformers advises its programmers."""
+    if isinstance(error, StrictDataclassError):
+        return " ".join(str(error).split()).removesuffix(".")
+    if isinstance(error, KeyError):
+        return f"KeyError: {error}"
     text = str(error.args[0]) if error.args else str(error)
     return text.strip().splitlines()[0] if text.strip() else type(error).__name__

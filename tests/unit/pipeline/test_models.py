@@ -1,6 +1,5 @@
 """Blocks, final norm and output head of real architectures, by structure; pruning them; refusing what does not fit."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from torch import nn
 from cache.errors import ModelError, RecipeError
 from pipeline.forward import block_outputs
 from pipeline.models import (
-    check_tokenizers,
     check_vocabularies,
     load_config,
     load_model,
@@ -121,18 +119,10 @@ def test_removing_what_is_not_there_is_refused():
         check_prune(PruneLayersConfig(remove=6), num_blocks=6)
 
 
-def test_vocabularies_of_other_size_or_other_ids_are_refused(build_model, model_folders, tmp_path):
+def test_vocabularies_of_another_size_are_refused(build_model, model_folders):
     other = build_model(vocab_size=100).config
     with pytest.raises(ModelError, match="different vocabularies: 384 entries against 100"):
         check_vocabularies(load_config(model_folders["teacher"]), other)
-    check_tokenizers(model_folders["teacher"], model_folders["narrow"])
-    data = json.loads((model_folders["teacher"] / "tokenizer.json").read_text())
-    vocab = data["model"]["vocab"]
-    first, second = list(vocab)[:2]
-    vocab[first], vocab[second] = vocab[second], vocab[first]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(ModelError, match="give tokens different ids"):
-        check_tokenizers(model_folders["teacher"], tmp_path)
 
 
 def test_hooks_are_there_while_the_context_is_open_and_gone_after_an_error(build_model):
@@ -151,8 +141,6 @@ def test_hooks_are_there_while_the_context_is_open_and_gone_after_an_error(build
 def test_what_is_no_model_is_refused_with_its_folder(tmp_path: Path, model_folders):
     with pytest.raises(ModelError, match=f"{tmp_path} holds no model config that transformers can read"):
         load_config(tmp_path)
-    with pytest.raises(ModelError, match=f"{tmp_path} holds no causal language model in safetensors"):
-        load_model(tmp_path, dtype="float32")
     with pytest.raises(ModelError, match=f"{tmp_path} holds no tokenizer"):
         load_tokenizer(tmp_path)
     with pytest.raises(ModelError, match="no model folder at /nowhere/at/all"):
