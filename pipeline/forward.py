@@ -61,8 +61,8 @@ def mean_loss(model: Any, rows: Sequence[Tensor]) -> float:
 
 
 def block_output(output: Any) -> Tensor:
-    """Give the hidden state of what a decoder block returned, a tensor or a tuple that begins with it."""
-    return output[0] if isinstance(output, tuple) else output
+    """Give the hidden state of what a decoder block returned: a tensor, or a tuple or list that begins with it."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def block_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -7,6 +7,7 @@ Shapes: T positions, D width.
 """
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel
 
 from cache.errors import ModelError
 from pipeline.forward import block_input
-from pipeline.models import ModelParts
+from pipeline.models import ModelParts, text_config
+from pipeline.students.layer_patterns import period_keys
+from pipeline.students.model_copies import load_state
 
 _PROBE_TOKENS = 24
 # Of what a block adds to the stream, in steps of the dtype: how far one that does the same may be from it.
@@ -45,15 +48,19 @@ def load_weights(
     shapes = {name: value.shape for name, value in student.state_dict().items()}
     for name in sorted(shapes.keys() | weights.keys(), key=lambda name: _place(name, parts.blocks_name)):
         if name not in weights:
-            problem = f"would need {name}, which the original has not"
+            problem = "which is not there"
         elif name not in shapes:
-            problem = f"would have no place for {name}"
+            problem = "which there would be no place for"
         elif weights[name].shape != shapes[name]:
-            problem = f"would need {name} as {list(shapes[name])}, and the original's is {list(weights[name].shape)}"
+            problem = f"which would be {list(shapes[name])}, and is {list(weights[name].shape)}"
         else:
             continue
-        raise ModelError(_refusal(parts, kept_blocks, f"a model of that config {problem}"))
-    student.load_state_dict(weights)
+        index, weight = _place(name, parts.blocks_name)
+        where = "what is around the blocks" if index == sys.maxsize else f"block {kept_blocks[index]} as block {index}"
+        keys = period_keys(text_config(parts.model.config).to_dict())
+        by = f" (its config says which block is of which kind by {', '.join(keys)})" if keys else ""
+        raise ModelError(_refusal(parts, kept_blocks, f"{where} is another by its {weight}, {problem}{by}"))
+    load_state(student, weights)
 
 
 @torch.no_grad()
@@ -72,7 +79,7 @@ def check_cut(parts: ModelParts, student: PreTrainedModel, kept_blocks: Sequence
     """
     blocks = student.get_submodule(parts.blocks_name)
     assert isinstance(blocks, nn.ModuleList)
-    ids = torch.arange(1, _PROBE_TOKENS + 1, device=student.device).remainder(parts.vocab_size).unsqueeze(0)
+    ids = _probe(parts.model)
     removed = [block for block in range(len(parts.blocks)) if block not in kept_blocks]
     with _entering(parts.blocks, skipped=removed) as streams:
         expected = parts.model(input_ids=ids, use_cache=False).logits
@@ -83,14 +90,48 @@ def check_cut(parts: ModelParts, student: PreTrainedModel, kept_blocks: Sequence
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        problem = f"a model of that config does not run ({type(error).__name__}: {error})"
+        problem = f"a model of that config does not run ({_first_line(error)})"
         raise ModelError(_refusal(parts, kept_blocks, problem)) from None
     if not _is_same(got[0], wanted[0], wanted[0]):
         raise ModelError(_refusal(parts, kept_blocks, "another stream would enter its first block"))
     ends = [(got[index], wanted[index], wanted[index] - wanted[index - 1]) for index in range(1, len(blocks))]
     for index, end in enumerate([*ends, (logits, expected, expected)]):
-        if not _is_same(*end) or _kind(blocks[index]) != _kind(parts.blocks[kept_blocks[index]]):
+        if not _is_same(*end) or not _is_same_kind(blocks[index], parts.blocks[kept_blocks[index]]):
             raise ModelError(_refusal(parts, kept_blocks, _other_block(parts, blocks, kept_blocks, index)))
+
+
+@torch.no_grad()
+def warn_without_cache(parts: ModelParts, student: PreTrainedModel) -> None:
+    """Warn of a cut model that cannot generate with a cache though the original can.
+
+    transformers asks an attention block how long a cache is; a hybrid may have lost its only one.
+    """
+    problem = _cache_problem(student)
+    if problem is not None and _cache_problem(parts.model) is None:
+        warnings.warn(
+            f"the student has lost what {type(parts.model).__name__} needs to generate with a cache ({problem}): "
+            "generate with use_cache=False, or keep one of its attention blocks",
+            stacklevel=2,
+        )
+
+
+def _cache_problem(model: PreTrainedModel) -> str | None:
+    try:
+        model(input_ids=_probe(model), use_cache=True)
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    """Give a row of different token ids [1, T]."""
+    config = text_config(model.config)
+    num_tokens = min(_PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or _PROBE_TOKENS)
+    return torch.arange(1, num_tokens + 1, device=model.device).remainder(config.vocab_size).unsqueeze(0)
 
 
 def _is_same(got: Tensor, expected: Tensor, added: Tensor) -> bool:
@@ -125,7 +166,9 @@ def _entering(
     for index in skipped:
 
         def skip(_block: object, _args: object, output: Any, index: int = index) -> Any:
-            return (streams[index], *output[1:]) if isinstance(output, tuple) else streams[index]
+            if isinstance(output, tuple | list):
+                return type(output)([streams[index], *output[1:]])
+            return streams[index]
 
         handles.append(blocks[index].register_forward_hook(skip))
     try:
@@ -139,12 +182,18 @@ def _with_stream(args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor) 
     return ((stream, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": stream})
 
 
-def _kind(block: nn.Module) -> Any:
-    """Say what a block is made of, but for its tensors and its numbers, which may be its index."""
-    return [
-        (name, type(module), {key: None if _is_number(value) else value for key, value in _plain(module).items()})
-        for name, module in block.named_modules()
-    ]
+def _is_same_kind(cut: nn.Module, block: nn.Module) -> bool:
+    """Whether two blocks are made of the same, but for tensors and for numbers, which may be their index."""
+    modules = dict(block.named_modules())
+    return all(
+        type(module) is type(modules[name]) and _words(module) == _words(modules[name])
+        for name, module in cut.named_modules()
+        if name in modules
+    )
+
+
+def _words(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in _plain(module).items() if not _is_number(value)}
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
@@ -157,28 +206,35 @@ def _is_number(value: Any) -> bool:
 
 
 def _other_block(parts: ModelParts, blocks: nn.ModuleList, kept_blocks: Sequence[int], index: int) -> str:
-    """Say that a block of a cut model is another, and what of it, where that shows."""
+    """Say that a block of a cut model is another, and by what, where that shows."""
     block = kept_blocks[index]
-    problem = f"block {block} of the original would compute something else as block {index}"
     cut = dict(blocks[index].named_modules())
     for name, module in parts.blocks[block].named_modules():
-        if type(module) is not type(cut.get(name)):
-            return f"{problem}: its {name} would be a {type(cut.get(name)).__name__}, and is a {type(module).__name__}"
+        if name not in cut:
+            continue
+        if type(module) is not type(cut[name]):
+            by = f"its {name}, which would be a {type(cut[name]).__name__}, and is a {type(module).__name__}"
+            return f"block {block} as block {index} is another by {by}"
         now = _plain(cut[name])
         for key, value in _plain(module).items():
-            is_index = _is_number(value) and _is_number(now.get(key)) and value - now[key] == block - index
-            if now.get(key) != value and not is_index:
-                return f"{problem}: its {f'{name}.{key}'.lstrip('.')} would be {now.get(key)}, and is {value}"
-    return problem
+            other = now.get(key)
+            is_index = _is_number(value) and _is_number(other) and value - other == block - index
+            if other != value and not is_index:
+                by = f"its {f'{name}.{key}'.lstrip('.')}, which would be {other}, and is {value}"
+                return f"block {block} as block {index} is another by {by}"
+    return f"block {block} does not compute the same as block {index}"
 
 
 def _place(name: str, blocks_name: str) -> tuple[int, str]:
-    """Order names of weights by block, those outside the blocks last."""
-    block = name.removeprefix(f"{blocks_name}.").partition(".")[0]
-    return (int(block) if name.startswith(f"{blocks_name}.") else sys.maxsize, name)
+    """Give the block of a weight and its name in it; the largest number and its whole name for one in no block."""
+    if not name.startswith(f"{blocks_name}."):
+        return sys.maxsize, name
+    block, _, rest = name.removeprefix(f"{blocks_name}.").partition(".")
+    return int(block), rest
 
 
 def _refusal(parts: ModelParts, kept_blocks: Sequence[int], problem: str) -> str:
     removed = [block for block in range(len(parts.blocks)) if block not in kept_blocks]
     numbers = ", ".join(map(str, removed))
-    return f"{type(parts.model).__name__} cannot be cut by block{'s' * (len(removed) > 1)} {numbers}: {problem}; {OTHER_CUTS}"
+    name = type(parts.model).__name__
+    return f"{name} cannot be cut by block{'s' * (len(removed) > 1)} {numbers}: {problem}; {OTHER_CUTS}"

@@ -46,7 +46,7 @@ def cut_weights(parts: ModelParts, kept_blocks: Sequence[int], student: PreTrain
 
 def _same_scores(weights: dict[str, Tensor], block: Any, cut: Any) -> dict[str, Tensor]:
     """GPT-2 may divide attention scores by the block's index plus one: let the queries make up for another index."""
-    if "attn.c_attn.weight" not in weights or block.attn.scaling == cut.attn.scaling:
+    if "attn.c_attn.weight" not in weights or not hasattr(block.attn, "scaling"):
         return {}
     mended = {name: weights[name].clone() for name in ("attn.c_attn.weight", "attn.c_attn.bias")}
     for value in mended.values():  # query, key and value, along the last axis

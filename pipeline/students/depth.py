@@ -16,7 +16,7 @@ from cache.errors import ModelError, RecipeError
 from pipeline.forward import block_input, block_output, padded_batches
 from pipeline.models import KEPT_BLOCKS, ModelParts, text_config
 from pipeline.student_config import PruneLayersConfig
-from pipeline.students.cut_check import OTHER_CUTS, check_cut, load_weights
+from pipeline.students.cut_check import OTHER_CUTS, check_cut, load_weights, warn_without_cache
 from pipeline.students.cut_weights import cut_weights
 from pipeline.students.layer_patterns import cut_patterns
 from pipeline.students.model_copies import changed_config, empty_model, reread_config
@@ -99,6 +99,7 @@ def cut_blocks(parts: ModelParts, kept_blocks: Sequence[int]) -> PreTrainedModel
     student = empty_model(config, like=parts.model)
     load_weights(parts, student, cut_weights(parts, kept_blocks, student), kept_blocks)
     check_cut(parts, student, kept_blocks)
+    warn_without_cache(parts, student)
     return student
 
 

@@ -1,16 +1,17 @@
 """What a config says of its blocks one by one, said again for those that a cut keeps.
 
-Configs tell a block's kind in five ways: a list with an entry for each block, a list of block indices, a number of first
-or last blocks, a period with an offset, and a factor that depends on the number of blocks. The keys of each are listed
-here by name; whether the model that comes of it is the right one is not decided here, but by comparing it with the
-original (`pipeline.students.cut_check`).
+Configs tell the kinds of blocks by lists with an entry for each block, lists of block indices, numbers of first or last
+blocks, and periods with an offset. Their keys are listed here by name; whether the model that comes of them is the
+right one is not decided here, but by comparing it with the original (`pipeline.students.cut_check`).
 """
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+# How many there are, beside `num_hidden_layers`.
+_NUMBERS = ("num_blocks", "num_layers", "n_layer", "n_layers")
 # Lists of indices of blocks.
 _INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "hybrid_layer_ids")
 # How many of the first blocks are of a kind, and how many of the last ones.
@@ -44,7 +45,9 @@ def cut_patterns(values: Values, kept_blocks: Sequence[int], *, num_blocks: int)
     """
     changes: dict[str, Any] = {"num_hidden_layers": len(kept_blocks)}
     for key, value in values.items():
-        if key in _INDICES and value is not None:
+        if key in _NUMBERS and value == num_blocks:
+            changes[key] = len(kept_blocks)
+        elif key in _INDICES and value is not None:
             changes[key] = [kept_blocks.index(block) for block in value if block in kept_blocks]
         elif key in _FIRST and value is not None and value < num_blocks:
             changes[key] = bisect_left(kept_blocks, value)
@@ -57,6 +60,12 @@ def cut_patterns(values: Values, kept_blocks: Sequence[int], *, num_blocks: int)
     if values.get("scale_depth") is not None:  # MiniCPM divides what a block adds by the root of the number of blocks
         changes["scale_depth"] = values["scale_depth"] * math.sqrt(len(kept_blocks) / num_blocks)
     return changes
+
+
+def period_keys(values: Values) -> list[str]:
+    """Name what of a config says by a period which block is of which kind; a cut may leave no period."""
+    keys = [key for keys in (*_PERIODS, ("moe_layer_interval",)) for key in keys]
+    return [key for key in keys if values.get(key) is not None]
 
 
 def _is_of_blocks(key: str, value: Any, num_blocks: int) -> bool:
@@ -80,7 +89,7 @@ def _moe_interval(values: Values, kept_blocks: Sequence[int]) -> dict[str, Any]:
     if interval is None:
         return {}
     start, end = values["moe_layer_start_index"], values["moe_layer_end_index"]
-    wanted = _indices_where(kept_blocks, lambda block: start <= block <= end and (block + 1) % interval == 0)
+    wanted = [new for new, block in enumerate(kept_blocks) if start <= block <= end and (block + 1) % interval == 0]
     first, last = (wanted[0], wanted[-1]) if wanted else (len(kept_blocks), len(kept_blocks))
     for other in range(1, len(kept_blocks) + 1):
         if [index for index in range(first, last + 1) if (index + 1) % other == 0] == wanted or not wanted:
@@ -89,12 +98,12 @@ def _moe_interval(values: Values, kept_blocks: Sequence[int]) -> dict[str, Any]:
 
 
 def _periods(values: Values, kept_blocks: Sequence[int]) -> dict[str, Any]:
-    changes = {}
+    changes: dict[str, Any] = {}
     for period_key, offset_key in _PERIODS:
         period, offset = values.get(period_key), values.get(offset_key)
         if period is None or offset is None:
             continue
-        wanted = _indices_where(kept_blocks, lambda block, p=period, o=offset: block % p == o)
+        wanted = [new for new, block in enumerate(kept_blocks) if block % period == offset]
         found = _period_of(wanted, len(kept_blocks))
         if found is not None:
             changes |= {period_key: found[0], offset_key: found[1]}
@@ -120,10 +129,6 @@ def _block_configs(values: Values, kept_blocks: Sequence[int]) -> dict[str, Any]
     return {
         "per_layer_config": {str(new): by_block[block] for new, block in enumerate(kept_blocks) if block in by_block}
     }
-
-
-def _indices_where(kept_blocks: Sequence[int], is_wanted: Callable[[int], bool]) -> list[int]:
-    return [new for new, block in enumerate(kept_blocks) if is_wanted(block)]
 
 
 def _period_of(wanted: Collection[int], num_blocks: int) -> tuple[int, int] | None:

@@ -62,7 +62,7 @@ def model_from_state(
     Weights that the config ties are taken from the input embedding.
     """
     model = empty_model(config, like=like)
-    model.load_state_dict(state)
+    load_state(model, state)
     return model
 
 
@@ -71,6 +71,14 @@ def empty_model(config: PreTrainedConfig, *, like: PreTrainedModel) -> PreTraine
     model = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
     model.generation_config = copy.deepcopy(like.generation_config)
     return model.to(like.device).eval()
+
+
+def load_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """Load weights by name, each in its dtype: of a model in half precision, transformers keeps some in float32."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if name in state:
+            value.data = value.data.to(state[name].dtype)
+    model.load_state_dict(state)
 
 
 def _as_mistral(config: LlamaConfig) -> MistralConfig:
