@@ -1,14 +1,22 @@
 """What it takes to run any decoder over rows: rows laid side by side, block outputs caught by hooks.
 
+A row's output is a function of the row alone: rows that a model would turn by other factors for each other's sake are
+run apart (`pipeline.models.positions`).
+
 Shapes: B rows, T positions, D width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.models import rope_switches, rows_by_side, sides
 
 _BATCH = 4
 _IGNORED = -100
@@ -41,18 +49,64 @@ def pad_rows(rows: Sequence[Tensor], *, device: torch.device | str = "cpu") -> t
     return ids_BT.to(device), mask_BT.to(device)
 
 
-def padded_batches(rows: Sequence[Tensor], *, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give a few rows of token ids at a time, as `pad_rows` lays them."""
-    for start in range(0, len(rows), _BATCH):
-        yield pad_rows(rows[start : start + _BATCH], device=device)
+def padded_batches(rows: Sequence[Tensor], model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give a few rows at a time that a model may run together, as `pad_rows` lays them, on the model's device."""
+    device = next(model.parameters()).device
+    switches = rope_switches(model.config)
+    for _, group in itertools.groupby(rows, lambda row: sides([len(row)], switches)):
+        together = list(group)
+        for start in range(0, len(together), _BATCH):
+            yield pad_rows(together[start : start + _BATCH], device=device)
+
+
+def run_body(
+    body: nn.Module,
+    blocks: nn.ModuleList,
+    ids_BT: Tensor,
+    attention_mask: Tensor | None,
+    wanted: Sequence[int],
+    *,
+    switches: Sequence[int],
+    take: Callable[[Any], Tensor] = lambda output: output.last_hidden_state,
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Run rows through a model, those on each side of its switches by themselves.
+
+    Args:
+        body: Takes token ids.
+        blocks: Its decoder blocks.
+        ids_BT: Token ids [B, T].
+        attention_mask: 1 at real positions [B, T]; None where nothing is padded.
+        wanted: Blocks whose outputs to give.
+        switches: What `rope_switches` gives of the model.
+        take: What to give of the body's output.
+
+    Returns:
+        The blocks' outputs [B, T, D], by block, and what was taken, [B, T, ...].
+    """
+    groups = rows_by_side(attention_mask, switches)
+    if not groups:
+        with block_outputs(blocks, wanted) as outputs:
+            return outputs, take(body(input_ids=ids_BT, attention_mask=attention_mask, use_cache=False))
+    assert attention_mask is not None
+    parts = [
+        run_body(body, blocks, ids_BT[rows, :longest], attention_mask[rows, :longest], wanted, switches=(), take=take)
+        for rows, longest in groups
+    ]
+    order = torch.cat([rows for rows, _ in groups]).argsort()
+
+    def whole(of_groups: Sequence[Tensor]) -> Tensor:
+        padding = [(0, 0) * (part.dim() - 2) + (0, ids_BT.shape[1] - part.shape[1]) for part in of_groups]
+        return torch.cat([F.pad(part, pad) for part, pad in zip(of_groups, padding, strict=True)])[order]
+
+    outputs = {block: whole([of_group[block] for of_group, _ in parts]) for block in wanted}
+    return outputs, whole([taken for _, taken in parts])
 
 
 @torch.inference_mode()
 def mean_loss(model: Any, rows: Sequence[Tensor]) -> float:
     """Give a causal language model's mean cross entropy over rows of token ids [T], in nats a token."""
-    device = next(model.parameters()).device
     total, num_tokens = 0.0, 0
-    for ids_BT, mask_BT in padded_batches(rows, device=device):
+    for ids_BT, mask_BT in padded_batches(rows, model):
         labels_BT = ids_BT.masked_fill(~mask_BT, _IGNORED)
         count = int(mask_BT[:, 1:].sum())
         loss = model(input_ids=ids_BT, attention_mask=mask_BT.long(), labels=labels_BT, use_cache=False).loss

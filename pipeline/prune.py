@@ -13,7 +13,7 @@ import torch
 from cache.identity import FINGERPRINT_CHARS, digest_of, row_id
 from pipeline.config import Recipe
 from pipeline.data import Rows, build_rows
-from pipeline.models import check_tokenizers, check_vocabularies, load_config
+from pipeline.models import check_length, check_tokenizers, check_vocabularies, load_config
 from pipeline.provenance import write_record
 from pipeline.student_config import InitConfig, PruneConfig
 from pipeline.students.folders import (
@@ -75,7 +75,9 @@ def check_student(recipe: Recipe, teacher: Teacher) -> None:
         check_student_section(section, teacher.config)
         return
     folder = find_student(recipe)
-    check_vocabularies(teacher.config, load_config(folder, trust_remote_code=recipe.student.trust_remote_code))
+    config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
+    check_vocabularies(teacher.config, config)
+    check_length(config, recipe.data.sequence_length, who="student")
     check_tokenizers(teacher.tokenizer, folder, trust_remote_code=recipe.student.trust_remote_code)
 
 

@@ -23,8 +23,16 @@ from cache.manifest import Manifest
 from pipeline.batches import BatchCollator, BatchColumns, StoredRows
 from pipeline.config import Recipe
 from pipeline.distiller import IGNORED
-from pipeline.forward import block_outputs
-from pipeline.models import find_structure, kept_channels_of, load_config, load_model, resolve_device, text_config
+from pipeline.forward import run_body
+from pipeline.models import (
+    find_structure,
+    kept_channels_of,
+    load_config,
+    load_model,
+    resolve_device,
+    rope_switches,
+    text_config,
+)
 from pipeline.projectors import create_projectors
 from pipeline.provenance import PROVENANCE_FILE
 from pipeline.run_index import RunRows, find_run_rows, trained_student
@@ -225,8 +233,8 @@ def _student_states(recipe: Recipe, folder: Path, rows: _Rows) -> dict[int, Tens
     blocks, body = model.get_submodule(structure.blocks_name), model.get_submodule(structure.body_name)
     assert isinstance(blocks, nn.ModuleList)
     mask_BT = None if rows.mask_BT is None else rows.mask_BT.to(device)
-    with block_outputs(blocks, range(len(blocks))) as outputs:
-        body(input_ids=rows.ids_BT.to(device), attention_mask=mask_BT, use_cache=False)
+    every, switches = range(len(blocks)), rope_switches(model.config)
+    outputs, _ = run_body(body, blocks, rows.ids_BT.to(device), mask_BT, every, switches=switches)
     return {block: outputs[block].float().cpu()[rows.counts_BT] for block in sorted(outputs)}
 
 

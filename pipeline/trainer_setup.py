@@ -17,7 +17,7 @@ from pipeline.distiller import Distiller, Loss, LossWeights
 from pipeline.loss_config import LossConfig
 from pipeline.losses.divergences import Divergence
 from pipeline.losses.schedules import Schedule
-from pipeline.models import check_vocabularies, load_config, load_model, load_tokenizer, text_config
+from pipeline.models import check_length, check_vocabularies, load_config, load_model, load_tokenizer, text_config
 from pipeline.pairing import layer_map_of
 from pipeline.projectors import create_projectors
 from pipeline.run_index import RunRows
@@ -50,6 +50,7 @@ def _load_student(recipe: Recipe, run: RunRows, folder: Path) -> PreTrainedModel
     """Load the student in float32: mixed precision is `train.bf16`, over float32 weights."""
     config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
     check_vocabularies(run.store.teacher["vocab_size"], config)
+    check_length(config, recipe.data.sequence_length, who="student")
     return load_model(folder, dtype="float32", trust_remote_code=recipe.student.trust_remote_code)
 
 

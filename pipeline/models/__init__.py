@@ -13,6 +13,7 @@ from pipeline.models.loading import (
     resolve_folder,
     text_config,
 )
+from pipeline.models.positions import check_length, rope_switches, rows_by_side, sides
 from pipeline.models.structure import ModelParts, Structure, find_parts, find_structure, head_problem, take_apart
 from pipeline.models.vocabularies import check_tokenizers, check_vocabularies
 
@@ -20,6 +21,7 @@ __all__ = [
     "KEPT_BLOCKS",
     "ModelParts",
     "Structure",
+    "check_length",
     "check_tokenizers",
     "check_vocabularies",
     "find_parts",
@@ -34,6 +36,9 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "resolve_folder",
+    "rope_switches",
+    "rows_by_side",
+    "sides",
     "take_apart",
     "text_config",
 ]

@@ -16,7 +16,7 @@ from cache.store import Store
 from cache.tokens import TOKENS, write_tokens
 from pipeline.config import DataConfig, Recipe
 from pipeline.data import Rows, build_rows
-from pipeline.models import load_config, text_config
+from pipeline.models import check_length, load_config, text_config
 from pipeline.pairing import layer_map_between, layer_map_of
 from pipeline.prune import check_student
 from pipeline.stage_one.shard_jobs import ShardJob
@@ -101,11 +101,7 @@ def _check_recipe(recipe: Recipe, teacher: Teacher) -> None:
         raise RecipeError(
             f"targets.logits.k is {logits.k}, but the teacher's vocabulary has {config.vocab_size} entries{tail}"
         )
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and recipe.data.sequence_length > longest:
-        raise RecipeError(
-            f"data.sequence_length is {recipe.data.sequence_length}, but the teacher reads at most {longest} tokens"
-        )
+    check_length(teacher.config, recipe.data.sequence_length, who="teacher")
     blocks = recipe.targets.hidden.blocks
     for block in blocks if isinstance(blocks, list) else []:
         if block >= teacher.num_blocks:

@@ -79,8 +79,7 @@ def block_importances(parts: ModelParts, rows: Sequence[Tensor]) -> list[float]:
     """
     totals = torch.zeros(len(parts.blocks), dtype=torch.float64)
     num_positions = 0
-    device = next(parts.model.parameters()).device
-    for ids_BT, mask_BT in padded_batches(rows, device=device):
+    for ids_BT, mask_BT in padded_batches(rows, parts.model):
         totals += _influences(parts, ids_BT, mask_BT)
         num_positions += int(mask_BT.sum())
     return (totals / num_positions).tolist()

@@ -65,7 +65,7 @@ def neuron_importances(parts: ModelParts, rows: Sequence[Tensor], *, method: str
 
         handles.append(output.register_forward_pre_hook(add))
     try:
-        for ids_BT, mask_BT in padded_batches(rows, device=squares[0].device):
+        for ids_BT, mask_BT in padded_batches(rows, parts.model):
             parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
     finally:
         for handle in handles:
@@ -83,7 +83,7 @@ def channel_importances(parts: ModelParts, rows: Sequence[Tensor]) -> Tensor:
     """
     device = next(parts.model.parameters()).device
     total_D = torch.zeros(parts.hidden_size, dtype=torch.float64, device=device)
-    for ids_BT, mask_BT in padded_batches(rows, device=device):
+    for ids_BT, mask_BT in padded_batches(rows, parts.model):
         with block_outputs(parts.blocks, range(len(parts.blocks))) as outputs:
             parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
         for state_BTD in (parts.model.get_input_embeddings()(ids_BT), *outputs.values()):

@@ -47,6 +47,7 @@ LAYERS = [
     "pipeline.data",
     "pipeline.output_head",
     "pipeline.models.loading",
+    "pipeline.models.positions",
     "pipeline.models.vocabularies",
     "pipeline.models.structure",
     "pipeline.forward",

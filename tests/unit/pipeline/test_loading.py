@@ -169,6 +169,12 @@ def test_the_final_norm_is_what_runs_behind_the_last_block(
     assert parts.final_norm is (None if norm is None else parts.model.get_submodule(norm))
 
 
+def test_a_norm_that_runs_before_the_blocks_is_no_final_norm(build_model: Callable[..., PreTrainedModel]):
+    model = build_model("bloom")
+    model.transformer.ln_f = torch.nn.Identity()
+    assert take_apart(model).final_norm is None
+
+
 def test_an_output_head_of_another_width_than_the_blocks_is_refused(build_model: Callable[..., PreTrainedModel]):
     model = build_model("opt", ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False)
     with pytest.raises(ModelError, match="its output head reads states of width 16, its blocks write 32"):
