@@ -122,5 +122,10 @@ def mean_loss(model: Any, rows: Sequence[Tensor]) -> float:
 
 
 def block_output(output: Any) -> Tensor:
-    """Give the hidden state of what a decoder block returned, a tensor or a tuple that begins with it."""
-    return output[0] if isinstance(output, tuple) else output
+    """Give the hidden state of what a decoder block returned: a tensor, or a tuple or list that begins with it."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def block_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Give the hidden state that a decoder block is called with, by place or by name."""
+    return args[0] if args else kwargs["hidden_states"]

@@ -26,13 +26,13 @@ from pipeline.students.folders import (
     write_checksums,
 )
 from pipeline.students.making import check_student_section, make_student
-from pipeline.students.pruning_record import PRUNING_FILE, read_pruning
+from pipeline.students.pruning_record import PRUNING_FILE, read_pruning, write_kept_channels
 from pipeline.students.pruning_report import JudgedRows
 from pipeline.teacher import Teacher
 from pipeline.whole import whole_folder, write_whole
 
 # Part of a student's name: a change of how students are made makes those that are kept stale.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -140,4 +140,6 @@ def _make(
         teacher.tokenizer.save_pretrained(partial)
         write_record(partial, recipe, {"teacher": teacher.fingerprint})
         write_whole(partial / PRUNING_FILE, json.dumps(student.report, indent=1) + "\n")
+        if student.kept_channels is not None:
+            write_kept_channels(partial, student.kept_channels)
         write_checksums(partial)

@@ -38,6 +38,7 @@ from pipeline.provenance import PROVENANCE_FILE
 from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.similarity_measures import cka_matrix, cosine_matrix, mean_cosine
 from pipeline.students.folders import find_student
+from pipeline.students.pruning_record import read_kept_channels
 from pipeline.target_forms import column_axes, target_forms
 from pipeline.targets.columns import hidden_block, hidden_form
 from pipeline.trainer import PROJECTORS_FILE
@@ -186,8 +187,10 @@ def _compare(
     rows = _read_rows(recipe, run, columns, num_rows)
     matrices: dict[str, list[list[float]]] = {}
     pairs: list[ProjectedPair] = []
+    channels: Any = None
     for name, folder in students:
-        channels = _teacher_channels(recipe, folder, run.store.teacher["hidden_size"])
+        if name == "pruned":  # training leaves the stream's channels what they were
+            channels = _teacher_channels(recipe, folder, run.store.teacher["hidden_size"])
         states = _student_states(recipe, folder, rows)
         if channels is None:
             matrices[name] = cka_matrix(states, rows.teacher)
@@ -240,7 +243,8 @@ def _teacher_channels(recipe: Recipe, folder: Path, teacher_width: int) -> Any:
     config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
     if int(text_config(config).hidden_size) == teacher_width:
         return slice(None)
-    kept = kept_channels_of(config)
+    # Students that were pruned before these had a file have them in the config.
+    kept = read_kept_channels(folder) or kept_channels_of(config)
     return None if kept is None else torch.tensor(kept)
 
 

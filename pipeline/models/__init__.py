@@ -2,7 +2,6 @@
 
 from pipeline.models.loading import (
     KEPT_BLOCKS,
-    KEPT_CHANNELS,
     identify,
     kept_blocks_of,
     kept_channels_of,
@@ -20,7 +19,6 @@ from pipeline.models.vocabularies import check_tokenizers, check_vocabularies
 
 __all__ = [
     "KEPT_BLOCKS",
-    "KEPT_CHANNELS",
     "ModelParts",
     "Structure",
     "check_length",

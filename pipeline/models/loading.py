@@ -28,8 +28,8 @@ from cache.identity import teacher_identity, weights_digest
 
 # In a pruned student's config: the teacher block that each of its blocks was cut from.
 KEPT_BLOCKS = "kept_blocks"
-# And, of one whose residual stream was narrowed, the teacher channel that each of its channels is.
-KEPT_CHANNELS = "kept_channels"
+# And, where an earlier version narrowed its residual stream, the teacher channel that each of its channels is.
+_KEPT_CHANNELS = "kept_channels"
 
 # What transformers raises for files that are not what it expects: a RuntimeError for shapes, an ImportError for a
 # library that a quantised checkpoint needs.
@@ -103,8 +103,8 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def kept_channels_of(config: PreTrainedConfig) -> list[int] | None:
-    """Give the teacher's channel of each of a student's, or None where the student's stream was not cut from it."""
-    kept = getattr(text_config(config), KEPT_CHANNELS, None)
+    """Give the teacher's channel of each of a student's, where an earlier version wrote them; None elsewhere."""
+    kept = getattr(text_config(config), _KEPT_CHANNELS, None)
     return None if kept is None else [int(channel) for channel in kept]
 
 

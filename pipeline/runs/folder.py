@@ -25,6 +25,8 @@ from pipeline.recipe_file import load_recipe
 from pipeline.run_index import RunRows, trained_student
 from pipeline.runs.model_card import CARD_FILE
 from pipeline.students.adapters import has_adapters, merged
+from pipeline.students.folders import find_student
+from pipeline.students.pruning_record import read_kept_channels, write_kept_channels
 from pipeline.trainer import PROJECTORS_FILE, UniversalDistillationTrainer
 from pipeline.whole import whole_file, whole_folder, write_whole
 
@@ -158,6 +160,8 @@ def export_student(
         student.save_pretrained(partial, state_dict=state)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(partial)
+        if (channels := read_kept_channels(find_student(recipe))) is not None:
+            write_kept_channels(partial, channels)
         write_whole(partial / CARD_FILE, card)
         write_record(partial, recipe, facts)
 

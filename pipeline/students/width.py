@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.forward import block_outputs, padded_batches
-from pipeline.models import KEPT_CHANNELS, ModelParts, take_apart
+from pipeline.models import ModelParts, take_apart
 from pipeline.students.axes import (
     MLP_OUTPUT,
     Axis,
@@ -120,14 +120,13 @@ def narrow_stream(parts: ModelParts, channels_K: Tensor, rows: Sequence[Tensor])
     """Make the model whose residual stream has only some channels; the original is left as it was.
 
     Every matrix that touches the stream is sliced, and what reads it is corrected over the rows
-    (`pipeline.students.read_correction`). Heads keep their number and width. The config names the kept channels.
+    (`pipeline.students.read_correction`). Heads keep their number and width.
 
     Raises:
         ModelError: The model is not built as `pipeline.students.axes` knows it, or does not allow the width.
     """
-    kept = {KEPT_CHANNELS: channels_K.tolist()}
     axes = parameter_axes(parts)
-    config = changed_config(parts.model.config, hidden_size=len(channels_K), head_dim=parts.head_dim, **kept)
+    config = changed_config(parts.model.config, hidden_size=len(channels_K), head_dim=parts.head_dim)
     corrections = fit_read_corrections(parts, channels_K, rows)
     student = model_from_state(config, _narrow_state(parts, axes, channels_K, corrections), like=parts.model)
     restore_embedding_scale(student, parts)

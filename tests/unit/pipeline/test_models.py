@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from cache.errors import ModelError, RecipeError
 from pipeline.forward import block_outputs
@@ -18,7 +17,7 @@ from pipeline.models import (
     take_apart,
 )
 from pipeline.student_config import PruneLayersConfig
-from pipeline.students.depth import block_importances, check_prune, choose_kept_blocks, cut_blocks
+from pipeline.students.depth import block_importances, check_prune, choose_kept_blocks
 
 ARCHITECTURES = {
     "llama": ("model.layers", "LlamaRMSNorm", {}),
@@ -49,33 +48,6 @@ def test_parts_are_found_by_structure(architecture):
     assert type(parts.final_norm).__name__ == norm
     assert parts.output_head.weight_VD is model.get_output_embeddings().weight
     assert (parts.hidden_size, parts.vocab_size) == (32, 384)
-
-
-def test_a_cut_model_computes_what_the_original_computes_with_blocks_skipped(architecture, tmp_path):
-    model, _, _ = architecture
-    parts = take_apart(model)
-    student = cut_blocks(parts, [0, 2, 3])
-    student.save_pretrained(tmp_path)
-    reloaded = load_model(tmp_path, dtype="float32")
-    ids = torch.arange(1, 25).reshape(2, 12)
-
-    class Skipped(nn.Module):
-        def forward(self, hidden_states, *args, **kwargs):
-            return hidden_states
-
-    skipped = Skipped()
-    attention_type = getattr(parts.blocks[1], "attention_type", None)
-    if attention_type is not None:
-        skipped.attention_type = attention_type
-    parts.blocks[1] = skipped
-    with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-        assert torch.allclose(reloaded(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
-    assert reloaded.config.kept_blocks == [0, 2, 3]
-    assert reloaded.config.num_hidden_layers == 3
-    if getattr(reloaded.config, "layer_types", None):
-        kinds = model.config.layer_types
-        assert reloaded.config.layer_types == [kinds[0], kinds[2], kinds[3]]
 
 
 def test_a_head_that_does_something_unknown_is_refused(build_model):
