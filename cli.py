@@ -71,7 +71,7 @@ def demo(
         from pipeline.demo import run_demo
 
         with contextlib.redirect_stdout(sys.stderr):
-            result = run_demo(folder, say=print)
+            result = run_demo(folder.expanduser(), say=print)
         if as_json:
             print_json(result)
             return

@@ -4,14 +4,17 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cache.errors import CorruptError, StoreNotFoundError
 from cache.identity import FINGERPRINT_CHARS, digest_of
-from cache.objects import open_objects
+from cache.objects import full_path, open_objects
 
 INDEX = "index"
+# How many entries are looked through for the nearest one, and how many of its differences are said.
+_MOST_READ = 200
+_MOST_SAID = 3
 
 
 def write_entry(root: str, kind: str, key: Any, value: Mapping[str, Any]) -> None:
@@ -38,8 +41,11 @@ def read_entry(root: str, kind: str, key: Any) -> dict[str, Any]:
     try:
         return parse_entry(name.rsplit("/", 1)[-1], open_objects(root).read(name))
     except FileNotFoundError:
+        *names, last = map(str, key)
+        sections = f"{', '.join(names)} and {last}" if names else last
         raise StoreNotFoundError(
-            f"{root} holds no {kind} for this recipe's teacher and data sections; run: coldstill precompute"
+            f"{full_path(root)} holds no {kind} for this recipe's {sections} sections "
+            f"({_what_is_there(root, kind, key)}); run: coldstill precompute"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise CorruptError(f"{root}/{name} is corrupt; run: coldstill precompute") from None
@@ -47,10 +53,48 @@ def read_entry(root: str, kind: str, key: Any) -> dict[str, Any]:
 
 def kept_entry(root: str, kind: str, key: Any) -> dict[str, Any] | None:
     """Give what a key leads to; None where nothing does, or what was written there is damaged and worth another try."""
+    name = _entry_name(kind, key)
     try:
-        return read_entry(root, kind, key)
-    except (StoreNotFoundError, CorruptError):
+        return parse_entry(name.rsplit("/", 1)[-1], open_objects(root).read(name))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+def _what_is_there(root: str, kind: str, key: Any) -> str:
+    """Say what a root holds instead: the entry of that kind whose key differs least, and in what."""
+    objects = open_objects(root)
+    wanted = dict(_leaves(key))
+    names = [name for name in objects.files(INDEX) if name.startswith(f"{kind}-")]
+    nearest: list[str] | None = None
+    for name in names[:_MOST_READ]:
+        try:
+            found = dict(_leaves(json.loads(objects.read(f"{INDEX}/{name}"))["key"]))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            continue
+        different = [
+            f"{leaf} {_shown(found, leaf)} there, {_shown(wanted, leaf)} here"
+            for leaf in dict.fromkeys([*wanted, *found])
+            if _shown(found, leaf) != _shown(wanted, leaf)
+        ]
+        if nearest is None or len(different) < len(nearest):
+            nearest = different
+    if nearest is None:
+        return "nor any other" if objects.files(INDEX) or objects.folders("") else "nothing is there"
+    more = f" and {len(nearest) - _MOST_SAID} more" if len(nearest) > _MOST_SAID else ""
+    return f"the nearest there: {', '.join(nearest[:_MOST_SAID])}{more}"
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Give the values of nested maps by dotted keys."""
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from _leaves(item, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, value
+
+
+def _shown(leaves: Mapping[str, Any], leaf: str) -> str:
+    return json.dumps(leaves[leaf]) if leaf in leaves else "not given"
 
 
 def parse_entry(name: str, data: bytes) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from cache.errors import StoreNotFoundError
 from cache.index import INDEX, parse_entry
 from cache.leases import living_writers
 from cache.manifest import COMMITS, Manifest
-from cache.objects import open_objects
+from cache.objects import full_path, open_objects
 from cache.processes import describe_process
 from cache.repair import alone, drop_columns, require_no_writer
 from cache.rows import ROWS, read_rows
@@ -89,7 +89,7 @@ def list_stores(root: str) -> list[str]:
     """
     names = open_objects(root).folders(STORES)
     if not names:
-        raise StoreNotFoundError(f"no store in {root}; a root is what a recipe names as `cache`")
+        raise StoreNotFoundError(f"no store in {full_path(root)}; a root is what a recipe names as `cache`")
     return names
 
 
@@ -201,6 +201,10 @@ def choose_stores(root: str, beginning: str | None = None, *, just_one: bool = F
     names = list_stores(root)
     chosen = [name for name in names if name.startswith(beginning or "")]
     if not chosen or (just_one and len(chosen) > 1):
-        reason = f"no store {beginning} in {root}" if not chosen else f"{root} has {len(chosen)} stores"
+        reason = (
+            f"no store {beginning} in {full_path(root)}"
+            if not chosen
+            else f"{full_path(root)} has {len(chosen)} stores"
+        )
         raise StoreNotFoundError(f"{reason}; name one with --store: {', '.join(names)}")
     return chosen

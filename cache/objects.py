@@ -68,3 +68,9 @@ def open_objects(root: str | Path) -> Objects:
     """Open a root without touching it."""
     text = str(root).removeprefix("file://")
     return RemoteObjects(text) if "://" in text else LocalObjects(text)
+
+
+def full_path(root: str | Path) -> str:
+    """Write a root so that it means the same from any folder: what an error says of where was looked."""
+    text = str(root).removeprefix("file://")
+    return text if "://" in text else str(Path(text).absolute())

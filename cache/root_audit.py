@@ -10,7 +10,7 @@ from cache.audit import Problem, StoreAudit, audit_store, stored_bytes
 from cache.errors import CorruptError, FormatError, StoreNotFoundError
 from cache.index import INDEX, parse_entry
 from cache.manifest import COMMITS
-from cache.objects import Objects, open_objects
+from cache.objects import Objects, full_path, open_objects
 from cache.rows import ROWS
 from cache.selections import selection_file
 from cache.store import ROOT_METADATA, STORES, Store, open_store, store_path
@@ -48,7 +48,7 @@ def verify(root: str, *, show_progress: bool = True) -> RootAudit:
     audit = RootAudit(root)
     names = objects.folders(STORES)
     if not names and not objects.files(INDEX):
-        raise StoreNotFoundError(f"no store in {root}; a root is what a recipe names as `cache`")
+        raise StoreNotFoundError(f"no store in {full_path(root)}; a root is what a recipe names as `cache`")
     stores = list(_open_stores(root, names, audit))
     total = sum(stored_bytes(store) for store in stores)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not show_progress) as bar:

@@ -22,7 +22,7 @@ from typing import Any
 from cache.array_object import REPAIR_HINT
 from cache.errors import CorruptError, FormatError, StoreNotFoundError
 from cache.identity import digest_of, fingerprint
-from cache.objects import Objects, open_objects
+from cache.objects import Objects, full_path, open_objects
 
 FORMAT_VERSION = 3
 CONSTANTS = "constants"
@@ -95,7 +95,7 @@ def open_store(path: str) -> Store:
         is_whole = version == _FORMAT_WITHOUT_CHECK or attributes.pop("check") == digest_of(attributes)
         is_whole = is_whole and fingerprint(teacher["identity"]) == path.rsplit("/", 1)[-1]
     except FileNotFoundError:
-        raise StoreNotFoundError(f"no store at {path}; run: coldstill precompute") from None
+        raise StoreNotFoundError(f"no store at {full_path(path)}; run: coldstill precompute") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         is_whole = False
     if not is_whole:

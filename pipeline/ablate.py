@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cache.errors import ColdstillError, RecipeError, StoreError
 from cache.identity import digest_of
@@ -18,8 +17,9 @@ from pipeline.config import Recipe
 from pipeline.interruptions import what_stays
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE
 from pipeline.recipe_file import dump_recipe, load_recipe
-from pipeline.run_index import find_run_rows, trained_student
+from pipeline.run_index import find_run_rows
 from pipeline.runs.folder import check_claim, claimed_run, decisive_sections, finished_summary, run_key
+from pipeline.runs.results import EVALUATION, read_evaluation, read_results
 from pipeline.sweeps.file import Sweep, load_sweep
 from pipeline.sweeps.keys import canonical, sweep_key
 from pipeline.sweeps.processes import Outcome, run_command
@@ -190,7 +190,7 @@ def _note_failure(run: _Run, failure: Outcome, state: SweepState, folder: Path) 
 
 
 def _headline(run: _Run) -> str:
-    recovered = measures_of(_evaluation_record(run.recipe)["evaluation"], "recovered")
+    recovered = measures_of(read_results(Path(run.recipe.output)) or {}, "recovered")
     return f"perplexity {recovered['perplexity']:.2f}, KL {recovered['kl']:.4f}, agreement {recovered['agreement']:.1%}"
 
 
@@ -210,26 +210,19 @@ def is_trained(recipe: Recipe) -> bool:
 
 def is_evaluated(recipe: Recipe) -> bool:
     """Whether the recipe's output holds a judgement of its trained student, on its rows, as the recipe asks for it."""
-    folder = Path(recipe.output) / "evaluation"
-    claimed = claimed_run(recipe)
+    folder = Path(recipe.output) / EVALUATION
     try:
-        record = _evaluation_record(recipe)
-        trained = json.loads((trained_student(recipe) / PROVENANCE_FILE).read_text())
+        if read_evaluation(recipe) is None:
+            return False
+        record = json.loads((folder / PROVENANCE_FILE).read_text())
         judged_by = load_recipe(folder / RECIPE_FILE)
-    except (FileNotFoundError, ColdstillError):
+    except ColdstillError:
         return False
+    claimed = claimed_run(recipe)
     return (
         claimed is not None
         and record["store"] == claimed["store"]
         and record["selection"] == claimed["selections"]["eval"]
-        and "recovered" in record["evaluation"]["models"]
-        # Times of one clock, all in one format: a student that was trained anew is to be judged anew.
-        and record["written_at"] >= trained["written_at"]
         and judged_by.evaluate.model_dump(exclude=_IDLE_EVALUATE_KEYS)
         == recipe.evaluate.model_dump(exclude=_IDLE_EVALUATE_KEYS)
     )
-
-
-def _evaluation_record(recipe: Recipe) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((Path(recipe.output) / "evaluation" / PROVENANCE_FILE).read_text())
-    return record

@@ -12,20 +12,24 @@ from typing import Any, Literal
 
 from pipeline.loss_config import HiddenLoss
 from pipeline.presets import Cut, preset_values
+from pipeline.retention import INTERVAL
 
 LOW = 0.90  # below it: more weight to hidden states
 HIGH = 0.94  # from LOW to here: more epochs; above it: done
 MODEST = 0.95  # a target above it wants hidden terms and is itself what done means
 GAMMA_STEP, MAX_GAMMA = 0.05, 0.3  # of `mse`
-# `normalised_mse` and `cosine` do next to nothing at 0.1, where `mse` takes nearly all of a clipped step.
-DOMINANT_GAMMA = 0.1
+# `normalised_mse` and `cosine` do next to nothing at 0.1.
+SMALL_GAMMA = 0.1
 NORMALISED_GAMMA = 5.0
+# Raw squared errors have no scale that holds across models: what `mse` makes up of a run's own loss says whether more
+# of it can help. From here on it decides the step, and takes from the other terms what it gets.
+DOMINANT_SHARE = 0.5
 ALPHA_STEP = 0.1
 MORE_EPOCHS = 2
-_INTERVAL = 1.96  # standard errors, for 95%
+ENOUGH_EPOCHS = 0.9  # below it rows were never seen, and nothing is known of what the rest of the recipe does
 _FEW_TIMES = 20
 
-Step = Literal["samples", "alpha", "gamma", "epochs", "done"]
+Step = Literal["samples", "alpha", "gamma", "epochs", "rows", "done"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class Settings:
         hidden: Kind of it.
         num_epochs: Epochs of the run; of no effect where max_steps is above 0.
         max_steps: Steps of the run, where they and not epochs were given; else 0 or less.
+        max_rows: Train rows that the recipe takes of its source; None for all of them.
+        seen_epochs: How often the run saw its rows; None where nothing says so.
+        hidden_share: What the weighted hidden loss made up of the loss at the end; None where nothing was logged.
+        rising: What says that the eval loss had begun to rise; None where it had not, or was not looked at.
     """
 
     cut: Cut
@@ -47,6 +55,20 @@ class Settings:
     hidden: HiddenLoss
     num_epochs: float
     max_steps: int = 0
+    max_rows: int | None = None
+    seen_epochs: float | None = None
+    hidden_share: float | None = None
+    rising: str | None = None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the run ended before it had seen its rows."""
+        return self.seen_epochs is not None and self.seen_epochs < ENOUGH_EPOCHS
+
+    @property
+    def mse_decides(self) -> bool:
+        """Whether raw squared errors decide the step already."""
+        return self.hidden == "mse" and (self.hidden_share or 0.0) >= DOMINANT_SHARE
 
 
 @dataclass(frozen=True)
@@ -75,7 +97,7 @@ class Advice:
     """A next step.
 
     Attributes:
-        step: What to change: the number of questions, a weight, epochs, or nothing.
+        step: What to change: the number of questions, a weight, epochs, rows, or nothing.
         reason: Why.
         changes: Keys of the recipe, with their new values.
         notes: What else there is to know.
@@ -89,6 +111,8 @@ class Advice:
 
 def advise_next(settings: Settings, measured: Measured, *, target: float = MODEST) -> Advice:
     """Give the next step towards a target retention, with its reason."""
+    if settings.is_short and not is_reached(measured.retention, target):
+        return _see_the_rows(settings, notes=(_PROXY_NOTE,) if measured.is_proxy else ())
     if measured.worse is not None:
         return _remember_the_task(settings, measured.worse)
     straddled = _straddled(measured, target)
@@ -130,7 +154,7 @@ def _by_value(settings: Settings, retention: float, target: float) -> Advice:
     where = f"retention {retention:.1%} is {place}"
     if settings.gamma == 0 and wants_hidden_terms(settings.cut, target):
         return _more_hidden(settings, where, target)
-    return _more_epochs(settings, f"{where}: the direction is right, and more epochs go on in it")
+    return _more_epochs(settings, where, ": the direction is right, and more epochs go on in it")
 
 
 def _done(settings: Settings, retention: float, target: float) -> Advice:
@@ -155,18 +179,17 @@ def _more_hidden(settings: Settings, where: str, target: float) -> Advice:
         gamma = preset_values(settings.cut, is_aggressive=False)["loss"]["gamma"]
         reason = f"{where}, and {why.get(settings.cut, 'depth and width were cut')}: hidden terms are wanted"
         return Advice("gamma", reason, {"loss.gamma": gamma})
+    if settings.mse_decides:
+        reason = (
+            f"{where}: hidden states need more weight, but mse at a gamma of {settings.gamma:g} makes up "
+            f"{settings.hidden_share:.0%} of the loss already and takes from the other terms what it gets; "
+            f"normalised_mse at {NORMALISED_GAMMA:g} leaves them their part"
+        )
+        return Advice("gamma", reason, {"loss.hidden": "normalised_mse", "loss.gamma": NORMALISED_GAMMA})
     if settings.gamma >= MAX_GAMMA:
         return _more_epochs(settings, f"{where}, and gamma is at {settings.gamma:g}, where raising it ends")
     gamma = round(min(settings.gamma + GAMMA_STEP, MAX_GAMMA), 4)
-    notes = (_DOMINANT_NOTE,) if settings.gamma >= DOMINANT_GAMMA else ()
-    return Advice("gamma", f"{where}: hidden states need more weight", {"loss.gamma": gamma}, notes)
-
-
-_DOMINANT_NOTE = (
-    f"expect little of it: at {DOMINANT_GAMMA} the gradient of mse was measured at some fifty times that of the other "
-    "terms, nearly all of a clipped step; where perplexity suffers, take loss.hidden=normalised_mse "
-    f"loss.gamma={NORMALISED_GAMMA:g} instead"
-)
+    return Advice("gamma", f"{where}: hidden states need more weight", {"loss.gamma": gamma})
 
 
 def _more_normalised(settings: Settings, where: str) -> Advice:
@@ -177,26 +200,46 @@ def _more_normalised(settings: Settings, where: str) -> Advice:
     if settings.hidden == "cosine":
         changes = {"loss.hidden": "normalised_mse", **changes}
     reason = (
-        f"{where}: hidden states need more weight, and {settings.hidden} at a gamma of {DOMINANT_GAMMA} was measured "
+        f"{where}: hidden states need more weight, and {settings.hidden} at a gamma of {SMALL_GAMMA} was measured "
         f"to do next to nothing; normalised_mse wants about {NORMALISED_GAMMA:g}"
     )
     return Advice("gamma", reason, changes)
 
 
-def _more_epochs(settings: Settings, reason: str) -> Advice:
+def _more_epochs(settings: Settings, where: str, why: str = ": more epochs are left") -> Advice:
+    """Train for longer; where the eval loss says that the rows are learned by heart, on more of them."""
+    if settings.rising is not None:
+        if settings.max_rows is None:
+            reason = (
+                f"{where}, but {settings.rising}: name a longer source in data.train, all rows of this one were read"
+            )
+            return Advice("rows", reason)
+        reason = f"{where}, but {settings.rising}: more rows rather than epochs"
+        return Advice("rows", reason, {"data.train.max_rows": 2 * settings.max_rows})
     if settings.max_steps > 0:
-        return Advice("epochs", reason, {"train.max_steps": math.ceil(settings.max_steps * 5 / 3)})
-    return Advice("epochs", reason, {"train.num_train_epochs": settings.num_epochs + MORE_EPOCHS})
+        return Advice("epochs", f"{where}{why}", {"train.max_steps": math.ceil(settings.max_steps * 5 / 3)})
+    return Advice("epochs", f"{where}{why}", {"train.num_train_epochs": settings.num_epochs + MORE_EPOCHS})
+
+
+def _see_the_rows(settings: Settings, *, notes: tuple[str, ...]) -> Advice:
+    """Train for one epoch before anything else is changed."""
+    assert settings.seen_epochs is not None
+    reason = f"only {settings.seen_epochs:.2g} of an epoch was trained: rows that were never seen come first"
+    if settings.max_steps > 0:
+        return Advice(
+            "epochs", reason, {"train.max_steps": math.ceil(settings.max_steps / settings.seen_epochs)}, notes
+        )
+    return Advice("epochs", reason, {"train.num_train_epochs": 1.0}, notes)
 
 
 def _remember_the_task(settings: Settings, worse: str) -> Advice:
     changes: dict[str, Any] = {"loss.alpha": round(settings.alpha + ALPHA_STEP, 4)}
     reason = f"the task is forgotten: {worse}, while the distance to the teacher shrank; alpha goes up"
-    if settings.hidden == "mse" and settings.gamma >= DOMINANT_GAMMA:
+    if settings.mse_decides:
         changes |= {"loss.hidden": "normalised_mse", "loss.gamma": NORMALISED_GAMMA}
         reason += (
-            f", and mse makes room for normalised_mse: at a gamma of {DOMINANT_GAMMA} it was measured to take nearly "
-            "all of a clipped step, so that alpha alone would change little"
+            f", and mse makes room for normalised_mse: it makes up {settings.hidden_share:.0%} of the loss, so that "
+            "alpha alone would change little"
         )
     return Advice("alpha", reason, changes)
 
@@ -207,14 +250,14 @@ def _straddled(measured: Measured, target: float) -> float | None:
         return None
     done = HIGH if HIGH <= target <= MODEST else target
     distance, nearest = min((abs(measured.retention - threshold), threshold) for threshold in {min(LOW, done), done})
-    return nearest if distance < _INTERVAL * measured.stderr else None
+    return nearest if distance < INTERVAL * measured.stderr else None
 
 
 def _more_samples(settings: Settings, measured: Measured, threshold: float, target: float) -> Advice:
     """Ask as many questions as would tell the value from the threshold, or all where that is very many."""
     assert measured.stderr is not None
     distance = abs(measured.retention - threshold)
-    times = math.inf if distance == 0 else (_INTERVAL * measured.stderr / distance) ** 2
+    times = math.inf if distance == 0 else (INTERVAL * measured.stderr / distance) ** 2
     limit = None if times > _FEW_TIMES else math.ceil(measured.num_samples * times / 100) * 100
     by_value = _by_value(settings, measured.retention, target)
     changes = " ".join(as_override(key, value) for key, value in by_value.changes.items())

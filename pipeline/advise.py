@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from pipeline.advice import MODEST, Advice, Measured, Settings, advise_next, as_
 from pipeline.config import Recipe
 from pipeline.models import load_config, resolve_folder, text_config
 from pipeline.presets import Cut, cut_of, preset_values
-from pipeline.runs.folder import claimed_run, decisive_sections, different_sections, read_metrics
+from pipeline.runs.folder import check_run, claimed_run, read_metrics, what_is_untrained
 from pipeline.runs.results import Retention, describe_results, read_evaluation, retention_of, what_is_worse
 from pipeline.students.folders import find_student
 from pipeline.students.pruning_record import describe_cut, read_pruning, was_cut
@@ -20,13 +20,15 @@ from pipeline.students.pruning_record import describe_cut, read_pruning, was_cut
 # Below this share of the teacher's parameters a cut is called aggressive: a rule of thumb.
 _AGGRESSIVE_SHARE = 0.6
 _DEFAULT_EPOCHS = 3.0  # of transformers' TrainingArguments
-# What a change is called in the name of its output.
+# What a change is called in the name of its output; a kind by its own name, and None for what follows from another.
 _LABELS = {
     "loss.alpha": "alpha",
     "loss.gamma": "gamma",
     "loss.hidden": "",
     "train.num_train_epochs": "epochs",
     "train.max_steps": "steps",
+    "data.train.max_rows": "rows",
+    "targets.hidden.blocks": None,
 }
 
 
@@ -38,7 +40,7 @@ class NextStep:
         cut: What was cut of the student.
         read: What the advice goes by: `student` and, where there are any, `results`.
         retention: None where there are no results.
-        step: `start`, `evaluate`, or a step of `pipeline.advice`.
+        step: `start`, `train`, `evaluate`, or a step of `pipeline.advice`.
         reason: Why.
         changes: Keys of the recipe, with their new values.
         notes: What else there is to know.
@@ -72,10 +74,15 @@ def advise(recipe: Recipe, *, arguments: Sequence[str], target: float = MODEST) 
     pruning = read_pruning(folder) if folder else None
     cut, description = _what_was_cut(recipe, folder, pruning)
     read = {"student": description}
+    check_run(recipe)
     metrics = read_metrics(recipe)
     if metrics is None:
-        return _start(recipe, cut, pruning, read, arguments)
-    _check_run(recipe)
+        if claimed_run(recipe) is None:
+            return _start(recipe, cut, pruning, read, arguments)
+        # A preset now would be another run, which this output refuses.
+        reason = what_is_untrained(recipe) or "training was cut off before it said that it was complete"
+        commands = [_line(stage, arguments, {}) for stage in ("train", "evaluate")]
+        return NextStep(cut, read, None, "train", reason.partition("; run:")[0], {}, _task_notes(recipe), commands)
     evaluation = read_evaluation(recipe)
     if evaluation is None:
         reason = "the student is trained and was not evaluated since"
@@ -84,9 +91,14 @@ def advise(recipe: Recipe, *, arguments: Sequence[str], target: float = MODEST) 
     read["results"] = describe_results(evaluation)
     retention = retention_of(evaluation)
     measured = _measured(recipe, evaluation, retention)
-    advice = advise_next(_settings(recipe, cut), measured, target=target)
-    better_start = _start_notes(recipe) if advice.step != "done" else []
-    notes = [*advice.notes, *_overfitting(metrics["log"]), *better_start]
+    settings = _settings(recipe, cut, metrics["log"])
+    advice = advise_next(settings, measured, target=target)
+    notes = list(advice.notes)
+    if settings.rising and advice.step not in ("rows", "epochs", "done"):
+        notes.append(f"{settings.rising}: more rows would help too, more epochs would not")
+    notes += _start_notes(recipe) if advice.step != "done" else []
+    if "loss.gamma" in advice.changes and recipe.targets.hidden.blocks == "none":
+        advice = replace(advice, changes={**advice.changes, "targets.hidden.blocks": "mapped"})
     if "loss.gamma" in advice.changes and recipe.loss.schedule.gamma is not None:
         notes.append("loss.schedule moves gamma from there: change its end too")
     commands = _commands(recipe, advice, arguments)
@@ -183,16 +195,6 @@ def _start_notes(recipe: Recipe) -> list[str]:
     ]
 
 
-def _check_run(recipe: Recipe) -> None:
-    """Refuse results of another recipe than the one that is to be changed."""
-    different = different_sections(claimed_run(recipe) or {}, decisive_sections(recipe))
-    if different:
-        raise RecipeError(
-            f"{recipe.output} holds a run of another recipe ({', '.join(different)} differ); give the recipe and the "
-            "changes that made it, or another output"
-        )
-
-
 def _measured(recipe: Recipe, evaluation: Mapping[str, Any], retention: Retention) -> Measured:
     questions = [task["num_samples"] for task in evaluation["tasks"].values() if task["higher_is_better"]]
     return Measured(
@@ -205,7 +207,7 @@ def _measured(recipe: Recipe, evaluation: Mapping[str, Any], retention: Retentio
     )
 
 
-def _settings(recipe: Recipe, cut: Cut) -> Settings:
+def _settings(recipe: Recipe, cut: Cut, log: Sequence[Mapping[str, Any]]) -> Settings:
     return Settings(
         cut=cut,
         alpha=recipe.loss.alpha,
@@ -213,27 +215,39 @@ def _settings(recipe: Recipe, cut: Cut) -> Settings:
         hidden=recipe.loss.hidden,
         num_epochs=float(recipe.train.get("num_train_epochs", _DEFAULT_EPOCHS)),
         max_steps=int(recipe.train.get("max_steps", -1)),
+        max_rows=recipe.data.train.max_rows,
+        seen_epochs=max((entry["epoch"] for entry in log if "epoch" in entry), default=None),
+        hidden_share=_hidden_share(recipe, log),
+        rising=_overfitting(log),
     )
 
 
-def _overfitting(log: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Note an eval loss that had begun to rise: then more of the same rows is not what is missing."""
+def _hidden_share(recipe: Recipe, log: Sequence[Mapping[str, Any]]) -> float | None:
+    """Give what the weighted hidden loss made up of the loss when it was logged last; None where it never was."""
+    logged = [entry for entry in log if "loss_hidden" in entry and entry.get("loss", 0) > 0]
+    if not logged:
+        return None
+    last = logged[-1]
+    return float(last.get("gamma", recipe.loss.gamma) * last["loss_hidden"] / last["loss"])
+
+
+def _overfitting(log: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say that the eval loss had begun to rise: then more of the same rows is not what is missing."""
     losses = [(entry["eval_loss"], entry["step"]) for entry in log if "eval_loss" in entry]
     if not losses or min(losses)[1] == losses[-1][1]:
-        return []
+        return None
     least, step = min(losses)
-    last, _ = losses[-1]
-    return [f"eval_loss was least at step {step}, {least:.4f}, and {last:.4f} at the end: more rows rather than epochs"]
+    return f"eval_loss was least at step {step}, {least:.4f}, and {losses[-1][0]:.4f} at the end"
 
 
 def _commands(recipe: Recipe, advice: Advice, arguments: Sequence[str]) -> list[str]:
-    if advice.step == "done":
+    if not advice.changes:
         return []
     if advice.step == "samples":
         return [_line("evaluate", arguments, advice.changes)]
     changes = {**advice.changes, "output": _output(recipe.output, advice.changes)}
     needs_states = "loss.gamma" in advice.changes and not recipe.loss.needs_hidden
-    stages = ["precompute"] * needs_states + ["train", "evaluate"]
+    stages = ["precompute"] * (needs_states or advice.step == "rows") + ["train", "evaluate"]
     return [_line(stage, arguments, changes) for stage in stages]
 
 
@@ -241,6 +255,8 @@ def _output(output: str, changes: Mapping[str, Any]) -> str:
     """Name the next output after its changes; an earlier value of the same key gives way."""
     for key, value in changes.items():
         label = _LABELS[key]
+        if label is None:
+            continue
         text = f"{value:g}" if isinstance(value, float) else str(value)
         output = re.sub(rf"-{label}\d[\d.]*(?=-|$)", "", output) if label else output.replace(f"-{text}", "")
         output += f"-{label}{text}"

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from pipeline.loss_config import LossConfig
 from pipeline.presets import PresetName, with_preset
-from pipeline.recipe_types import BlockIndex, Count, Nameable, Positive, Section
+from pipeline.recipe_types import BlockIndex, Count, Nameable, Place, Positive, Section
 from pipeline.student_config import StudentConfig
 from pipeline.training_keys import check_best_metric, check_training_keys
 
@@ -158,8 +158,8 @@ class EvaluateConfig(Section):
 
     batch_size: Count = 8
     device: str = "auto"
-    tasks: list[str] = Field(default=[])
-    include_path: str | None = None
+    tasks: list[Place] = Field(default=[])
+    include_path: Place | None = None
     limit: Count | None = None
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
 
@@ -174,9 +174,9 @@ class EvaluateConfig(Section):
 class Recipe(Section):
     """A whole recipe; the README explains every key."""
 
-    output: str
-    cache: str = "caches"
-    local_copy: str | None = None
+    output: Place
+    cache: Place = "caches"
+    local_copy: Place | None = None
     teacher: TeacherConfig
     data: DataConfig
     student: StudentConfig

@@ -23,10 +23,11 @@ from pipeline.data import build_rows
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.interruptions import signals_wait, what_stays
 from pipeline.precompute import precompute
-from pipeline.recipe_file import dump_recipe, parse_recipe, parse_yaml
+from pipeline.recipe_file import dump_recipe, parse_recipe
 from pipeline.resumable_trainer import ResumableTrainer, newest_checkpoint, sweep_checkpoints, where_it_stands
 from pipeline.train import train
 from pipeline.whole import whole_folder, write_whole
+from pipeline.yaml_text import parse_yaml
 
 _VOCAB_SIZE = 1024
 _END_OF_TEXT = "<|endoftext|>"
@@ -84,7 +85,7 @@ def run_demo(folder: Path, *, say: Callable[[str], None]) -> DemoResult:
 
 def demo_recipe(folder: Path) -> Recipe:
     """Give the shipped demo recipe with all of its paths below a folder."""
-    data = parse_yaml(files("configs").joinpath("demo.yaml").read_text())
+    data = parse_yaml(files("configs").joinpath("demo.yaml").read_text(), name="configs/demo.yaml")
     data["teacher"]["path"] = str(folder / "teacher")
     data["output"] = str(folder / "run")
     data["cache"] = str(folder / "caches")

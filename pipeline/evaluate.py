@@ -5,7 +5,6 @@ the recipe names tasks, all models answer these too, and there the teacher itsel
 Shapes: N positions that count, V vocabulary, D width.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +19,14 @@ from cache.reader import Reader
 from cache.tokens import TOKENS
 from pipeline.config import Recipe
 from pipeline.forward import pad_rows
+from pipeline.held_out import Quality, RowSums, differences, quality_of
 from pipeline.interruptions import what_stays
 from pipeline.models import check_vocabularies, identify, load_config, load_model, resolve_device
-from pipeline.provenance import write_record
+from pipeline.retention import Estimate
 from pipeline.run_index import RunRows, find_run_rows, trained_student
+from pipeline.runs.folder import check_run, claimed_run, what_is_untrained
 from pipeline.runs.model_card import update_card
+from pipeline.runs.results import write_evaluation
 from pipeline.student_forward import StudentForward
 from pipeline.students.folders import find_student
 from pipeline.targets.columns import EVAL_FORM, LABEL_LOGIT, LOSS_TEMPERATURE, final_name, logsumexp_name
@@ -35,25 +37,9 @@ from pipeline.tasks import load_tasks
 
 _CHUNK_POSITIONS = 256
 _DTYPE = "float32"
-# Part of what a student's figures are kept by: a change of what is computed makes them stale.
-_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Quality:
-    """A model on the eval rows, averaged over the positions that count.
-
-    Attributes:
-        loss: Cross entropy with the text, in nats a token.
-        perplexity: exp(loss).
-        kl: KL(teacher || model) over the whole vocabulary at temperature 1, in nats a token.
-        agreement: Share of positions where model and teacher have the same likeliest token.
-    """
-
-    loss: float
-    perplexity: float
-    kl: float
-    agreement: float
+# Part of what a student's figures are kept by: a change of what is computed makes them stale. Version 1 kept the means
+# alone, which say nothing of their errors; a student that it judged is judged once more.
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -62,17 +48,25 @@ class Evaluation:
 
     Attributes:
         models: `teacher`, `pruned` and, once it is trained, `recovered`.
-        gap_closed: By measure, (recovered - pruned) / (teacher - pruned); None where the pruned model has no gap.
+        gaps: By measure, how much worse the pruned student is than the teacher; see `pipeline.held_out`.
+        gains: By measure, how much better the recovered student is than the pruned one; empty before training.
+        gap_closed: By measure, (recovered - pruned) / (teacher - pruned); None where there is no gap.
         num_tokens: Positions that counted.
+        num_rows: Eval rows, the draws that errors are estimated from.
         tasks: The models on each of the recipe's tasks.
         task_average: Over the tasks where a higher value is better; None where there is none.
+        missing: Models that were not judged, and why; empty where all were.
     """
 
     models: dict[str, Quality]
+    gaps: dict[str, Estimate]
+    gains: dict[str, Estimate]
     gap_closed: dict[str, float | None]
     num_tokens: int
+    num_rows: int
     tasks: dict[str, TaskComparison]
     task_average: TaskAverage | None
+    missing: dict[str, str]
 
 
 def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
@@ -81,8 +75,9 @@ def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
     Raises:
         StoreError: `precompute` has not made the eval rows complete.
         ModelError: A student cannot be loaded, or a teacher that tasks are to be asked of.
-        RecipeError: A task is unknown, or its questions cannot be loaded.
+        RecipeError: The output holds another recipe's run, or a task is unknown or its questions cannot be loaded.
     """
+    check_run(recipe)
     judged: list[str] = []
     with what_stays(lambda: _what_stays(judged)):
         return _evaluate(recipe, judged, show_progress=show_progress)
@@ -99,19 +94,30 @@ def _evaluate(recipe: Recipe, judged: list[str], *, show_progress: bool) -> Eval
     run = find_run_rows(recipe)
     teacher = _StoredTeacher(run, resolve_device(recipe.evaluate.device), recipe.local_copy)
     folders = {"pruned": find_student(recipe)}
-    trained = trained_student(recipe)
-    if (trained / "config.json").is_file():
-        folders["recovered"] = trained
-    models = {"teacher": teacher.quality()}
+    untrained = what_is_untrained(recipe)
+    if untrained is None:
+        folders["recovered"] = trained_student(recipe)
+    sums = {"teacher": teacher.row_sums()}
     for name, folder in folders.items():
-        models[name] = _quality_of(recipe, run, teacher, folder, name, show_progress=show_progress)
+        sums[name] = _sums_of(recipe, run, teacher, folder, name, show_progress=show_progress)
         judged.append(name)
     compared, average = (
         compare_on_tasks(recipe, run, folders, tasks, show_progress=show_progress) if tasks else ({}, None)
     )
-    result = Evaluation(models, _gap_closed(models), teacher.num_positions, compared, average)
-    facts = {"store": run.store.name, "selection": run.selections["eval"].name, "evaluation": asdict(result)}
-    write_record(Path(recipe.output) / "evaluation", recipe, facts)
+    found = differences(sums, teacher.counts)
+    result = Evaluation(
+        models={name: quality_of(of_rows, teacher.counts) for name, of_rows in sums.items()},
+        gaps=found.gaps,
+        gains=found.gains,
+        gap_closed=found.gap_closed,
+        num_tokens=sum(teacher.counts),
+        num_rows=len(teacher),
+        tasks=compared,
+        task_average=average,
+        missing={} if untrained is None else {"recovered": untrained},
+    )
+    facts = {"store": run.store.name, "selection": run.selections["eval"].name, "run": claimed_run(recipe)}
+    write_evaluation(recipe, asdict(result), facts)
     if "recovered" in folders:
         update_card(recipe, run, folders["pruned"], asdict(result))
     return result
@@ -127,21 +133,21 @@ class _StoredTeacher:
         self._reader = Reader(run.store, self._selection, [TOKENS, final_name(EVAL_FORM)], local_copy=local_copy)
         self.head = load_head(run.store, device)
         self.device = device
-        self.num_positions = sum(len(self._counted(index)) for index in range(len(self)))
+        self.counts = [len(self._counted(index)) for index in range(len(self))]
 
     def __len__(self) -> int:
         return len(self._selection)
 
-    def quality(self) -> Quality:
+    def row_sums(self) -> RowSums:
         """Judge the teacher by its own stored numbers: no logits are needed."""
         normaliser_name = logsumexp_name(LOSS_TEMPERATURE)
         reader = Reader(self._run.store, self._selection, [LABEL_LOGIT, normaliser_name], local_copy=self._local_copy)
-        total = 0.0
+        losses = []
         for index in range(len(self)):
             row, counted = reader.row(index), self._counted(index).numpy()
             label_logit = row[LABEL_LOGIT]["values"][counted].astype("float64")
-            total += float((row[normaliser_name]["values"][counted].astype("float64") - label_logit).sum())
-        return _quality(total, 0.0, self.num_positions, self.num_positions)
+            losses.append(float((row[normaliser_name]["values"][counted].astype("float64") - label_logit).sum()))
+        return RowSums(losses, [0.0] * len(self), [float(count) for count in self.counts])
 
     def batches(self, size: int) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
         """Give rows in batches: token ids [T], positions that count [N], and the last states [T, D] of each row."""
@@ -161,43 +167,48 @@ class _StoredTeacher:
         return torch.arange(first, int(self._selection.lengths[index]) - 1)
 
 
-def _quality_of(
+def _sums_of(
     recipe: Recipe, run: RunRows, teacher: _StoredTeacher, folder: Path, name: str, *, show_progress: bool
-) -> Quality:
+) -> RowSums:
     """Judge a student, or read what was found of the same weights on the same rows: a sweep shares its pruned one."""
     config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
     rows = {"store": run.store.name, "selection": run.selections["eval"].name}
     key = {"version": _VERSION, **rows, "student": identify(folder, config, dtype=_DTYPE)}
     if (kept := kept_entry(recipe.cache, "quality", key)) is not None:
-        return Quality(**kept)
-    quality = _judge(recipe, run, teacher, folder, name, show_progress=show_progress)
-    write_entry(recipe.cache, "quality", key, asdict(quality))
-    return quality
+        return RowSums(**kept)
+    sums = _judge(recipe, run, teacher, folder, name, show_progress=show_progress)
+    write_entry(recipe.cache, "quality", key, asdict(sums))
+    return sums
 
 
 @torch.inference_mode()
 def _judge(
     recipe: Recipe, run: RunRows, teacher: _StoredTeacher, folder: Path, name: str, *, show_progress: bool
-) -> Quality:
+) -> RowSums:
     trust = recipe.student.trust_remote_code
     check_vocabularies(run.store.teacher["vocab_size"], load_config(folder, trust_remote_code=trust))
     model = load_model(folder, dtype=_DTYPE, trust_remote_code=trust).to(teacher.device)
     student = StudentForward(model)
-    loss, kl, agreed = 0.0, 0.0, 0
+    found = RowSums([], [], [])
     with tqdm(total=len(teacher), unit="row", desc=f"evaluate {name}", disable=not show_progress) as bar:
         for batch in teacher.batches(recipe.evaluate.batch_size):
             ids_BT, mask_BT = pad_rows([ids for ids, _, _ in batch], device=teacher.device)
             _, state_BTD, head = student(ids_BT, mask_BT.long(), [])
             for row, (ids, counted, teacher_state) in enumerate(batch):
-                for positions in counted.split(_CHUNK_POSITIONS):
-                    sums = _compare(
+                sums = [
+                    _compare(
                         head(state_BTD[row, positions]),
                         teacher.head(teacher_state[positions].to(teacher.device)),
                         ids[positions + 1].to(teacher.device),
                     )
-                    loss, kl, agreed = loss + sums[0], kl + sums[1], agreed + int(sums[2])
+                    for positions in counted.split(_CHUNK_POSITIONS)
+                ]
+                for per_row, values in zip(
+                    (found.loss, found.kl, found.agreement), zip(*sums, strict=True), strict=True
+                ):
+                    per_row.append(sum(values))
             bar.update(len(batch))
-    return _quality(loss, kl, agreed, teacher.num_positions)
+    return found
 
 
 def _compare(logits_NV: Tensor, teacher_logits_NV: Tensor, next_tokens_N: Tensor) -> tuple[float, float, float]:
@@ -208,21 +219,3 @@ def _compare(logits_NV: Tensor, teacher_logits_NV: Tensor, next_tokens_N: Tensor
     kl = F.kl_div(logprobs_NV, teacher_logprobs_NV, reduction="sum", log_target=True)
     agreed = (logprobs_NV.argmax(dim=-1) == teacher_logprobs_NV.argmax(dim=-1)).sum()
     return float(loss), float(kl), float(agreed)
-
-
-def _quality(loss: float, kl: float, agreed: int, num_positions: int) -> Quality:
-    mean = loss / num_positions
-    # A loss beyond 700 nats overflows a float: such a model has no perplexity worth a number.
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    return Quality(loss=mean, perplexity=perplexity, kl=kl / num_positions, agreement=agreed / num_positions)
-
-
-def _gap_closed(models: dict[str, Quality]) -> dict[str, float | None]:
-    if "recovered" not in models:
-        return {}
-    values = {name: asdict(quality) for name, quality in models.items()}
-    closed: dict[str, float | None] = {}
-    for measure in values["teacher"]:
-        gap = values["teacher"][measure] - values["pruned"][measure]
-        closed[measure] = (values["recovered"][measure] - values["pruned"][measure]) / gap if gap else None
-    return closed

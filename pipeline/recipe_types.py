@@ -1,5 +1,6 @@
-"""What the sections of a recipe are made of: a strict section, and numbers with their ranges."""
+"""What the sections of a recipe are made of: a strict section, numbers with their ranges, and places."""
 
+import os.path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -20,6 +21,10 @@ Count = Annotated[int, Field(gt=0)]
 BlockIndex = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 WarmupShare = Annotated[float, Field(ge=0, lt=1)]
+
+
+# A place on this machine; `~` is somebody's home, which a shell leaves as it is behind a `=`. A URL stays as it is.
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):

@@ -68,7 +68,7 @@ def report(path: Path, *, output: Path | None = None, show_progress: bool = True
             raise RecipeError(
                 f"{folder} holds neither a run nor a sweep; a run's folder is what its recipe names as `output`"
             )
-    return _write(page, output or folder / REPORT)
+    return _write(page, output.expanduser() if output else folder / REPORT)
 
 
 def _run_page(run: RunRecord, *, show_progress: bool) -> Page:

@@ -247,6 +247,11 @@ def is_whole(checkpoint: Path) -> bool:
     return (checkpoint / TRAINER_STATE_NAME).is_file()
 
 
+def planned_steps(checkpoint: Path) -> int:
+    """Give how many steps the run of a whole checkpoint is to have."""
+    return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["max_steps"])
+
+
 def where_it_stands(folder: Path, trainer: ResumableTrainer | None) -> str:
     """Say at which step training was cut off, and which of its checkpoints in a folder it goes on from.
 
@@ -278,8 +283,7 @@ def _leads_on(checkpoint: Path) -> bool:
     """Whether a whole checkpoint has what training goes on with, or is of the last step: `save_only_model` has less."""
     if (checkpoint / SCHEDULER_NAME).is_file():
         return True
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    return bool(state["global_step"] >= state["max_steps"])
+    return _step(checkpoint) >= planned_steps(checkpoint)
 
 
 def _publish_state(state: TrainerState, json_path: str) -> None:

@@ -4,17 +4,25 @@ All models answer the same questions, so their scores rise and fall together: a 
 for all. A ratio of two scores is therefore known better than either score, and its error needs their covariance.
 
 Every error here is the delta method's: for f of scores with covariance C and gradient g, Var f = g' C g. It holds to
-first order, where the error of a denominator is small beside the denominator: a gap that is no larger than its own
-error gives a share whose error is larger than itself, and says with that how little it says. Questions are taken as
-independent draws of all that could have been asked.
+first order, where the error of a denominator is small beside the denominator. So a share of a gap is given where there
+is a gap: where the 95% interval of what pruning took lies above 0. Elsewhere the share is anything between minus and
+plus infinity (Fieller, 1954), and None stands for it. Questions, and rows of text, are taken as independent draws of
+all that could have been asked or read.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 Matrix = Sequence[Sequence[float]]
+
+INTERVAL = 1.96  # standard errors on either side of a value, for 95%
+# What is said where a share of a gap would stand, and why.
+NO_GAP = "no gap"
+NO_GAP_REASON = (
+    f"{NO_GAP}: pruning left the student no worse than the teacher by more than the error of the difference (95%), so "
+    "there is nothing to close"
+)
 
 
 @dataclass(frozen=True)
@@ -30,20 +38,29 @@ class Estimate:
     stderr: float | None
 
 
-def covariance_of_means(samples: Matrix) -> list[list[float]]:
-    """Give the covariances of the models' mean scores over the same N questions.
+def covariance_of_means(sums: Matrix, counts: Sequence[int] | None = None) -> list[list[float]]:
+    """Give the covariances of the models' means over the same N questions, or rows of text.
 
-    Cov(a, b) = sum over questions of (a - mean a)(b - mean b) / (N (N - 1)): on the diagonal the square of the usual
-    standard error of a mean.
+    A row counts as many times as it has positions: mean a = sum of a / sum of counts, a ratio of two sums, for which
+    Cov(a, b) = N / (N - 1) * sum over rows of (a - mean a * count)(b - mean b * count) / (sum of counts)^2. With a
+    count of 1 each that is the usual covariance of two means, on the diagonal the square of the usual standard error.
 
     Args:
-        samples: For each model its value of each question, in the same order; at least two questions.
+        sums: For each model its value of each question, or its sum over the positions of each row, in the same order;
+            at least two of them.
+        counts: Positions of each row; 1 each where they are not given.
     """
-    count = len(samples[0])
-    means = [fmean(values) for values in samples]
-    centred = [[value - mean for value in values] for values, mean in zip(samples, means, strict=True)]
+    num = len(sums[0])
+    counts = counts or [1] * num
+    total = sum(counts)
+    means = [math.fsum(values) / total for values in sums]
+    centred = [
+        [value - mean * count for value, count in zip(values, counts, strict=True)]
+        for values, mean in zip(sums, means, strict=True)
+    ]
+    scale = num / (num - 1) / total**2
     return [
-        [math.fsum(a * b for a, b in zip(first, second, strict=True)) / (count * (count - 1)) for second in centred]
+        [scale * math.fsum(a * b for a, b in zip(first, second, strict=True)) for second in centred]
         for first in centred
     ]
 
@@ -71,22 +88,53 @@ def retention(after: float, original: float, covariance: Matrix | None) -> Estim
     return Estimate(ratio, _stderr([1 / original, -ratio / original], covariance))
 
 
+def improvement(before: float, after: float, covariance: Matrix | None, *, higher_is_better: bool = True) -> Estimate:
+    """Give how much better `after` is than `before`: below 0 where it is worse, whichever direction is the better one.
+
+    The covariance is that of (before, after); None where it is not known.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    return Estimate(sign * (after - before), _stderr([-sign, sign], covariance))
+
+
+def is_above_zero(difference: Estimate, *, rounding: float = 0.0) -> bool:
+    """Whether a difference is there: its 95% interval lies above 0; where the error is not known, its value does.
+
+    This decides, of what pruning took, whether there is a gap to close at all.
+
+    Args:
+        difference: How much better one model is than another.
+        rounding: What is no difference in any case: how exact the values themselves are.
+    """
+    error = max(INTERVAL * (difference.stderr or 0.0), rounding)
+    return math.isfinite(difference.value) and difference.value > error
+
+
 def gap_closed(
     original: float, pruned: float, after: float, covariance: Matrix | None, *, higher_is_better: bool = True
 ) -> Estimate | None:
     """Give (after - pruned) / (original - pruned), the share of a gap that training closed.
 
-    None where pruning opened no gap: the pruned model is as good as the original or better. A gap that may be chance
-    gives its share all the same, and the standard error says what it is worth.
+    None where pruning opened no gap: the pruned model is not worse than the original by more than the error of their
+    difference, see `is_above_zero`.
 
     With G the share and g the gap, the gradient in (original, pruned, after) is (-G, G - 1, 1) / g. The covariance is
     that of (original, pruned, after); None where it is not known.
     """
-    gap = original - pruned
-    if gap == 0 or (gap > 0) != higher_is_better:
+    if not is_above_zero(
+        improvement(pruned, original, covariance_of(covariance, (1, 0)), higher_is_better=higher_is_better)
+    ):
         return None
+    gap = original - pruned
     share = (after - pruned) / gap
     return Estimate(share, _stderr([-share / gap, (share - 1) / gap, 1 / gap], covariance))
+
+
+def covariance_of(covariance: Matrix | None, places: Sequence[int]) -> list[list[float]] | None:
+    """Give the covariances of some of the scores, in the order of their places; None where they are not known."""
+    if covariance is None:
+        return None
+    return [[covariance[row][column] for column in places] for row in places]
 
 
 def average_covariance(covariances: Sequence[Matrix | None]) -> list[list[float]] | None:

@@ -36,6 +36,7 @@ from pipeline.models import (
 from pipeline.projectors import create_projectors
 from pipeline.provenance import PROVENANCE_FILE
 from pipeline.run_index import RunRows, find_run_rows, trained_student
+from pipeline.runs.folder import check_run
 from pipeline.similarity_measures import cka_matrix, cosine_matrix, mean_cosine
 from pipeline.students.folders import find_student
 from pipeline.students.pruning_record import read_kept_channels
@@ -112,9 +113,11 @@ def block_similarity(
         show_progress: Whether to show a progress bar.
 
     Raises:
+        RecipeError: The recipe's output holds another recipe's run.
         StoreError: The store is gone or has no teacher block for the eval rows, or the pruned student is gone.
         ModelError: A student cannot be loaded.
     """
+    check_run(recipe)
     facts = {"version": _VERSION, "num_rows": num_rows, **_student_facts(recipe)}
     file = Path(recipe.output) / "evaluation" / SIMILARITY_FILE
     kept = _read(file)

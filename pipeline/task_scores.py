@@ -19,6 +19,7 @@ from pipeline.retention import (
     Estimate,
     Matrix,
     average_covariance,
+    covariance_of,
     covariance_of_means,
     gap_closed,
     independent,
@@ -175,16 +176,10 @@ def _shares(
     """Give each student's retention, and the gap that training closed; the first model is the teacher."""
     kept = {}
     for place in range(1, len(names)) if higher_is_better else ():
-        estimate = retention(values[place], values[0], _part(covariance, (place, 0)))
+        estimate = retention(values[place], values[0], covariance_of(covariance, (place, 0)))
         if estimate is not None:
             kept[names[place]] = estimate
     if len(names) < 3:
         return kept, None
     teacher, pruned, recovered = values
     return kept, gap_closed(teacher, pruned, recovered, covariance, higher_is_better=higher_is_better)
-
-
-def _part(covariance: Matrix | None, places: Sequence[int]) -> list[list[float]] | None:
-    if covariance is None:
-        return None
-    return [[covariance[row][column] for column in places] for row in places]

@@ -66,13 +66,13 @@ def _write_run(folder: Path, run: Path, variant: str, *, quality: float, seed: i
             elif term in entry:
                 entry[term] *= quality * drawn.uniform(0.95, 1.05)
     (folder / "train.json").write_text(json.dumps(train))
-    record = json.loads((run / "evaluation" / "provenance.json").read_text())
-    models, noise = record["evaluation"]["models"], drawn.uniform(0.94, 1.06)
+    shutil.copytree(run / "evaluation", folder / "evaluation")
+    results = json.loads((run / "evaluation" / "results.json").read_text())
+    models, noise = results["models"], drawn.uniform(0.94, 1.06)
     pruned = models["pruned"]
     share = quality * noise * 0.8
     models["recovered"] = {
         name: pruned[name] + (models["teacher"][name] - pruned[name]) * (1 - share) for name in pruned
     }
-    record["evaluation"]["gap_closed"] = dict.fromkeys(pruned, 1 - share)
-    (folder / "evaluation").mkdir()
-    (folder / "evaluation" / "provenance.json").write_text(json.dumps(record))
+    results["gap_closed"] = dict.fromkeys(pruned, 1 - share)
+    (folder / "evaluation" / "results.json").write_text(json.dumps(results))

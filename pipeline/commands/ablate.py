@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.shared import JsonOption, OverridesArgument, call, print_json, print_lines, quieten_libraries
+from pipeline.commands.shared import (
+    JsonOption,
+    OverridesArgument,
+    call,
+    one_file,
+    print_json,
+    print_lines,
+    quieten_libraries,
+)
 from pipeline.endings import UNFINISHED, one_line_errors
 
 SweepArgument = Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep, a YAML file.", show_default=False)]
@@ -23,7 +31,8 @@ def ablate(
     """
     with one_line_errors():
         quieten_libraries()
-        result = call("ablate", sweep, overrides or [], retry=retry, say=_say)
+        file, changes = one_file(sweep, overrides, what="sweep")
+        result = call("ablate", file, changes, retry=retry, say=_say)
         if as_json:
             print_json(result)
         else:

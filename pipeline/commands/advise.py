@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.shared import JsonOption, OverridesArgument, RecipeArgument, print_json, print_lines, run_stage
+from pipeline.commands.shared import (
+    JsonOption,
+    OverridesArgument,
+    RecipeArgument,
+    one_file,
+    print_json,
+    print_lines,
+    run_stage,
+)
 from pipeline.endings import one_line_errors
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
@@ -20,7 +28,8 @@ def advise(
 ) -> None:
     """Read the recipe's student and results, and say what to try next, and why. Loads no model."""
     with one_line_errors():
-        arguments = [str(recipe), *(overrides or [])]
+        file, changes = one_file(recipe, overrides)
+        arguments = [str(file), *changes]
         result = run_stage("advise", recipe, overrides, arguments=arguments, target=target)
         if as_json:
             print_json(result)

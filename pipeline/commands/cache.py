@@ -135,6 +135,7 @@ def remove(
     store: StoreOption = None,
     column: Annotated[str | None, typer.Option(help="Remove only this column.", show_default=False)] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Remove a store, or one column of it."""
     with one_line_errors():
@@ -155,4 +156,7 @@ def remove(
             remove_column(open_store(path), column)
         else:
             remove_store(root, name)
-        print(f"removed {what}")
+        if as_json:
+            print_json({"store": path, "column": column})
+        else:
+            print(f"removed {what}")

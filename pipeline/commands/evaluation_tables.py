@@ -1,11 +1,13 @@
 """An evaluation as the tables that a person reads. Nothing is decided here."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from pipeline.commands.summaries import console
+from pipeline.retention import NO_GAP, NO_GAP_REASON
 
 if TYPE_CHECKING:  # a table does not wait for torch
     from pipeline.evaluate import Evaluation
@@ -25,6 +27,21 @@ def print_evaluation(result: "Evaluation") -> None:
     console().print(_held_out_table(result))
     if result.tasks:
         console().print(task_table(result))
+    for line in _notes(result):
+        print(line)
+
+
+def _notes(result: "Evaluation") -> Iterator[str]:
+    """Say which models are missing and why, and what a gap that is none means."""
+    for name, reason in result.missing.items():
+        yield f"{name} is not judged: {reason}"
+    compared: list[TaskComparison | TaskAverage] = [
+        *result.tasks.values(),
+        *([result.task_average] if result.task_average else []),
+    ]
+    shares = [*result.gap_closed.values(), *(comparison.gap_closed for comparison in compared)]
+    if "recovered" in result.models and None in shares:
+        yield NO_GAP_REASON
 
 
 def task_table(result: "Evaluation") -> Table:
@@ -59,7 +76,7 @@ def _held_out_table(result: "Evaluation") -> Table:
     if result.gap_closed:
         shares = [result.gap_closed[measure] for measure in _MEASURES]
         table.add_section()
-        table.add_row("gap closed", *("-" if share is None else f"{share:.1%}" for share in shares))
+        table.add_row("gap closed", *(NO_GAP if share is None else f"{share:.1%}" for share in shares))
     return table
 
 
@@ -70,8 +87,12 @@ def _measure(name: str, value: float) -> str:
 def _cells(comparison: "TaskComparison | TaskAverage", names: list[str]) -> list[str]:
     values = [comparison.models[name] for name in names]
     is_share = all(0 <= estimate.value <= 1 for estimate in values)
-    shares = (comparison.retention.get(names[-1]), comparison.gap_closed)
-    return [*(_cell(value, is_share=is_share) for value in values), *(_cell(share, is_share=True) for share in shares)]
+    has_no_gap = "recovered" in names and comparison.gap_closed is None
+    return [
+        *(_cell(value, is_share=is_share) for value in values),
+        _cell(comparison.retention.get(names[-1]), is_share=True),
+        NO_GAP if has_no_gap else _cell(comparison.gap_closed, is_share=True),
+    ]
 
 
 def _cell(estimate: "Estimate | None", *, is_share: bool) -> str:

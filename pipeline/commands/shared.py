@@ -35,7 +35,8 @@ def run_stage(name: str, recipe: Path, overrides: list[str] | None, **options: A
     quieten_libraries()
     from pipeline.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    file, changes = one_file(recipe, overrides)
+    loaded = load_recipe(file, changes)
     _note_idle_keys(loaded)
     return call(name, loaded, **options)
 
@@ -47,15 +48,35 @@ def call(name: str, *arguments: Any, **options: Any) -> Any:
         return stage(*arguments, **options)
 
 
-def load_recipes(arguments: list[str]) -> list[Any]:
-    """Load recipes, each with all the overrides: an argument with `=` that is no file is an override."""
-    quieten_libraries()
-    from pipeline.recipe_file import load_recipe
+def one_file(first: Path, rest: list[str] | None, *, what: str = "recipe") -> tuple[Path, list[str]]:
+    """Tell a command's file from the changes to it, wherever it stands among them.
 
+    Raises:
+        RecipeError: There is none, or more than one.
+    """
+    files, overrides = _files_and_overrides([str(first), *(rest or [])], what)
+    others = [file for file in files[1:] if Path(file).exists() or Path(file).suffix in (".yaml", ".yml")]
+    if others:
+        raise RecipeError(f"one {what} is taken, got {files[0]} and {', '.join(others)}")
+    # What is neither a file nor a change is said to be no change.
+    return Path(files[0]), [*overrides, *files[1:]]
+
+
+def _files_and_overrides(arguments: list[str], what: str) -> tuple[list[str], list[str]]:
+    """Tell files from overrides: an argument with `=` that is no file is an override."""
     overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
     files = [argument for argument in arguments if argument not in overrides]
     if not files:
-        raise RecipeError(f"no recipe among {' '.join(arguments)}; the first argument is a YAML file")
+        raise RecipeError(f"no {what} among {' '.join(arguments)}; name a YAML file, and then the changes to it")
+    return files, overrides
+
+
+def load_recipes(arguments: list[str]) -> list[Any]:
+    """Load recipes, each with all the overrides."""
+    quieten_libraries()
+    from pipeline.recipe_file import load_recipe
+
+    files, overrides = _files_and_overrides(arguments, "recipe")
     recipes = [load_recipe(Path(file), overrides) for file in files]
     for recipe in recipes:
         _note_idle_keys(recipe)

@@ -7,7 +7,8 @@ from typing import Any
 from pipeline.figures.dots import DotRow, dots_figure
 from pipeline.reports.data import RunRecord
 from pipeline.reports.numbers import MEASURES, estimate, heading, is_number, percent, show_measure
-from pipeline.reports.page import Beside, Block, Figures, Missing, Section, Table, Tile
+from pipeline.reports.page import Beside, Block, Figures, Missing, Section, Table, Tile, Words
+from pipeline.retention import NO_GAP, NO_GAP_REASON
 from pipeline.students.pruning_record import describe_cut
 
 
@@ -49,6 +50,8 @@ def recovery_section(run: RunRecord) -> Section:
     tasks = evaluation.get("tasks") or {}
     if tasks:
         blocks.append(_task_table(evaluation))
+    if None in [*evaluation["gap_closed"].values(), *(task["gap_closed"] for task in tasks.values())]:
+        blocks.append(Words(f"{NO_GAP_REASON[0].upper()}{NO_GAP_REASON[1:]}."))
     if not tasks:
         blocks.append(Missing("No benchmark tasks; name some in evaluate.tasks, and run: coldstill evaluate"))
     return Section("recovery", "Recovery", blocks)
@@ -59,7 +62,8 @@ def _recovery_table(evaluation: Mapping[str, Any]) -> Table:
         [name, *(show_measure(measure, quality[measure]) for measure in MEASURES)]
         for name, quality in evaluation["models"].items()
     ]
-    rows.append(["gap closed", *(percent(evaluation["gap_closed"].get(measure)) for measure in MEASURES)])
+    shares = [evaluation["gap_closed"].get(measure) for measure in MEASURES]
+    rows.append(["gap closed", *(NO_GAP if share is None else percent(share) for share in shares)])
     return Table(
         f"Held-out text, {evaluation['num_tokens']:,} tokens. Gap closed is (recovered - pruned) / (teacher - pruned).",
         ["model", *map(heading, MEASURES)],
@@ -79,7 +83,7 @@ def _task_table(evaluation: Mapping[str, Any]) -> Table:
         is_share = all(score is None or 0 <= score["value"] <= 1 for score in scores)
         kept = [task["retention"].get(model) for model in models if model != "teacher"]
         cells = [*(estimate(score, is_share=is_share) for score in scores), *map(estimate, kept)]
-        rows.append([name, *cells, estimate(task["gap_closed"])])
+        rows.append([name, *cells, NO_GAP if task["gap_closed"] is None else estimate(task["gap_closed"])])
     retention = [f"retention, {model}" for model in models if model != "teacher"]
     return Table(
         "Benchmark tasks, value ± standard error. Retention is a model's value over the teacher's.",

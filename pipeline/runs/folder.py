@@ -8,6 +8,7 @@
     train.json          summary, layer map and log; written last: it says that the run is complete
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -17,12 +18,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cache.errors import RecipeError
+from cache.errors import RecipeError, StoreError
 from cache.identity import digest_of
 from pipeline.config import Recipe
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE, write_record
 from pipeline.recipe_file import load_recipe
-from pipeline.run_index import RunRows, trained_student
+from pipeline.resumable_trainer import newest_checkpoint, planned_steps
+from pipeline.run_index import RunRows, find_run_rows, rows_key, trained_student
 from pipeline.runs.model_card import CARD_FILE
 from pipeline.students.adapters import has_adapters, merged
 from pipeline.students.folders import find_student
@@ -53,8 +55,17 @@ _WHEN_JUDGED = ("eval_", "save_")
 
 
 def folder_named(path: Path) -> Path:
-    """Give the folder that somebody names: itself, or the output of a recipe."""
-    return Path(load_recipe(path).output) if path.suffix in (".yaml", ".yml") and path.is_file() else path
+    """Give the folder that somebody names: itself, or the output of a recipe.
+
+    Raises:
+        RecipeError: The recipe's output holds a run of another recipe.
+    """
+    path = path.expanduser()
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return path
+    recipe = load_recipe(path)
+    check_run(recipe)
+    return Path(recipe.output)
 
 
 def run_key(recipe: Recipe, run: RunRows) -> dict[str, Any]:
@@ -79,9 +90,17 @@ def _is_idle(key: str, train: Mapping[str, Any]) -> bool:
 
 
 def claimed_run(recipe: Recipe) -> dict[str, Any] | None:
-    """Give the key of the run that an output holds; None where it holds none."""
-    record = checkpoints_folder(recipe) / PROVENANCE_FILE
-    return dict(json.loads(record.read_text())["run"]) if record.is_file() else None
+    """Give the key of the run that an output holds; None where it holds none.
+
+    Where somebody removed the checkpoints, which a trained student does without, the student says whose it is.
+    """
+    record = _claim_record(recipe)
+    return None if record is None else dict(json.loads(record.read_text())["run"])
+
+
+def _claim_record(recipe: Recipe) -> Path | None:
+    records = [folder / PROVENANCE_FILE for folder in (checkpoints_folder(recipe), trained_student(recipe))]
+    return next((record for record in records if record.is_file()), None)
 
 
 def different_sections(earlier: Mapping[str, Any], key: Mapping[str, Any]) -> list[str]:
@@ -99,22 +118,56 @@ def claim(recipe: Recipe, key: Mapping[str, Any]) -> None:
     write_record(checkpoints_folder(recipe), recipe, {"run": key})
 
 
+def check_run(recipe: Recipe) -> None:
+    """Refuse a recipe that did not train the run in its output, whether its store is there or gone.
+
+    Raises:
+        RecipeError: The output holds another recipe's run; names the sections that differ.
+    """
+    try:
+        key = run_key(recipe, find_run_rows(recipe))
+    except StoreError:
+        # What the rows are is not known; what they are made of is.
+        key = {**decisive_sections(recipe), **rows_key(recipe)}
+    check_claim(recipe, key)
+
+
 def check_claim(recipe: Recipe, key: Mapping[str, Any]) -> None:
     """Refuse an output that holds another recipe's run.
+
+    Args:
+        recipe: Whose output it is.
+        key: What `run_key` gives of the recipe, or a part of it.
 
     Raises:
         RecipeError: It does; names the sections that differ.
     """
-    earlier = claimed_run(recipe)
-    if earlier is None:
+    record, claimed = _claim_record(recipe), claimed_run(recipe)
+    if record is None or claimed is None:
         return
-    different = different_sections(earlier, key)
+    recorded = record.with_name(RECIPE_FILE)
+    with contextlib.suppress(RecipeError):
+        # As this version reads it, which may know keys that were not there when the run was claimed.
+        earlier = load_recipe(recorded)
+        claimed |= {**decisive_sections(earlier), **rows_key(earlier)}
+    different = different_sections(claimed, key)
     if different:
         raise RecipeError(
-            f"{recipe.output} holds a run of another recipe ({', '.join(different)} differ; see "
-            f"{checkpoints_folder(recipe) / RECIPE_FILE}); choose another output, or begin anew: "
-            "coldstill train --restart"
+            f"{recipe.output} holds a run of another recipe ({', '.join(different)} differ; see {recorded}); give the "
+            "recipe and the changes that made it, choose another output, or begin anew: coldstill train --restart"
         )
+
+
+def what_is_untrained(recipe: Recipe) -> str | None:
+    """Say why an output holds no trained student, and what to do; None where it holds one."""
+    if (trained_student(recipe) / "config.json").is_file():
+        return None
+    step, checkpoint = newest_checkpoint(checkpoints_folder(recipe))
+    if checkpoint is None:
+        begun = "training has saved no checkpoint yet" if claimed_run(recipe) else "it is not trained yet"
+        return f"{begun}; run: coldstill train"
+    planned = planned_steps(Path(checkpoint))
+    return f"training is at step {step} of {planned}; run: coldstill train"
 
 
 def finished_summary(recipe: Recipe) -> dict[str, Any] | None:

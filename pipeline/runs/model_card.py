@@ -15,6 +15,7 @@ from pipeline.loss_config import LossConfig, LossWeight
 from pipeline.losses.divergences import DEFAULT_WEIGHTS
 from pipeline.provenance import RECIPE_FILE
 from pipeline.recipe_file import load_recipe
+from pipeline.retention import NO_GAP, NO_GAP_REASON
 from pipeline.run_index import RunRows, trained_student
 from pipeline.students.pruning_record import describe_cut, read_pruning
 from pipeline.whole import write_whole
@@ -107,7 +108,7 @@ def _recovery(evaluation: Mapping[str, Any]) -> Iterator[str]:
     for measure, (title, form) in _MEASURES.items():
         values = [format(evaluation["models"][name][measure], form) for name in models]
         closed = evaluation["gap_closed"][measure]
-        yield f"| {title} | {' | '.join(values)} | - | {'-' if closed is None else format(closed, '.1%')} |"
+        yield f"| {title} | {' | '.join(values)} | - | {NO_GAP if closed is None else format(closed, '.1%')} |"
     for name, task in evaluation["tasks"].items():
         yield f"| {name}, {task['metric']} | {_estimates(task)} |"
     average = evaluation["task_average"]
@@ -119,6 +120,10 @@ def _recovery(evaluation: Mapping[str, Any]) -> Iterator[str]:
         f"Over {evaluation['num_tokens']:,} tokens of held-out text. Gap closed is (recovered - pruned) / (teacher - "
         "pruned)."
     )
+    compared = [*evaluation["tasks"].values(), *([average] if average is not None and counted > 1 else [])]
+    shares = [evaluation["gap_closed"][measure] for measure in _MEASURES]
+    if None in [*shares, *(found["gap_closed"] for found in compared)]:
+        yield f"{NO_GAP_REASON[0].upper()}{NO_GAP_REASON[1:]}."
     if evaluation["tasks"]:
         counts = sorted({task["num_samples"] for task in evaluation["tasks"].values()})
         questions = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
@@ -133,9 +138,12 @@ def _estimates(compared: Mapping[str, Any]) -> str:
     models = [compared["models"][name] for name in ("teacher", "pruned", "recovered")]
     form = ".1%" if all(0 <= model["value"] <= 1 for model in models) else ",.2f"
     cells = [_cell(model, form) for model in models]
-    return " | ".join(
-        [*cells, _cell(compared["retention"].get("recovered"), ".1%"), _cell(compared["gap_closed"], ".1%")]
-    )
+    closed = compared["gap_closed"]
+    cells += [
+        _cell(compared["retention"].get("recovered"), ".1%"),
+        NO_GAP if closed is None else _cell(closed, ".1%"),
+    ]
+    return " | ".join(cells)
 
 
 def _cell(estimate: Mapping[str, float | None] | None, form: str) -> str:

@@ -1,15 +1,29 @@
-"""What the evaluation of a trained student says, by its record: retention, in words, and what got worse."""
+"""The evaluation in a run's output: its numbers, how they were made, and what they say in words.
+
+<output>/evaluation/
+    results.json        the numbers alone: an `Evaluation`
+    provenance.json     where, when and with what they were made, and of which run; written last: they are complete
+    recipe.yaml         the resolved recipe that asked for them
+"""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from cache.errors import RecipeError
 from pipeline.config import Recipe
-from pipeline.provenance import PROVENANCE_FILE
+from pipeline.held_out import HIGHER_IS_BETTER, shares_closed
+from pipeline.provenance import PROVENANCE_FILE, write_record
+from pipeline.retention import Estimate, improvement, is_above_zero
 from pipeline.run_index import trained_student
+from pipeline.runs.folder import claimed_run
+from pipeline.whole import write_whole
+
+EVALUATION = "evaluation"
+RESULTS_FILE = "results.json"
 
 
 @dataclass(frozen=True)
@@ -27,15 +41,69 @@ class Retention:
     measure: Literal["tasks", "agreement"]
 
 
+def write_evaluation(recipe: Recipe, results: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write what an evaluation found into the recipe's output, in place of an earlier one.
+
+    Args:
+        recipe: What asked for it.
+        results: An `Evaluation` as a map.
+        facts: What provenance says of it: `store`, `selection`, and `run`, the key of the run that was judged.
+    """
+    folder = Path(recipe.output) / EVALUATION
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PROVENANCE_FILE).unlink(missing_ok=True)
+    write_whole(folder / RESULTS_FILE, json.dumps(dict(results), indent=1) + "\n")
+    write_record(folder, recipe, facts)
+
+
+def read_results(output: Path) -> dict[str, Any] | None:
+    """Read what the evaluation in an output found, whichever version wrote it; None where there is none.
+
+    Earlier versions kept it in the record, without the errors of the differences: there a gap is what its value says.
+
+    Raises:
+        RecipeError: A file is damaged.
+    """
+    folder = output / EVALUATION
+    record = _read(folder / PROVENANCE_FILE)
+    found = None if record is None else record.get("evaluation") or _read(folder / RESULTS_FILE)
+    if found is None or "gaps" in found:
+        return found
+    models = found["models"]
+    gaps = {
+        measure: improvement(models["pruned"][measure], models["teacher"][measure], None, higher_is_better=is_higher)
+        for measure, is_higher in HIGHER_IS_BETTER.items()
+    }
+    written = {measure: asdict(gap) for measure, gap in gaps.items()}
+    return {**found, "gaps": written, "gains": {}, "gap_closed": shares_closed(models, gaps), "missing": {}}
+
+
 def read_evaluation(recipe: Recipe) -> dict[str, Any] | None:
-    """Read the evaluation of the trained student; None where there is none, or the student is newer."""
-    record = Path(recipe.output) / "evaluation" / PROVENANCE_FILE
-    if not record.is_file():
+    """Read the evaluation of the trained student; None where there is none of this run, or the student is newer.
+
+    Raises:
+        RecipeError: A file is damaged.
+    """
+    results = read_results(Path(recipe.output))
+    record, student = (
+        _read(folder / PROVENANCE_FILE) for folder in (Path(recipe.output) / EVALUATION, trained_student(recipe))
+    )
+    if results is None or record is None or student is None or "recovered" not in results["models"]:
         return None
-    facts = json.loads(record.read_text())
-    student = json.loads((trained_student(recipe) / PROVENANCE_FILE).read_text())
-    written, trained = (datetime.fromisoformat(found["written_at"]) for found in (facts, student))
-    return dict(facts["evaluation"]) if written >= trained and "recovered" in facts["evaluation"]["models"] else None
+    # Times of one clock: a student that was trained anew is to be judged anew.
+    written, trained = (datetime.fromisoformat(found["written_at"]) for found in (record, student))
+    # Earlier versions did not say of which run they judged the student.
+    is_of_run = record.get("run") is None or record["run"] == claimed_run(recipe)
+    return results if written >= trained and is_of_run else None
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise RecipeError(f"{file} is damaged: {error}; run: coldstill evaluate") from None
 
 
 def retention_of(evaluation: Mapping[str, Any]) -> Retention:
@@ -52,7 +120,7 @@ def describe_results(evaluation: Mapping[str, Any]) -> str:
     models = evaluation["models"]
     pruned, recovered = models["pruned"], models["recovered"]
     closed = evaluation["gap_closed"]["kl"]
-    share = "" if closed is None else f", {closed:.1%} of the gap closed"
+    share = ", no gap to close" if closed is None else f", {closed:.1%} of the gap closed"
     return (
         f"perplexity {recovered['perplexity']:.2f} (teacher {models['teacher']['perplexity']:.2f}, pruned "
         f"{pruned['perplexity']:.2f}), KL to the teacher {recovered['kl']:.3f} (pruned {pruned['kl']:.3f}{share}), "
@@ -61,16 +129,22 @@ def describe_results(evaluation: Mapping[str, Any]) -> str:
 
 
 def what_is_worse(evaluation: Mapping[str, Any]) -> str | None:
-    """Say what training made worse while it brought the student nearer to its teacher; None for nothing."""
-    pruned, recovered = (evaluation["models"][name] for name in ("pruned", "recovered"))
-    if recovered["kl"] >= pruned["kl"] and recovered["agreement"] <= pruned["agreement"]:
+    """Say what training made worse while it brought the student nearer to its teacher; None for nothing.
+
+    What ends beyond its error where the pruned student was, and on the far side of the teacher, counts: what only
+    went back to the teacher's came nearer to it.
+    """
+    teacher, pruned, recovered = (evaluation["models"][name] for name in ("teacher", "pruned", "recovered"))
+    if recovered["kl"] >= pruned["kl"]:
         return None
     average = evaluation["task_average"]
     if average and "recovered" in average["retention"]:
         before, after = (average["retention"][name] for name in ("pruned", "recovered"))
         error = ((before["stderr"] or 0.0) ** 2 + (after["stderr"] or 0.0) ** 2) ** 0.5
-        if before["value"] - after["value"] > error:
+        if before["value"] - after["value"] > error and after["value"] < 1:
             return f"retention fell from {before['value']:.1%} to {after['value']:.1%}"
-    if recovered["perplexity"] > pruned["perplexity"]:
+    gain = evaluation["gains"].get("perplexity") or {"value": pruned["perplexity"] - recovered["perplexity"]}
+    rise = Estimate(-gain["value"], gain.get("stderr"))
+    if is_above_zero(rise) and recovered["perplexity"] > teacher["perplexity"]:
         return f"perplexity rose from {pruned['perplexity']:.2f} to {recovered['perplexity']:.2f}"
     return None

@@ -14,7 +14,7 @@ from typing import Any
 from cache.array_object import REPAIR_HINT
 from cache.errors import CorruptError, StoreNotFoundError
 from cache.index import read_entry, write_entry
-from cache.objects import Objects, open_objects
+from cache.objects import Objects, full_path, open_objects
 from cache.student_files import CHECKSUMS, STUDENTS, find_damage
 from pipeline.config import Recipe
 from pipeline.models import resolve_folder
@@ -54,7 +54,7 @@ def find_student(recipe: Recipe) -> Path:
         return resolve_folder(recipe.student.path, revision=recipe.student.revision)
     folder = students_folder(recipe) / read_entry(recipe.cache, "student", _student_key(recipe))["folder"]
     if not has_student(recipe, folder):
-        raise StoreNotFoundError(f"the pruned student in {folder} is gone; run: coldstill prune")
+        raise StoreNotFoundError(f"the pruned student in {full_path(folder)} is gone; run: coldstill prune")
     check_student_files(folder)
     return folder
 

@@ -15,8 +15,16 @@ from pydantic import Field, field_validator, model_validator
 
 from cache.errors import RecipeError
 from pipeline.config import Recipe
-from pipeline.recipe_file import apply_override, parse_model, parse_recipe, read_map, set_key
-from pipeline.recipe_types import Section
+from pipeline.recipe_file import (
+    apply_changes,
+    apply_overrides,
+    parse_model,
+    parse_recipe,
+    read_map,
+    read_sweep_map,
+    set_key,
+)
+from pipeline.recipe_types import Place, Section
 
 _DEFAULT_SEED = 42
 # What no variant may change, and what decides it.
@@ -33,7 +41,7 @@ class SweepConfig(Section):
     """A whole sweep, as its file says it; the README explains every key."""
 
     name: str | None = None
-    output: str
+    output: Place
     recipe: Any
     overrides: Any = ()
     seeds: list[int] | None = None
@@ -126,8 +134,8 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     Raises:
         RecipeError: The sweep, its base recipe or a variant is wrong; names which, and the key.
     """
-    config = parse_model(SweepConfig, read_map(path, what="sweep"), name=str(path))
-    base = _base(config, path, overrides)
+    config = parse_model(SweepConfig, read_sweep_map(path), name=str(path))
+    plain, base = _base(config, path, ()), _base(config, path, overrides)
     seeds = config.seeds or [_own_seed(base)]
     variants = []
     for name, changes in _points(config):
@@ -135,25 +143,29 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         data = copy.deepcopy(base)
         for key, value in changes.items():
             set_key(data, key, copy.deepcopy(value), name=f"{where}, {key}")
-        variants.append(Variant(name, changes, {seed: _seeded(data, seed, where) for seed in seeds}))
+        # What a variant changes is its own.
+        blamed = [override for override in overrides if override.partition("=")[0] not in changes]
+        recipes = {seed: _seeded(data, seed, where, blamed, plain) for seed in seeds}
+        variants.append(Variant(name, changes, recipes))
     return Sweep(config.name or path.stem, Path(config.output), variants)
 
 
 def _base(config: SweepConfig, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Give the base recipe as a map, changed by the sweep's overrides and then by the command line's."""
     if isinstance(config.recipe, str):
-        data = read_map(path.parent / config.recipe, what="recipe")
+        data = read_map(path.parent / Path(config.recipe).expanduser(), what="recipe")
     else:
         data = copy.deepcopy(config.recipe)
     data["output"] = config.output
     own = config.overrides
     if isinstance(own, dict):
-        for key, value in own.items():
-            set_key(data, key, copy.deepcopy(value), name=f"overrides of {path}, {key}")
-    for override in [*(() if isinstance(own, dict) else own), *overrides]:
-        if override.partition("=")[0] == "output":
-            raise RecipeError(f"override {override!r}: where a sweep's runs go is decided by output in {path}")
-        apply_override(data, override)
+        apply_changes(data, [(f"overrides of {path}, {key}", key, value) for key, value in own.items()])
+    # The command line's come last, and may say otherwise than the sweep's own.
+    for group in (() if isinstance(own, dict) else own, overrides):
+        for override in group:
+            if override.partition("=")[0] == "output":
+                raise RecipeError(f"override {override!r}: where a sweep's runs go is decided by output in {path}")
+        apply_overrides(data, group)
     return data
 
 
@@ -171,10 +183,12 @@ def _points(config: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
             yield ", ".join(filter(None, parts)) or "base", {**changes, **point}
 
 
-def _seeded(data: Mapping[str, Any], seed: int, where: str) -> Recipe:
+def _seeded(
+    data: Mapping[str, Any], seed: int, where: str, overrides: Sequence[str], plain: Mapping[str, Any]
+) -> Recipe:
     seeded = copy.deepcopy(dict(data))
     set_key(seeded, "train.seed", seed, name=where)
-    return parse_recipe(seeded, name=where)
+    return parse_recipe(seeded, name=where, overrides=overrides, unchanged=plain)
 
 
 def _shown(value: Any) -> str:

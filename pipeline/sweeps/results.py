@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cache.errors import RecipeError
+from pipeline.runs.results import read_results
 
 SWEEP_FILE = "sweep.json"
 FORMAT = 1
@@ -191,14 +192,17 @@ def measures_of(evaluation: Mapping[str, Any], model: str) -> dict[str, float]:
 
 
 def seconds_per_point(evaluation: Mapping[str, Any], seconds: float) -> float | None:
-    """Give what a percentage point of recovery cost, in seconds of training; None where training recovered nothing.
+    """Give what a percentage point of recovery cost, in seconds of training.
+
+    None where training recovered nothing, and where pruning opened no gap, so that there was nothing to recover.
 
     Where there are tasks a point is one of retention, averaged over tasks, gained over the pruned student; elsewhere
     one of the gap in KL to the teacher that training closed.
     """
     pruned, recovered = (measures_of(evaluation, model) for model in ("pruned", "recovered"))
     if RETENTION in recovered and RETENTION in pruned:
-        points = 100 * (recovered[RETENTION] - pruned[RETENTION])
+        has_gap = evaluation["task_average"].get("gap_closed") is not None
+        points = 100 * (recovered[RETENTION] - pruned[RETENTION]) if has_gap else 0.0
     else:
         points = 100 * ((evaluation.get("gap_closed") or {}).get("kl") or 0.0)
     return seconds / points if points > 0 else None
@@ -241,7 +245,7 @@ def _variant(folder: Path, variant: Mapping[str, Any], states: Mapping[str, Any]
 def _run(folder: Path, variant: str, seed: int, key: str, state: Mapping[str, Any]) -> RunResult:
     output = output_of(folder, key)
     train = _read(output / "train.json", "summary")
-    evaluation = _read(output / "evaluation" / "provenance.json", "evaluation")
+    evaluation = read_results(output)
     status: Status = state["status"]
     if status == "complete" and (train is None or evaluation is None):
         status = "pending"  # its folder is gone

@@ -15,6 +15,7 @@ from pipeline.evaluate import evaluate
 from pipeline.precompute import precompute
 from pipeline.provenance import PROVENANCE_FILE
 from pipeline.recipe_file import load_recipe
+from pipeline.runs.results import RESULTS_FILE
 from pipeline.train import train
 
 
@@ -34,7 +35,7 @@ class Run:
     def words(self) -> tuple[str, ...]:
         return str(self.recipe), f"output={self.output}"
 
-    def rewrite(self, change: Callable[[dict[str, Any]], Any], record: str = f"evaluation/{PROVENANCE_FILE}") -> None:
+    def rewrite(self, change: Callable[[dict[str, Any]], Any], record: str = f"evaluation/{RESULTS_FILE}") -> None:
         """Let a record say something else."""
         content = json.loads((self.output / record).read_text())
         change(content)
@@ -58,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, 
         },
         "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
         "preset": "auto",
-        "train": {"max_steps": 2, "per_device_train_batch_size": 4},
+        "train": {"max_steps": 5, "per_device_train_batch_size": 4},
     }
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(data))
@@ -81,6 +82,12 @@ def with_tasks(pruned: float, recovered: float, stderr: float) -> dict[str, Any]
     }
     one = {"metric": "acc", "higher_is_better": True, "num_samples": 200, "models": {}, "retention": estimates}
     return {"tasks": {"a": one}, "task_average": {"models": {}, "retention": estimates, "gap_closed": None}}
+
+
+def rise(found: dict[str, Any], *, to: float, by: float) -> None:
+    """Let the perplexity have risen; its error is 0.1."""
+    found["models"]["recovered"]["perplexity"] = to
+    found["gains"]["perplexity"] = {"value": -by, "stderr": 0.1}
 
 
 def test_a_recovery_is_led_from_the_preset_to_its_evaluation_by_commands_that_run(
@@ -146,7 +153,7 @@ def test_a_student_whose_record_says_what_was_cut_needs_no_teacher(
 def test_results_lead_to_a_change_a_new_output_and_the_words_of_the_command_line(
     recovered: Run, advised: Callable[..., dict[str, Any]], coldstill: Callable[..., Any]
 ):
-    recovered.rewrite(lambda facts: facts["evaluation"].update(with_tasks(0.7, 0.8, 0.01)))
+    recovered.rewrite(lambda found: found.update(with_tasks(0.7, 0.8, 0.01)))
     given = advised(*recovered.words, "evaluate.batch_size=4")
     assert given["retention"] == {"value": 0.8, "stderr": 0.01, "measure": "tasks"}
     words = f"{recovered.recipe} evaluate.batch_size=4 loss.gamma=0.15 output={recovered.output}-gamma0.15"
@@ -158,7 +165,7 @@ def test_results_lead_to_a_change_a_new_output_and_the_words_of_the_command_line
 
 
 def test_an_earlier_value_in_the_name_of_the_output_gives_way(recovered: Run, advised: Callable[..., dict[str, Any]]):
-    recovered.rewrite(lambda facts: facts["evaluation"].update(with_tasks(0.7, 0.8, 0.01)))
+    recovered.rewrite(lambda found: found.update(with_tasks(0.7, 0.8, 0.01)))
     earlier = recovered.output.rename(f"{recovered.output}-gamma0.1-epochs5")
     given = advised(recovered.recipe, f"output={earlier}")
     assert given["commands"][0].endswith(f"loss.gamma=0.15 output={recovered.output}-epochs5-gamma0.15")
@@ -167,7 +174,7 @@ def test_an_earlier_value_in_the_name_of_the_output_gives_way(recovered: Run, ad
 def test_an_unclear_retention_asks_for_more_questions_only_where_there_are_more(
     recovered: Run, advised: Callable[..., dict[str, Any]]
 ):
-    recovered.rewrite(lambda facts: facts["evaluation"].update(with_tasks(0.7, 0.91, 0.01)))
+    recovered.rewrite(lambda found: found.update(with_tasks(0.7, 0.91, 0.01)))
     given = advised(*recovered.words, "evaluate.tasks=[a]", "evaluate.limit=200")
     assert (given["step"], given["changes"]) == ("samples", {"evaluate.limit": 800})
     assert given["commands"] == [
@@ -180,37 +187,41 @@ def test_an_unclear_retention_asks_for_more_questions_only_where_there_are_more(
     ("change", "worse"),
     [
         (lambda found: found.update(with_tasks(0.95, 0.90, 0.03)), "retention fell from 95.0% to 90.0%"),
-        (lambda found: found["models"]["recovered"].update(perplexity=1e6), "perplexity rose"),
+        (lambda found: rise(found, to=1e6, by=1e5), "perplexity rose"),
         (lambda found: found.update(with_tasks(0.95, 0.91, 0.03)), None),
+        (lambda found: rise(found, to=1e6, by=0.15), None),
+        (lambda found: rise(found, to=1.5, by=1e5), None),
     ],
-    ids=["tasks", "perplexity", "within-the-error"],
+    ids=["tasks", "perplexity", "within-the-error", "perplexity-within-the-error", "perplexity-up-to-the-teacher's"],
 )
 def test_a_task_forgotten_while_the_student_came_nearer_to_its_teacher_wants_alpha(
     recovered: Run, advised: Callable[..., dict[str, Any]], change: Any, worse: str | None
 ):
-    def nearer(facts: dict[str, Any]) -> None:
-        pruned, trained = (facts["evaluation"]["models"][name] for name in ("pruned", "recovered"))
+    def nearer(found: dict[str, Any]) -> None:
+        pruned, trained = (found["models"][name] for name in ("pruned", "recovered"))
         pruned.update(kl=1.0, agreement=0.5)
         trained.update(kl=0.5, agreement=0.6, perplexity=pruned["perplexity"])
-        change(facts["evaluation"])
+        found["gains"]["perplexity"] = {"value": 0.0, "stderr": 0.1}
+        change(found)
 
     recovered.rewrite(nearer)
     given = advised(*recovered.words, "evaluate.limit=200")
     assert (given["step"] == "alpha") == (worse is not None)
     if worse:
         assert worse in given["reason"]
-    recovered.rewrite(lambda facts: facts["evaluation"]["models"]["recovered"].update(kl=1.0, agreement=0.5))
+    recovered.rewrite(lambda found: found["models"]["recovered"].update(kl=1.0, agreement=0.5))
     assert advised(*recovered.words, "evaluate.limit=200")["step"] != "alpha"
 
 
 def test_an_evaluation_older_than_the_student_is_not_gone_by(recovered: Run, advised: Callable[..., dict[str, Any]]):
-    recovered.rewrite(lambda facts: facts.update(written_at="2020-01-01T00:00:00+00:00"))
+    old = "2020-01-01T00:00:00+00:00"
+    recovered.rewrite(lambda facts: facts.update(written_at=old), f"evaluation/{PROVENANCE_FILE}")
     assert advised(*recovered.words)["step"] == "evaluate"
 
 
 def test_results_of_another_recipe_are_refused_in_one_line(coldstill: Callable[..., Any], recovered: Run):
     (line,) = coldstill("advise", *recovered.words, "loss.gamma=0.2", expect=2).stderr.splitlines()
-    assert "holds a run of another recipe (loss differ)" in line
+    assert "holds a run of another recipe (loss differ; see " in line
 
 
 @pytest.mark.parametrize(
@@ -233,7 +244,7 @@ def test_a_better_start_is_noted_after_training_until_the_target_is_reached(
     recovered: Run, advised: Callable[..., dict[str, Any]]
 ):
     for retention, is_noted in ((0.8, True), (0.99, False)):
-        recovered.rewrite(lambda facts, share=retention: facts["evaluation"].update(with_tasks(0.5, share, 0.001)))
+        recovered.rewrite(lambda found, share=retention: found.update(with_tasks(0.5, share, 0.001)))
         notes = advised(*recovered.words, "--target=0.95")["notes"]
         assert any("student.prune.reconstruct=true" in note for note in notes) == is_noted
 
@@ -244,6 +255,51 @@ def test_an_eval_loss_that_rises_at_the_end_asks_for_rows(recovered: Run, advise
         recovered.rewrite(lambda metrics, log=log: metrics.update(log=log), "train.json")
         notes = advised(*recovered.words)["notes"]
         assert any("eval_loss was least at step 10" in note for note in notes) == is_noted
+    recovered.rewrite(
+        lambda metrics: metrics.update(log=[{"step": 1, "eval_loss": 2.0}, {"step": 2, "eval_loss": 3.0}]), "train.json"
+    )
+    recovered.rewrite(lambda found: found.update(with_tasks(0.7, 0.92, 0.001)))
+    given = advised(*recovered.words)
+    assert (given["step"], given["changes"]) == ("rows", {"data.train.max_rows": 40})
+    assert "more rows rather than epochs" in given["reason"]
+    assert [shlex.split(line)[1] for line in given["commands"]] == ["precompute", "train", "evaluate"]
+    assert given["commands"][0].endswith(f"data.train.max_rows=40 output={recovered.output}-rows40")
+
+
+def test_a_run_that_ended_within_its_first_epoch_is_to_see_its_rows_before_anything_else_is_changed(
+    recovered: Run, advised: Callable[..., dict[str, Any]]
+):
+    log = [{"step": 5, "epoch": 0.16, "loss": 3.0}]
+    recovered.rewrite(lambda metrics: metrics.update(log=log), "train.json")
+    given = advised(*recovered.words)
+    assert (given["step"], given["changes"]) == ("epochs", {"train.max_steps": 32})
+    assert given["reason"].startswith("only 0.16 of an epoch was trained")
+    recovered.rewrite(lambda found: found.update(with_tasks(0.7, 0.99, 0.001)))
+    assert advised(*recovered.words)["step"] == "done"
+
+
+def test_a_run_that_was_interrupted_is_to_be_ended_and_not_begun_with_a_preset(
+    recovered: Run, advised: Callable[..., dict[str, Any]]
+):
+    (recovered.output / "train.json").unlink()
+    shutil.rmtree(recovered.output / "student")
+    given = advised(*recovered.words)
+    assert (given["step"], given["changes"]) == ("train", {})
+    assert given["reason"] == "training is at step 5 of 5"
+    assert [shlex.split(line)[1] for line in given["commands"]] == ["train", "evaluate"]
+
+
+def test_more_gamma_is_advised_with_the_blocks_that_it_needs(
+    recovered: Run, advised: Callable[..., dict[str, Any]], coldstill: Callable[..., Any], tmp_path: Path
+):
+    words = (str(recovered.recipe), f"output={tmp_path}/bare", "loss.gamma=0", "targets.hidden.blocks=none")
+    coldstill("precompute", *words)
+    coldstill("train", *words)
+    coldstill("evaluate", *words)
+    given = advised(*words)
+    assert given["changes"] == {"loss.gamma": 0.05, "targets.hidden.blocks": "mapped"}
+    assert given["commands"][0].startswith("coldstill precompute ")
+    load_recipe(recovered.recipe, shlex.split(given["commands"][1])[3:])
 
 
 @pytest.mark.parametrize("target", ["0", "1.5", "95"])

@@ -5,13 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
+from typer.main import get_command
+
+from cli import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -228,10 +231,63 @@ def test_training_before_precomputing_and_rows_that_are_not_stored_are_refused(
     coldstill: Callable[..., Any], write_recipe: Callable[..., Path]
 ):
     result = coldstill("train", write_recipe(), expect=2)
-    assert "holds no rows for this recipe's teacher and data sections; run: coldstill precompute" in result.stderr
+    assert (
+        "holds no rows for this recipe's teacher and data sections (nothing is there); run: coldstill" in result.stderr
+    )
     coldstill("precompute", write_recipe())
     result = coldstill("train", write_recipe(data__train__max_rows=21), expect=2)
-    assert "holds no rows for this recipe's teacher and data sections" in result.stderr
+    assert "teacher and data sections (the nearest there: data.train.max_rows 20 there, 21 here); run:" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["prune", "precompute", "plan", "train", "evaluate", "advise"])
+def test_changes_may_stand_before_the_recipe(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], command: str
+):
+    result = coldstill(command, "loss.alhpa=1", write_recipe(), expect=2)
+    assert "unknown key 'loss.alhpa' in override 'loss.alhpa=1'; did you mean 'alpha'?" in result.stderr
+
+
+def test_changes_may_stand_before_a_sweep(coldstill: Callable[..., Any], write_recipe: Callable[..., Path]):
+    recipe = write_recipe()
+    sweep = recipe.with_name("sweep.yaml")
+    sweep.write_text(
+        yaml.safe_dump({"output": str(recipe.with_name("s")), "recipe": recipe.name, "variants": {"a": {}}})
+    )
+    assert "in override 'loss.alhpa=1'" in coldstill("ablate", "loss.alhpa=1", sweep, expect=2).stderr
+    for command in ("train", "precompute", "report"):
+        (line,) = coldstill(command, sweep, expect=2).stderr.splitlines()
+        assert f"is a sweep, which coldstill ablate {sweep} carries out" in line
+    assert f"is a recipe, which coldstill train {recipe} takes" in coldstill("ablate", recipe, expect=2).stderr
+
+
+def test_two_recipes_are_one_too_many(coldstill: Callable[..., Any], write_recipe: Callable[..., Path]):
+    recipe = write_recipe()
+    assert (
+        f"one recipe is taken, got {recipe} and other.yaml" in coldstill("train", recipe, "other.yaml", expect=2).stderr
+    )
+    assert "no recipe among loss.alpha=1" in coldstill("train", "loss.alpha=1", expect=2).stderr
+    assert "override 'loss.alpha' must look like" in coldstill("train", recipe, "loss.alpha", expect=2).stderr
+
+
+def test_every_command_speaks_json():
+    def commands(group: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+        for name, command in group.commands.items():
+            is_group = hasattr(command, "commands")
+            yield from commands(command, *names, name) if is_group else [((*names, name), command)]
+
+    found = dict(commands(get_command(app)))
+    assert ("cache", "rm") in found
+    assert [name for name, command in found.items() if not any("--json" in part.opts for part in command.params)] == []
+
+
+def test_what_was_removed_is_said_in_json(coldstill: Callable[..., Any], write_recipe: Callable[..., Path]):
+    recipe = write_recipe()
+    store = json.loads(coldstill("precompute", recipe, "--json").stdout)["store"]
+    root = str(Path(store).parents[1])
+    gone = json.loads(coldstill("cache", "rm", root, "--yes", "--column", "hidden/1/int8", "--json").stdout)
+    assert gone == {"store": store, "column": "hidden/1/int8"}
+    assert json.loads(coldstill("cache", "rm", root, "--yes", "--json").stdout) == {"store": store, "column": None}
+    assert not Path(store).exists()
 
 
 def test_columns_that_are_not_complete_are_counted(coldstill: Callable[..., Any], write_recipe: Callable[..., Path]):

@@ -71,7 +71,8 @@ def test_a_student_is_judged_once_for_all_runs_that_share_it(
     assert loaded[2:] == ["student"]
     assert second["models"]["pruned"] == first["models"]["pruned"]
     assert second["models"]["recovered"] != first["models"]["recovered"]
-    fewer_rows = (*other, "data.eval.max_rows=5")
+    fewer_rows = (f"output={recipe.parent}/fewer", "data.eval.max_rows=5")
     coldstill("precompute", recipe, *fewer_rows)
+    coldstill("train", recipe, *fewer_rows)
     coldstill("evaluate", recipe, *fewer_rows)
     assert len(loaded) == 5

@@ -54,7 +54,7 @@ def test_a_whole_run_becomes_one_page_and_its_figures_the_same_every_time(
 def test_the_tables_hold_the_numbers_of_the_records(coldstill: Coldstill, whole_run: Path, tmp_path: Path):
     coldstill("report", whole_run, "--output", tmp_path)
     page = (tmp_path / "report.html").read_text()
-    models = json.loads((whole_run / "evaluation" / "provenance.json").read_text())["evaluation"]["models"]
+    models = json.loads((whole_run / "evaluation" / "results.json").read_text())["models"]
     summary = json.loads((whole_run / "train.json").read_text())["summary"]
     stage_one = json.loads((whole_run / "precompute" / "provenance.json").read_text())["precompute"]
     for name in ("teacher", "pruned", "recovered"):
@@ -75,16 +75,14 @@ def test_the_tables_hold_the_numbers_of_the_records(coldstill: Coldstill, whole_
 def test_tasks_are_shown_with_their_standard_errors(coldstill: Coldstill, whole_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
-    record = run / "evaluation" / "provenance.json"
-    facts = json.loads(record.read_text())
+    record = run / "evaluation" / "results.json"
+    found = json.loads(record.read_text())
     values = {name: {"value": value, "stderr": 0.021} for name, value in TASK_VALUES.items()}
     kept = {name: {"value": value / 0.5, "stderr": 0.03} for name, value in TASK_VALUES.items() if name != "teacher"}
     task = {"models": values, "retention": kept, "gap_closed": {"value": 0.6, "stderr": 0.11}}
-    facts["evaluation"]["tasks"] = {
-        "arc_easy": {**task, "metric": "acc_norm", "higher_is_better": True, "num_samples": 200}
-    }
-    facts["evaluation"]["task_average"] = task
-    record.write_text(json.dumps(facts))
+    found["tasks"] = {"arc_easy": {**task, "metric": "acc_norm", "higher_is_better": True, "num_samples": 200}}
+    found["task_average"] = task
+    record.write_text(json.dumps(found))
     found = json.loads(coldstill("report", run, "--json").stdout)
     assert "recovery" not in found["missing"]
     page = (run / "report" / "report.html").read_text()

@@ -113,7 +113,7 @@ def test_every_model_answers_each_task_as_in_the_harness_itself(
     teacher, recovered = (sums["models"][name]["value"] for name in ("teacher", "recovered"))
     assert sums["retention"]["recovered"]["value"] == pytest.approx(recovered / teacher)
     assert got["task_average"]["retention"] == sums["retention"]
-    assert got == json.loads((workplace / "run/evaluation/provenance.json").read_text())["evaluation"]
+    assert got == json.loads((workplace / "run/evaluation/results.json").read_text())
 
 
 def test_what_was_asked_once_is_found_without_the_teachers_files_and_loads_no_model(
@@ -265,7 +265,8 @@ def test_the_table_of_tasks_is_readable_at_80_columns():
     comparison = TaskComparison("acc_norm", True, 200, models, shares, Estimate(-12.345, 23.456))
     names = ("arc_challenge", "lambada_openai", "a_task_with_a_very_long_name_of_its_own")
     average = TaskAverage(models, shares, None)
-    lines = table_lines(Evaluation(dict.fromkeys(models), {}, 1, dict.fromkeys(names, comparison), average))
+    tasks = dict.fromkeys(names, comparison)
+    lines = table_lines(Evaluation(dict.fromkeys(models), {}, {}, {}, 1, 1, tasks, average, {}))
     assert lines[0].rstrip() == "Tasks, 200 questions (± standard error)"
     assert max(map(len, lines)) <= 80
     assert [cell.strip() for cell in lines[4].split("│")[1:-1]] == [
@@ -274,7 +275,7 @@ def test_the_table_of_tasks_is_readable_at_80_columns():
     assert [cell.strip() for cell in lines[5].split("│")[1:-1]] == [
         "acc_norm", "± 3.5%", "± 3.5%", "± 3.5%", "± 12.3%", "± 2345.6%"
     ]  # fmt: skip
-    assert lines[-3].split("│")[-2].strip() == "-"
+    assert lines[-3].split("│")[-2].strip() == "no gap"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ import pytest
 
 from cache.errors import CorruptError, StoreNotFoundError
 from cache.index import read_entry, write_entry
+from cache.inventory import list_stores
+from cache.root_audit import verify
+from cache.store import open_store
 
 KEY = {"teacher": "some/teacher", "data": {"rows": 100}}
 
@@ -82,3 +85,39 @@ def test_an_entry_under_the_name_of_another_is_corrupt(tmp_path: Path):
     taken.write_bytes(file.read_bytes())
     with pytest.raises(CorruptError, match="is corrupt; run: coldstill precompute"):
         read_entry(str(tmp_path), "rows", other)
+
+
+def test_what_a_root_has_instead_is_said_with_what_differs(root: str):
+    write_entry(root, "rows", {"teacher": {"path": "x"}, "data": {"rows": 7, "packing": True}}, {"store": "abc"})
+    write_entry(root, "rows", {"teacher": {"path": "some"}, "data": {"rows": 100, "packing": False}}, {"store": "abc"})
+    with pytest.raises(StoreNotFoundError) as refused:
+        read_entry(root, "rows", {"teacher": {"path": "some"}, "data": {"rows": 200, "packing": False, "eos": True}})
+    assert str(refused.value) == (
+        f"{root} holds no rows for this recipe's teacher and data sections (the nearest there: data.rows 100 there, "
+        "200 here, data.eos not given there, true here); run: coldstill precompute"
+    )
+
+
+def test_where_nothing_like_it_is_that_is_said_too(root: str):
+    with pytest.raises(StoreNotFoundError, match=r"\(nothing is there\)"):
+        read_entry(root, "rows", KEY)
+    write_entry(root, "rows", KEY, {"store": "abc"})
+    with pytest.raises(StoreNotFoundError, match=r"no student for .*teacher and data sections \(nor any other\)"):
+        read_entry(root, "student", KEY)
+
+
+def test_damaged_entries_are_nothing_to_compare_with(tmp_path: Path):
+    write_entry(str(tmp_path), "rows", KEY, {"store": "abc"})
+    (file,) = (tmp_path / "index").iterdir()
+    file.write_bytes(b"[")
+    with pytest.raises(StoreNotFoundError, match=r"\(nor any other\)"):
+        read_entry(str(tmp_path), "rows", {"teacher": "another"})
+
+
+def test_a_root_is_named_so_that_it_can_be_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreNotFoundError, match=f"^{tmp_path}/caches holds no rows"):
+        read_entry("caches", "rows", KEY)
+    for look in (lambda: open_store("caches/stores/x"), lambda: list_stores("caches"), lambda: verify("caches")):
+        with pytest.raises(StoreNotFoundError, match=f"^no store (in|at) {tmp_path}/caches"):
+            look()

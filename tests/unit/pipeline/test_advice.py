@@ -68,10 +68,66 @@ def test_of_a_run_whose_length_is_given_in_steps_more_steps_are_advised():
     assert advice(0.92, replace(DEPTH, max_steps=300)).changes == {"train.max_steps": 500}
 
 
-@pytest.mark.parametrize(("gamma", "is_noted"), [(0.05, False), (0.0999, False), (0.1, True), (0.25, True)])
-def test_more_of_a_raw_mse_that_rules_the_step_already_is_advised_with_what_was_measured(gamma: float, is_noted: bool):
-    given = advice(0.8, replace(DEPTH, gamma=gamma))
-    assert any("loss.hidden=normalised_mse loss.gamma=5" in note for note in given.notes) == is_noted
+@pytest.mark.parametrize(
+    ("share", "changes"),
+    [
+        (None, {"loss.gamma": 0.15}),
+        (0.2, {"loss.gamma": 0.15}),
+        (0.49, {"loss.gamma": 0.15}),
+        (0.5, {"loss.hidden": "normalised_mse", "loss.gamma": 5.0}),
+        (0.97, {"loss.hidden": "normalised_mse", "loss.gamma": 5.0}),
+    ],
+)
+def test_more_of_a_raw_mse_is_advised_only_where_it_does_not_decide_the_step_already(
+    share: float | None, changes: dict[str, Any]
+):
+    given = advice(0.8, replace(DEPTH, gamma=0.1, hidden_share=share))
+    assert given.changes == changes
+    assert given.notes == ()
+    assert ("takes from the other terms" in given.reason) == (len(changes) == 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        ({"max_steps": 10, "seen_epochs": 0.16}, {"train.max_steps": 63}),
+        ({"max_steps": 300, "seen_epochs": 0.89}, {"train.max_steps": 338}),
+        ({"num_epochs": 0.5, "seen_epochs": 0.5}, {"train.num_train_epochs": 1.0}),
+    ],
+)
+@pytest.mark.parametrize(
+    "measured", [{}, {"worse": "perplexity rose"}, {"stderr": 0.02, "num_samples": 200}], ids=["", "worse", "unclear"]
+)
+@pytest.mark.parametrize("retention", [0.5, 0.92])
+def test_a_run_that_ended_within_its_first_epoch_is_to_see_its_rows_first(
+    settings: dict[str, Any], changes: dict[str, Any], measured: dict[str, Any], retention: float
+):
+    given = advice(retention, replace(DEPTH, **settings), **measured)
+    assert (given.step, given.changes) == ("epochs", changes)
+    assert f"only {settings['seen_epochs']:.2g} of an epoch" in given.reason
+
+
+@pytest.mark.parametrize(("seen", "step"), [(0.9, "gamma"), (3.0, "gamma"), (None, "gamma")])
+def test_a_run_that_saw_its_rows_is_advised_by_what_it_retains(seen: float | None, step: str):
+    assert advice(0.5, replace(DEPTH, max_steps=100, seen_epochs=seen)).step == step
+
+
+def test_what_is_reached_within_the_first_epoch_is_reached():
+    assert advice(0.98, replace(DEPTH, max_steps=10, seen_epochs=0.16)).step == "done"
+
+
+@pytest.mark.parametrize(
+    ("settings", "retention"), [({}, 0.92), ({"gamma": 0.3}, 0.8), ({"hidden": "normalised_mse", "gamma": 5.0}, 0.8)]
+)
+@pytest.mark.parametrize(("max_rows", "changes"), [(200, {"data.train.max_rows": 400}), (None, {})])
+def test_more_epochs_are_never_advised_of_rows_that_are_learned_by_heart(
+    settings: dict[str, Any], retention: float, max_rows: int | None, changes: dict[str, Any]
+):
+    rising = "eval_loss was least at step 10, 2.5, and 2.6 at the end"
+    given = advice(retention, replace(DEPTH, rising=rising, max_rows=max_rows, **settings))
+    assert (given.step, given.changes) == ("rows", changes)
+    assert rising in given.reason
+    assert ("name a longer source in data.train" in given.reason) == (max_rows is None)
 
 
 @pytest.mark.parametrize(
@@ -137,10 +193,12 @@ def test_a_task_that_is_forgotten_comes_first_and_wants_more_alpha(retention: fl
     assert "perplexity rose from 65.3 to 70.1" in given.reason
 
 
-@pytest.mark.parametrize(("gamma", "hidden"), [(0.1, "mse"), (0.3, "mse")])
-def test_beside_a_raw_mse_that_rules_the_step_alpha_alone_is_not_advised(gamma: float, hidden: Any):
-    given = advice(0.8, replace(DEPTH, gamma=gamma, hidden=hidden), worse="w")
-    assert given.changes == {"loss.alpha": 0.6, "loss.hidden": "normalised_mse", "loss.gamma": 5.0}
+@pytest.mark.parametrize(
+    ("share", "changes"), [(0.9, {"loss.hidden": "normalised_mse", "loss.gamma": 5.0}), (0.1, {}), (None, {})]
+)
+def test_beside_a_raw_mse_that_rules_the_step_alpha_alone_is_not_advised(share: float | None, changes: dict[str, Any]):
+    given = advice(0.8, replace(DEPTH, gamma=0.1, hidden_share=share), worse="w")
+    assert given.changes == {"loss.alpha": 0.6, **changes}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The recipe: overrides, numbers as people write them, and one helpful line for each mistake."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 import yaml
 
 from cache.errors import RecipeError
-from pipeline.recipe_file import dump_recipe, load_recipe, parse_recipe, parse_yaml
+from pipeline.recipe_file import dump_recipe, load_recipe, parse_recipe
+from pipeline.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -40,7 +42,7 @@ def test_the_recipes_for_real_runs_are_shipped():
     ("text", "value"), [("1e-4", 1e-4), ("2E5", 2e5), ("-1.5e+3", -1500.0), ("1e", "1e"), ("3", 3)]
 )
 def test_numbers_are_numbers_as_a_person_writes_them(text, value):
-    assert parse_yaml(f"x: {text}") == {"x": value}
+    assert parse_yaml(f"x: {text}", name="r") == {"x": value}
 
 
 def test_overrides_change_nested_keys_and_make_missing_sections(data, tmp_path):
@@ -183,3 +185,109 @@ def test_a_number_that_cannot_stand_in_a_columns_name_is_refused(write_recipe: C
         RecipeError, match=r"targets\.logits\.step in .*: is part of a column's name: at most six digits"
     ):
         load_recipe(write_recipe(targets__logits={"kind": "final", "step": step}))
+
+
+@pytest.fixture
+def load(data: dict[str, Any], tmp_path: Path) -> Callable[..., Any]:
+    """Write the recipe, and load it with overrides."""
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**data, "loss": {"alpha": 0.5}}))
+    return lambda *overrides: load_recipe(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.alhpa=1"], "^unknown key 'loss.alhpa' in override 'loss.alhpa=1'; did you mean 'alpha'"),
+        (["loss={alhpa: 1}"], "^unknown key 'loss.alhpa' in override 'loss={alhpa: 1}'; did you mean 'alpha'"),
+        (["lss.alpha=1"], "^unknown key 'lss' in override 'lss.alpha=1'; did you mean 'loss'"),
+        (["alpha=1"], "^unknown key 'alpha' in override 'alpha=1'; did you mean 'loss.alpha'"),
+        (["loss.alpha=-1"], "^loss.alpha in override 'loss.alpha=-1': .*, got -1"),
+        (["train.learning_rte=1"], "^train in override 'train.learning_rte=1': unknown key 'train.learning_rte'"),
+        (["targets.logits.kind=none"], "^override 'targets.logits.kind=none': loss.beta is above 0 but"),
+        (["data={}"], "^missing key 'data.train' in override 'data={}'"),
+        (["loss.alpha=1", "loss.beta=-2"], "^loss.beta in override 'loss.beta=-2'"),
+    ],
+)
+def test_what_an_override_did_is_not_blamed_on_the_file(load: Callable[..., Any], overrides: list[str], message: str):
+    with pytest.raises(RecipeError, match=message):
+        load(*overrides)
+
+
+def test_what_the_file_did_is_not_blamed_on_an_override(data: dict[str, Any], tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**data, "loss": {"alhpa": 0.5}}))
+    with pytest.raises(RecipeError, match=f"unknown key 'loss.alhpa' in {path}; did you mean 'alpha'"):
+        load_recipe(path, ["loss.beta=1", "train.seed=3"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["loss.alpha=1", "loss.alpha=2"], "loss.alpha"),
+        (["loss.alpha=1", "train.seed=1", "loss={gamma: 0}"], "loss.alpha"),
+        (["loss={alpha: 1, gamma: 0}", "loss.gamma=1"], "loss.gamma"),
+        (["mapping={strategy: pairs, pairs: {0: 1}}", "mapping.pairs={0: 2}"], "mapping.pairs.0"),
+    ],
+)
+def test_an_override_that_another_undoes_is_refused_with_both(load: Callable[..., Any], overrides: list[str], key: str):
+    message = f"override {overrides[0]!r} is undone by override {overrides[-1]!r}: {key} is given twice"
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss.alpha=1", "loss.alpha=1"],
+        ["loss={gamma: 0}", "loss.alpha=1"],
+        ["loss={}", "loss.alpha=1"],
+        ["student=null", "student.path=there"],
+        ["mapping={strategy: pairs, pairs: {0: 1, 1: 3}}", "loss.alpha=1"],
+    ],
+)
+def test_overrides_that_add_to_each_other_are_taken(load: Callable[..., Any], overrides: list[str]):
+    load(*overrides)
+
+
+def test_a_key_twice_in_an_override_is_refused(load: Callable[..., Any]):
+    with pytest.raises(RecipeError, match="^key 'loss.alpha' is given twice in override 'loss={alpha: 1, alpha: 2}'"):
+        load("loss={alpha: 1, alpha: 2}")
+
+
+def test_a_home_is_a_home_wherever_a_recipe_names_a_place(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/somebody")
+    places = [f"{key}=~/x" for key in ("output", "cache", "local_copy", "evaluate.include_path")]
+    recipe = load(*places, "evaluate.tasks=[arc_easy, ~/mine.yaml]")
+    assert {recipe.output, recipe.cache, recipe.local_copy, recipe.evaluate.include_path} == {"/somebody/x"}
+    assert recipe.evaluate.tasks == ["arc_easy", "/somebody/mine.yaml"]
+    assert load("cache=s3://bucket/~x").cache == "s3://bucket/~x"
+
+
+FILES = {
+    "empty": ("# nothing yet\n", "recipe .*r.yaml is empty"),
+    "list": ("- a\n", "recipe .*r.yaml must be a map of sections, got list"),
+    "tab": ("output: x\nloss:\n\talpha: 1\n", "recipe .*r.yaml is not YAML: line 3 has a tab"),
+    "twice": ("output: x\noutput: y\n", "key 'output' is given twice in recipe .*r.yaml: line 1 and line 2"),
+    "sweep": (
+        "output: runs/s\nrecipe: base.yaml\nvariants: {}\n",
+        "r.yaml is a sweep, which coldstill ablate .*r.yaml carries out; its report: coldstill report runs/s",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), FILES.values(), ids=FILES)
+def test_a_file_that_is_no_recipe_is_said_to_be_what_it_is(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_a_folder_is_no_recipe_and_that_of_a_run_has_one(tmp_path: Path):
+    with pytest.raises(RecipeError, match=f"{tmp_path} is a folder, and a recipe is a YAML file$"):
+        load_recipe(tmp_path)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student/recipe.yaml").touch()
+    with pytest.raises(RecipeError, match=f"the one that made what is there: {tmp_path}/student/recipe.yaml"):
+        load_recipe(tmp_path)

@@ -237,13 +237,20 @@ def test_recipes_with_one_key_have_one_canonical_form_that_stores_nothing_in_vai
     assert canonical(parse_recipe(BASE, name="test")) == parse_recipe(BASE, name="test")
 
 
-def evaluation(recovered: dict[str, float], tasks: dict[str, float] | None = None) -> dict[str, Any]:
-    """Make an evaluation whose teacher has a KL of 0 and whose pruned student one of 1."""
+def evaluation(
+    recovered: dict[str, float], tasks: dict[str, float] | None = None, *, has_gap: bool = True
+) -> dict[str, Any]:
+    """Make an evaluation, as earlier versions wrote it, whose teacher has a KL of 0 and whose pruned student one of 1.
+
+    The gap of its task is one, or none within its error.
+    """
     teacher = {"loss": 3.0, "perplexity": 20.0, "kl": 0.0, "agreement": 1.0}
     pruned = {"loss": 5.0, "perplexity": 150.0, "kl": 1.0, "agreement": 0.4}
     record: dict[str, Any] = {
         "models": {"teacher": teacher, "pruned": pruned, "recovered": {**pruned, **recovered}},
         "gap_closed": {"kl": 1 - recovered["kl"]},
+        "task_average": None,
+        "tasks": {},
         "num_tokens": 100,
     }
     if tasks is not None:
@@ -251,7 +258,8 @@ def evaluation(recovered: dict[str, float], tasks: dict[str, float] | None = Non
         models = {name: {"value": value, "stderr": 0.01} for name, value in values.items()}
         record["tasks"] = {"arc": {"metric": "acc", "models": models}}
         shares = {name: {"value": values[name] / 0.8, "stderr": 0.01} for name in ("pruned", "recovered")}
-        record["task_average"] = {"retention": shares}
+        closed = {"value": (tasks["arc"] - 0.4) / 0.4, "stderr": 0.02} if has_gap else None
+        record["task_average"] = {"retention": shares, "gap_closed": closed}
     return record
 
 
@@ -322,6 +330,26 @@ def test_the_cost_of_a_point_is_of_the_gap_in_kl_or_of_retention_where_there_are
     assert bad.measures["seconds_per_point"].mean == pytest.approx(50 / 25)
     assert bad.measures["retention"].mean == pytest.approx(0.75)
     assert bad.measures["task/arc"].mean == bad.measures["task_average"].mean == 0.6
+
+
+def test_where_pruning_opened_no_gap_a_point_has_no_cost(sweep: tuple[Sweep, SweepState]):
+    loaded, state = sweep
+    without = evaluation({"kl": 0.5})
+    without["models"]["pruned"]["kl"] = 0.0  # by its value: an earlier version wrote it, and gave a share all the same
+    finish(output_of(loaded.output, "good1"), without, seconds=100)
+    within_its_error = evaluation({"kl": 0.5}) | {
+        "gaps": {"kl": {"value": 1.0, "stderr": 0.9}},
+        "gap_closed": {"kl": None},
+    }
+    finish(output_of(loaded.output, "good2"), within_its_error, seconds=100)
+    finish(output_of(loaded.output, "bad1"), evaluation({"kl": 0.5}, {"arc": 0.6}, has_gap=False), seconds=10)
+    for key in ("good1", "good2", "bad1"):
+        state.note(key, "complete")
+    good, bad = read_sweep(loaded.output).variants
+    assert [run.evaluation["gap_closed"]["kl"] for run in good.runs if run.evaluation] == [None, None]
+    assert "seconds_per_point" not in good.measures
+    assert "seconds_per_point" not in bad.measures
+    assert bad.measures["retention"].mean == pytest.approx(0.75)
 
 
 def test_a_variant_that_recovered_nothing_has_no_cost_of_a_point(sweep: tuple[Sweep, SweepState]):
