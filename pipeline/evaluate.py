@@ -20,7 +20,9 @@ from cache.reader import Reader
 from cache.tokens import TOKENS
 from pipeline.config import Recipe
 from pipeline.forward import pad_rows
+from pipeline.machine import check_device
 from pipeline.models import check_vocabularies, identify, load_config, load_model, resolve_device
+from pipeline.places import check_writable
 from pipeline.provenance import write_record
 from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.runs.model_card import update_card
@@ -80,8 +82,10 @@ def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
     Raises:
         StoreError: `precompute` has not made the eval rows complete.
         ModelError: A student cannot be loaded, or a teacher that tasks are to be asked of.
-        RecipeError: A task is unknown, or its questions cannot be loaded.
+        RecipeError: A task is unknown, or its questions cannot be loaded; or the device or the output is wrong.
     """
+    check_device("evaluate.device", recipe.evaluate.device)
+    check_writable("output", Path(recipe.output))
     tasks = load_tasks(recipe.evaluate) if recipe.evaluate.tasks else []
     run = find_run_rows(recipe)
     teacher = _StoredTeacher(run, resolve_device(recipe.evaluate.device), recipe.local_copy)

@@ -55,6 +55,21 @@ class MlpProjector(nn.Module):
         return self.leave(self.features(hidden))
 
 
+def check_projector(kind: str, *, student_width: int, teacher_width: int) -> None:
+    """Refuse a kind of projector that cannot bring a student's width Ds to the teacher's Dt.
+
+    Raises:
+        RecipeError: The kind is unknown, or is `none` while the widths differ.
+    """
+    if kind not in KINDS:
+        raise RecipeError(f"projector.kind {kind!r} is unknown; one of {', '.join(KINDS)}")
+    if kind == "none" and student_width != teacher_width:
+        raise RecipeError(
+            f"projector.kind is none, but the student's width {student_width} is not the teacher's {teacher_width}; "
+            "use auto"
+        )
+
+
 def create_projectors(
     student_blocks: Iterable[int],
     *,
@@ -78,13 +93,7 @@ def create_projectors(
     Raises:
         RecipeError: The kind is unknown, or is `none` while the widths differ.
     """
-    if kind not in KINDS:
-        raise RecipeError(f"projector.kind {kind!r} is unknown; one of {', '.join(KINDS)}")
-    if kind == "none" and student_width != teacher_width:
-        raise RecipeError(
-            f"projector.kind is none, but the student's width {student_width} is not the teacher's {teacher_width}; "
-            "use auto"
-        )
+    check_projector(kind, student_width=student_width, teacher_width=teacher_width)
     identity = kind == "none" or (kind == "auto" and student_width == teacher_width)
     module = MlpProjector if kind == "mlp" else LearnableProjector
     with torch.random.fork_rng(devices=[], enabled=seed is not None):

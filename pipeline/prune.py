@@ -14,6 +14,7 @@ from cache.identity import FINGERPRINT_CHARS, digest_of, row_id
 from pipeline.config import Recipe
 from pipeline.data import Rows, build_rows
 from pipeline.models import check_tokenizers, check_vocabularies, load_config
+from pipeline.preflight import check_before_teacher
 from pipeline.provenance import write_record
 from pipeline.student_config import InitConfig, PruneConfig
 from pipeline.students.folders import (
@@ -59,6 +60,7 @@ def prune(recipe: Recipe) -> PreparedStudent:
     """
     teacher = Teacher.locate(recipe.teacher)
     check_student(recipe, teacher)
+    check_before_teacher(recipe, teacher)
     train_rows, _ = build_rows(recipe.data, teacher.tokenizer)
     return prepare_student(recipe, teacher, train_rows)
 

@@ -24,6 +24,7 @@ from pipeline.batches import BatchCollator, BatchColumns, StoredRows
 from pipeline.config import Recipe
 from pipeline.distiller import IGNORED
 from pipeline.forward import block_outputs
+from pipeline.machine import check_device
 from pipeline.models import find_structure, kept_channels_of, load_config, load_model, resolve_device, text_config
 from pipeline.projectors import create_projectors
 from pipeline.provenance import PROVENANCE_FILE
@@ -216,6 +217,7 @@ def _read_rows(recipe: Recipe, run: RunRows, hidden: dict[int, str], num_rows: i
 @torch.inference_mode()
 def _student_states(recipe: Recipe, folder: Path, rows: _Rows) -> dict[int, Tensor]:
     """Give the output [N, Ds] of every block of a student, where positions count."""
+    check_device("evaluate.device", recipe.evaluate.device)
     device = resolve_device(recipe.evaluate.device)
     model = load_model(folder, dtype="float32", trust_remote_code=recipe.student.trust_remote_code).to(device)
     structure = find_structure(model)

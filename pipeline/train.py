@@ -3,9 +3,12 @@
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from cache.errors import IdentityError, ModelError, RecipeError
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from cache.errors import IdentityError, ModelError
 from pipeline.config import Recipe
 from pipeline.models import (
     identify,
@@ -14,6 +17,7 @@ from pipeline.models import (
     resolve_folder,
 )
 from pipeline.peak_memory import peak_memory_bytes
+from pipeline.places import check_places
 from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.runs.folder import (
     check_claim,
@@ -77,22 +81,40 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
     finished = finished_summary(recipe)
     if finished is not None:
         return TrainSummary(**{**finished, "trained_steps": 0})
+    _check_places(recipe, student_folder)
     trainer = create_trainer(recipe, run, student_folder)
+    trainer.add_callback(_ClaimAtFirstStep(recipe, key))
     if trainer.is_world_process_zero():
-        claim(recipe, key)
         sweep_checkpoints(recipe)
     started = time.monotonic()
     first_step, checkpoint = last_checkpoint(recipe)
     if checkpoint is None and recipe.projector.init == "least_squares" and recipe.loss.needs_hidden:
         trainer.fit_projectors(recipe.projector.init_rows)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except ImportError as error:
-        # What an optimizer of another library needs is looked for when training begins.
-        raise RecipeError(f"train: {' '.join(str(error).split())}") from None
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - started
     card = model_card(recipe, run, student_folder)
     return _finish(recipe, run, trainer, key, card=card, first_step=first_step, seconds=seconds)
+
+
+class _ClaimAtFirstStep(TrainerCallback):
+    """Makes the output a run's own when it has taken a step, and so before any checkpoint; until then it may fail."""
+
+    def __init__(self, recipe: Recipe, key: Mapping[str, Any]) -> None:
+        self._recipe = recipe
+        self._key: Mapping[str, Any] | None = key
+
+    def on_step_end(self, _args: TrainingArguments, state: TrainerState, _control: Any, **_: Any) -> None:
+        if self._key is not None and state.is_world_process_zero:
+            claim(self._recipe, self._key)
+        self._key = None
+
+
+def _check_places(recipe: Recipe, student_folder: Path) -> None:
+    """Refuse an output that cannot be written, or that the run would write over a model that it reads."""
+    models = {"teacher.path": Path(recipe.teacher.path)}
+    if recipe.student.path is not None:
+        models["student.path"] = student_folder
+    check_places(recipe, models=models, written=("output", "local_copy"))
 
 
 def _check_teacher(recipe: Recipe, run: RunRows) -> None:

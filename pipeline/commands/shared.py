@@ -36,7 +36,7 @@ def run_stage(name: str, recipe: Path, overrides: list[str] | None, **options: A
     from pipeline.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    _note_idle_keys(loaded)
+    _say_notes(loaded, name)
     return call(name, loaded, **options)
 
 
@@ -57,15 +57,23 @@ def load_recipes(arguments: list[str]) -> list[Any]:
     if not files:
         raise RecipeError(f"no recipe among {' '.join(arguments)}; the first argument is a YAML file")
     recipes = [load_recipe(Path(file), overrides) for file in files]
-    for recipe in recipes:
-        _note_idle_keys(recipe)
+    for note in dict.fromkeys(note for recipe in recipes for note in _notes(recipe, "precompute")):
+        typer.echo(f"coldstill: {note}", err=True)
     return recipes
 
 
-def _note_idle_keys(recipe: Any) -> None:
-    """Say, where the screen is not for machines, which keys of a recipe do nothing."""
-    for note in recipe.idle_keys() if speaks() else ():
+def _say_notes(recipe: Any, stage: str) -> None:
+    for note in _notes(recipe, stage):
         typer.echo(f"coldstill: {note}", err=True)
+
+
+def _notes(recipe: Any, stage: str) -> list[str]:
+    """Give, where this process speaks, which keys of a recipe do nothing, and what a stage bears with here."""
+    if not speaks():
+        return []
+    from pipeline.machine import STAGES, machine_notes
+
+    return [*recipe.idle_keys(), *(machine_notes(recipe, stage) if stage in STAGES else ())]
 
 
 def speaks() -> bool:
