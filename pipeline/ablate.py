@@ -118,7 +118,8 @@ def _checked(runs: Sequence[_Run], state: SweepState, folder: Path, say: Callabl
     Raises:
         ColdstillError: A recipe cannot be carried out on this machine; names the variant.
     """
-    possible, notes = [], {}
+    possible: list[_Run] = []
+    notes: dict[str, None] = {}
     for run in runs:
         projector = run.recipe.projector.model_copy(update={"kind": "auto"})
         try:

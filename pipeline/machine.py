@@ -5,8 +5,8 @@ begins, and a note before that.
 """
 
 import os
-from collections.abc import Iterator
-from typing import Literal, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
@@ -14,9 +14,6 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_availa
 from cache.errors import RecipeError
 from pipeline.config import Recipe
 from pipeline.models import load_config, resolve_dtype, resolve_folder
-
-Stage = Literal["prune", "precompute", "plan", "train"]
-STAGES = get_args(Stage)
 
 # The instructions that compute in a dtype, of x86 and of ARM, as torch names them.
 _INSTRUCTIONS = {
@@ -42,13 +39,17 @@ def check_device(key: str, name: str, *, is_here: bool = True) -> None:
         device = torch.device(name)
     except RuntimeError:
         raise RecipeError(f"{key} {name!r} is no device that torch knows; use auto, cpu or, for one, cuda:0") from None
-    if device.type == "cpu" or not is_here:
-        return
+    if is_here and (problem := _missing(device)):
+        raise RecipeError(f"{key} is {name}, {problem}")
+
+
+def _missing(device: torch.device) -> str | None:
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     count = 0 if here is None else torch.accelerator.device_count()
-    if here is None or here.type != device.type or (device.index or 0) >= count:
-        has = "no accelerator" if here is None else f"{count} of type {here.type}, counted from 0"
-        raise RecipeError(f"{key} is {name}, but this machine has {has}; use auto or cpu")
+    if device.type == "cpu" or (here is not None and here.type == device.type and (device.index or 0) < count):
+        return None
+    has = "no accelerator" if here is None else f"{count} of type {here.type}, counted from 0"
+    return f"but this machine has {has}; use auto or cpu"
 
 
 def training_problem(recipe: Recipe) -> str | None:
@@ -68,18 +69,20 @@ def training_problem(recipe: Recipe) -> str | None:
     return None
 
 
-def machine_notes(recipe: Recipe, stage: Stage) -> list[str]:
-    """Say what a stage will bear with on this machine: slow precision, and what training could not be done here.
+def machine_notes(recipe: Recipe, command: str) -> list[str]:
+    """Say what a command will bear with on this machine: slow precision, and what later ones could not do here.
 
     Raises:
         ModelError: There is no such teacher.
+        RecipeError: A device has a name that torch does not know.
     """
-    notes = []
-    if stage != "train":
+    notes: list[str] = []
+    if command in ("prune", "precompute", "plan"):
         notes += _teacher_notes(recipe)
-    if stage in ("precompute", "prune"):
+    if command in ("prune", "precompute"):
         notes += _later_notes(recipe)
-    elif recipe.train.get("bf16") and (recipe.train.get("use_cpu") or not torch.accelerator.is_available()):
+    on_cpu = recipe.train.get("use_cpu") or not torch.accelerator.is_available()
+    if command in ("train", "plan") and recipe.train.get("bf16") and on_cpu:
         notes += [f"train.bf16 {said}: set train.bf16=false" for said in _slowness("bfloat16")]
     return notes
 
@@ -101,14 +104,14 @@ def _later_notes(recipe: Recipe) -> Iterator[str]:
     """Say what later stages would be refused on this machine; they may run on another."""
     if problem := training_problem(recipe):
         yield f"{problem}, or train on another machine"
-    try:
-        check_device("evaluate.device", recipe.evaluate.device)
-    except RecipeError as error:
-        yield f"{error}, or evaluate on another machine"
+    device = recipe.evaluate.device
+    check_device("evaluate.device", device, is_here=False)
+    if device != "auto" and (problem := _missing(torch.device(device))):
+        yield f"evaluate.device is {device}, {problem}, or evaluate on another machine"
 
 
 def _slowness(dtype: str) -> Iterator[str]:
     """Say that the CPU is slow in a dtype; nothing where it is not, or torch does not know."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if dtype in _INSTRUCTIONS and capabilities and not any(map(capabilities.get, _INSTRUCTIONS[dtype])):
         yield "is many times slower than float32 on this CPU, which has no instructions for it"

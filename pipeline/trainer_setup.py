@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from cache.errors import ModelError, RecipeError
@@ -106,8 +107,10 @@ def _make_trainer(
             processing_class=tokenizer,
             projector_learning_rate=projector.learning_rate,
         )
-    except (ImportError, ValueError) as error:
-        # What accelerate says of a machine that arguments alone do not show.
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, RuntimeError, ValueError) as error:
+        # What accelerate and integrations say of a machine that arguments alone do not show.
         raise RecipeError(f"train: {' '.join(str(error).split())}") from None
 
 

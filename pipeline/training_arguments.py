@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
-from transformers.integrations import is_deepspeed_available, is_tensorboard_available
+from transformers.integrations import get_available_reporting_integrations, is_deepspeed_available
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from cache.errors import RecipeError
@@ -39,6 +39,9 @@ _OF_THE_MACHINE = {
     "ddp_backend": None,
     "dataloader_pin_memory": False,
 }
+_PACKAGE_OF_INTEGRATION = {"tensorboard": "'coldstill[tensorboard]'", "comet_ml": "comet-ml"}
+# Which of them are installed, transformers says of all but these.
+_NEVER_LISTED = {"azure_ml", "flyte"}
 _A_FEW_STEPS = 100
 # Of activation_checkpointing_kwargs, what is no argument of torch's.
 _CHECKPOINT_KEYS = {"preserve_rng_state", "every_n_layers", "offload", SELECTIVE}
@@ -192,13 +195,13 @@ def _check_deepspeed(value: Any) -> None:
 
 
 def _check_integrations(arguments: TrainingArguments) -> None:
-    if "tensorboard" in arguments.report_to and not is_tensorboard_available():
-        raise RecipeError(
-            "train.report_to names tensorboard, which is not installed; run: pip install 'coldstill[tensorboard]'"
-        )
     with _one_line():
-        for callback in get_reporting_integration_callbacks(arguments.report_to):
-            callback()
+        get_reporting_integration_callbacks(arguments.report_to)
+    # Asked, and not tried: one that is missing may write to the screen when it is thrown away.
+    missing = set(arguments.report_to) - set(get_available_reporting_integrations()) - _NEVER_LISTED
+    for name in sorted(missing):
+        package = _PACKAGE_OF_INTEGRATION.get(name, name)
+        raise RecipeError(f"train.report_to names {name}, which is not installed; run: pip install {package}")
 
 
 def _check_optimizer(arguments: TrainingArguments, outline: Callable[[], PreTrainedModel]) -> None:
@@ -208,7 +211,7 @@ def _check_optimizer(arguments: TrainingArguments, outline: Callable[[], PreTrai
     model = nn.ModuleDict({"student": outline()}) if asks_for_names else None
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     parameters = [nn.Parameter(torch.zeros(2, 2))]
-    optimizer = torch.optim.SGD(parameters, lr=arguments.learning_rate)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=arguments.learning_rate)
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and not asks_for_names:
         optimizer = kind(parameters, **options)
     num_steps = arguments.max_steps if arguments.max_steps > 0 else _A_FEW_STEPS

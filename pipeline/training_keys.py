@@ -139,9 +139,9 @@ def _checked_value(key: str, value: Any, declared: Any) -> Any:
         return value
     if key in _STRATEGIES and value is False:
         return "no"
-    if key == "gradient_checkpointing" and not isinstance(value, bool):
+    if key == "gradient_checkpointing" and not isinstance(value, bool | None):
         raise ValueError(f"train.{key} must be of type bool, got {value!r}; see train.activation_checkpointing")
-    if key == "optim_args" and any(part.count("=") != 1 for part in str(value).split(",")):
+    if key == "optim_args" and value is not None and any(part.count("=") != 1 for part in str(value).split(",")):
         raise ValueError(f"train.{key} must be pairs such as momentum=0.9,nesterov=true, got {value!r}")
     if key.endswith("_kwargs") and not isinstance(value, dict | None):
         raise ValueError(f"train.{key} must be a map, got {value!r}")
@@ -173,6 +173,8 @@ def _check_range(key: str, value: Any) -> None:
 
 def _check_together(values: Mapping[str, Any]) -> None:
     """Refuse what each key may be, but not both of them."""
+    if values.get("fp16") and values.get("bf16"):
+        raise ValueError("train.fp16 and train.bf16 are both true: set one of them to false")
     if values.get("fp16") and values.get("use_cpu"):
         raise ValueError("train.fp16 needs an accelerator, but train.use_cpu is true: set one of them to false")
     evaluates = values.get("eval_strategy", "no") != "no"

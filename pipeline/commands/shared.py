@@ -71,9 +71,10 @@ def _notes(recipe: Any, stage: str) -> list[str]:
     """Give, where this process speaks, which keys of a recipe do nothing, and what a stage bears with here."""
     if not speaks():
         return []
-    from pipeline.machine import STAGES, machine_notes
+    with contextlib.redirect_stdout(sys.stderr):
+        from pipeline.machine import machine_notes
 
-    return [*recipe.idle_keys(), *(machine_notes(recipe, stage) if stage in STAGES else ())]
+        return [*recipe.idle_keys(), *machine_notes(recipe, stage)]
 
 
 def speaks() -> bool:

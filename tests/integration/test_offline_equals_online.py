@@ -19,7 +19,6 @@ from pipeline.losses.divergences import DIVERGENCES
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
 from pipeline.targets.encodings import decode_state
-from pipeline.train import train
 
 TERMS = {
     "task": {"alpha": 1.0, "beta": 0.0, "gamma": 0.0},
