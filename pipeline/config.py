@@ -211,13 +211,26 @@ class Recipe(Section):
                     f"loss.{weight} is above 0 but targets.hidden.blocks is none: store blocks, or set loss.{weight} "
                     "to 0"
                 )
-        if loss.temperature_moves and kind in ("topk", "topk_sampled"):
-            raise ValueError(
-                f"loss.schedule.temperature passes through temperatures that targets.logits.kind {kind} does not "
-                "store; targets.logits.kind final answers every temperature: use it, or a constant temperature"
-            )
+        if kind in ("topk", "topk_sampled"):
+            self._check_temperature()
         check_best_metric(self.train, loss.terms)
         return self
+
+    def _check_temperature(self) -> None:
+        """Refuse temperatures of the loss that the kind of logits target does not store."""
+        loss, logits = self.loss, self.targets.logits
+        if loss.temperature_moves:
+            raise ValueError(
+                f"loss.schedule.temperature passes through temperatures that targets.logits.kind {logits.kind} does "
+                "not store; targets.logits.kind final answers every temperature: use it, or a constant temperature"
+            )
+        if loss.ever("beta") and loss.temperature not in logits.temperatures:
+            stored = ", ".join(f"{temperature:g}" for temperature in logits.temperatures)
+            raise ValueError(
+                f"loss.temperature {loss.temperature:g} is not stored; targets.logits.temperatures has {stored}: use "
+                "one of these, add it there and run: coldstill precompute, or store what gives every temperature: "
+                "targets.logits.kind=final"
+            )
 
     def idle_keys(self) -> list[str]:
         """Say which keys are not as they are by default and yet have no effect, each with the reason."""

@@ -131,6 +131,10 @@ class Distiller(nn.Module):
         """The student's config, which the Trainer and its integrations read."""
         return self.student.config
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The student's token embeddings, which the Trainer adds noise to where `neftune_noise_alpha` asks for it."""
+        return self.student.get_input_embeddings()
+
     def set_step(self, step: int, num_steps: int) -> None:
         """Take the weights and the temperature of a step, counted from 0, of a run of so many."""
         self.weights = self.loss.at(step, num_steps)

@@ -21,7 +21,9 @@ from pipeline.config import Recipe
 from pipeline.forward import pad_rows
 from pipeline.held_out import Quality, RowSums, differences, quality_of
 from pipeline.interruptions import what_stays
+from pipeline.machine import check_device
 from pipeline.models import check_vocabularies, identify, load_config, load_model, resolve_device
+from pipeline.places import check_writable
 from pipeline.retention import Estimate
 from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.runs.folder import check_run, claimed_run, what_is_untrained
@@ -75,8 +77,11 @@ def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
     Raises:
         StoreError: `precompute` has not made the eval rows complete.
         ModelError: A student cannot be loaded, or a teacher that tasks are to be asked of.
-        RecipeError: The output holds another recipe's run, or a task is unknown or its questions cannot be loaded.
+        RecipeError: The output holds another recipe's run or cannot be written, the device is not there, or a task is
+            unknown or its questions cannot be loaded.
     """
+    check_device("evaluate.device", recipe.evaluate.device)
+    check_writable("output", Path(recipe.output))
     check_run(recipe)
     judged: list[str] = []
     with what_stays(lambda: _what_stays(judged)):

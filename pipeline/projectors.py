@@ -55,6 +55,21 @@ class MlpProjector(nn.Module):
         return self.leave(self.features(hidden))
 
 
+def check_projector(kind: str, *, student_dim: int, teacher_dim: int) -> None:
+    """Refuse a kind of projector that cannot bring a student's width Ds to the teacher's Dt.
+
+    Raises:
+        RecipeError: The kind is unknown, or is `none` while the widths differ.
+    """
+    if kind not in KINDS:
+        raise RecipeError(f"projector.kind {kind!r} is unknown; one of {', '.join(KINDS)}")
+    if kind == "none" and student_dim != teacher_dim:
+        raise RecipeError(
+            f"projector.kind is none, but the student's width {student_dim} is not the teacher's {teacher_dim}; "
+            "use auto"
+        )
+
+
 def create_projectors(
     student_blocks: Iterable[int] | None = None,
     *,
@@ -86,13 +101,7 @@ def create_projectors(
             f"create_projectors takes student_blocks, the mapped ones, or n_layers, all of them: got {given}"
         )
     blocks = range(n_layers or 0) if student_blocks is None else sorted(set(student_blocks))
-    if kind not in KINDS:
-        raise RecipeError(f"projector.kind {kind!r} is unknown; one of {', '.join(KINDS)}")
-    if kind == "none" and student_dim != teacher_dim:
-        raise RecipeError(
-            f"projector.kind is none, but the student's width {student_dim} is not the teacher's {teacher_dim}; "
-            "use auto"
-        )
+    check_projector(kind, student_dim=student_dim, teacher_dim=teacher_dim)
     identity = kind == "none" or (kind == "auto" and student_dim == teacher_dim)
     module = MlpProjector if kind == "mlp" else LearnableProjector
     with torch.random.fork_rng(devices=[], enabled=seed is not None):

@@ -15,6 +15,7 @@ from pipeline.config import Recipe
 from pipeline.data import Rows, build_rows
 from pipeline.interruptions import what_stays
 from pipeline.models import check_length, check_tokenizers, check_vocabularies, load_config
+from pipeline.preflight import check_before_teacher
 from pipeline.provenance import write_record
 from pipeline.student_config import InitConfig, PruneConfig
 from pipeline.students.folders import (
@@ -61,6 +62,7 @@ def prune(recipe: Recipe) -> PreparedStudent:
     with what_stays(lambda: "before the student was made; the same command begins anew"):
         teacher = Teacher.locate(recipe.teacher)
         check_student(recipe, teacher)
+        check_before_teacher(recipe, teacher)
         train_rows, _ = build_rows(recipe.data, teacher.tokenizer)
         return prepare_student(recipe, teacher, train_rows)
 

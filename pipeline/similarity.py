@@ -24,6 +24,7 @@ from pipeline.batches import BatchCollator, BatchColumns, StoredRows
 from pipeline.config import Recipe
 from pipeline.forward import model_inputs, run_body
 from pipeline.labels import counts_of
+from pipeline.machine import check_device
 from pipeline.models import (
     find_structure,
     kept_channels_of,
@@ -230,6 +231,7 @@ def _read_rows(recipe: Recipe, run: RunRows, hidden: dict[int, str], num_rows: i
 @torch.inference_mode()
 def _student_states(recipe: Recipe, folder: Path, rows: _Rows) -> dict[int, Tensor]:
     """Give the output [N, Ds] of every block of a student, where positions count."""
+    check_device("evaluate.device", recipe.evaluate.device)
     device = resolve_device(recipe.evaluate.device)
     model = load_model(folder, dtype="float32", trust_remote_code=recipe.student.trust_remote_code).to(device)
     structure = find_structure(model)

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from cache.errors import IdentityError, ModelError, RecipeError
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from cache.errors import IdentityError, ModelError
 from pipeline.config import Recipe
 from pipeline.interruptions import signals_wait, what_stays
 from pipeline.models import (
@@ -13,6 +16,7 @@ from pipeline.models import (
     resolve_dtype,
     resolve_folder,
 )
+from pipeline.places import check_places
 from pipeline.resumable_trainer import newest_checkpoint, sweep_checkpoints, where_it_stands
 from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.runs.folder import (
@@ -82,9 +86,10 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
         finished = finished_summary(recipe)
         if finished is not None:
             return TrainSummary(**{"exported_step": finished["num_steps"], **finished, "trained_steps": 0})
+        _check_places(recipe, student_folder)
         trainer = create_trainer(recipe, run, student_folder)
+        trainer.add_callback(_ClaimAtFirstStep(recipe, key))
         if trainer.is_world_process_zero():
-            claim(recipe, key)
             sweep_checkpoints(checkpoints_folder(recipe))
         # Several processes would have to agree on the step.
         with signals_wait(may_wait=trainer.args.world_size == 1) as trainer.waiting:
@@ -104,12 +109,29 @@ def _learn(recipe: Recipe, trainer: UniversalDistillationTrainer) -> int:
     first_step, checkpoint = newest_checkpoint(checkpoints_folder(recipe))
     if checkpoint is None and recipe.projector.init == "least_squares" and recipe.loss.needs_hidden:
         trainer.fit_projectors(recipe.projector.init_rows)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except ImportError as error:
-        # What an optimizer of another library needs is looked for when training begins.
-        raise RecipeError(f"train: {' '.join(str(error).split())}") from None
+    trainer.train(resume_from_checkpoint=checkpoint)
     return first_step
+
+
+class _ClaimAtFirstStep(TrainerCallback):
+    """Makes the output a run's own when it has taken a step, and so before any checkpoint; until then it may fail."""
+
+    def __init__(self, recipe: Recipe, key: Mapping[str, Any]) -> None:
+        self._recipe = recipe
+        self._key: Mapping[str, Any] | None = key
+
+    def on_step_end(self, _args: TrainingArguments, state: TrainerState, _control: Any, **_: Any) -> None:
+        if self._key is not None and state.is_world_process_zero:
+            claim(self._recipe, self._key)
+        self._key = None
+
+
+def _check_places(recipe: Recipe, student_folder: Path) -> None:
+    """Refuse an output that cannot be written, or that the run would write over a model that it reads."""
+    models = {"teacher.path": Path(recipe.teacher.path)}
+    if recipe.student.path is not None:
+        models["student.path"] = student_folder
+    check_places(recipe, models=models, written=("output", "local_copy"))
 
 
 def _check_teacher(recipe: Recipe, run: RunRows) -> None:

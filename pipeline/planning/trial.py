@@ -34,7 +34,6 @@ _SHORT_RUN = {
     "eval_strategy": "no",
     "load_best_model_at_end": False,
     "report_to": "none",
-    "push_to_hub": False,
 }
 
 

@@ -47,8 +47,6 @@ _IDLE_PREFIXES = (
     "report_to",
     "run_name",
     "disable_tqdm",
-    "push_",
-    "hub_",
 )
 # Of these, what decides which checkpoint is the best one.
 _WHEN_JUDGED = ("eval_", "save_")

@@ -88,6 +88,13 @@ def num_student_blocks(section: PruneConfig | InitConfig, teacher: PreTrainedCon
     return int(text_config(teacher).num_hidden_layers) - removed
 
 
+def student_width(section: PruneConfig | InitConfig, teacher: PreTrainedConfig) -> int:
+    """Give how many channels the student's residual stream will have."""
+    if isinstance(section, InitConfig):
+        return _design_of(section, teacher).hidden_size
+    return int(text_config(teacher).hidden_size) if section.hidden is None else section.hidden.size
+
+
 def kept_blocks_before_measuring(section: PruneConfig | InitConfig, teacher: PreTrainedConfig) -> list[int] | None:
     """Give the teacher blocks that the student will be cut from; None where only a measurement decides them."""
     num_blocks = int(text_config(teacher).num_hidden_layers)

@@ -223,8 +223,9 @@ def test_projectors_none_between_different_widths_is_refused(
 ):
     changes = {"student": {"path": str(workplace / "narrow")}, "mapping": {"strategy": "uniform"}}
     coldstill("precompute", write_recipe(**changes))
-    result = coldstill("train", write_recipe(**changes, projector={"kind": "none"}), expect=2)
-    assert "projector.kind is none, but the student's width 16 is not the teacher's 32; use auto" in result.stderr
+    for stage in ("precompute", "train"):
+        result = coldstill(stage, write_recipe(**changes, projector={"kind": "none"}), expect=2)
+        assert "projector.kind is none, but the student's width 16 is not the teacher's 32; use auto" in result.stderr
 
 
 def test_training_before_precomputing_and_rows_that_are_not_stored_are_refused(

@@ -155,9 +155,10 @@ def test_an_integration_that_is_not_installed_is_one_line_with_its_installation(
 ):
     for name in (integration, f"{integration}X"):
         monkeypatch.setitem(sys.modules, name, None)
+    precompute(load_recipe(write_recipe()), show_progress=False)
     recipe = write_recipe(train__report_to=integration)
-    precompute(load_recipe(recipe), show_progress=False)
-    (line,) = coldstill("train", recipe, expect=2).stderr.splitlines()
-    assert integration in line
-    assert "pip install" in line
-    assert command in line
+    for stage in ("precompute", "train"):
+        (line,) = coldstill(stage, recipe, expect=2).stderr.splitlines()
+        assert integration in line
+        assert "pip install" in line
+        assert command in line

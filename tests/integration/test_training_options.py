@@ -90,10 +90,11 @@ def test_dynamics_are_a_term_of_their_own(write_recipe: Callable[..., Path], wor
 
 
 def test_dynamics_of_one_mapped_block_are_refused(write_recipe: Callable[..., Path]):
+    precompute(load_recipe(write_recipe()), show_progress=False)
     recipe = load_recipe(write_recipe(loss__delta=0.3, mapping__num_pairs=1))
-    precompute(recipe, show_progress=False)
-    with pytest.raises(RecipeError, match="loss.delta compares changes from one mapped block to the next"):
-        train(recipe)
+    for stage in (precompute, train):
+        with pytest.raises(RecipeError, match="loss.delta compares changes from one mapped block to the next"):
+            stage(recipe)
 
 
 def test_selective_checkpointing_gives_the_same_gradients_and_runs_only_cheap_operations_again(
@@ -184,10 +185,11 @@ def test_lora_stops_and_goes_on(write_recipe: Callable[..., Path], workplace: Pa
 
 
 def test_lora_without_a_target_is_one_line(write_recipe: Callable[..., Path]):
+    precompute(load_recipe(write_recipe()), show_progress=False)
     recipe = load_recipe(write_recipe(student__lora={"r": 4, "target_modules": ["nothing"]}))
-    precompute(recipe, show_progress=False)
-    with pytest.raises(RecipeError, match="^student.lora: Target modules .*nothing.* not found"):
-        train(recipe)
+    for stage in (precompute, train):
+        with pytest.raises(RecipeError, match="^student.lora: Target modules .*nothing.* not found"):
+            stage(recipe)
 
 
 def test_an_adapted_output_head_is_not_taken_apart(write_recipe: Callable[..., Path]):
@@ -261,7 +263,8 @@ def test_an_optimizer_whose_library_is_missing_is_one_line(
     write_recipe: Callable[..., Path], coldstill: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    coldstill("precompute", write_recipe())
     recipe = write_recipe(train__optim="adamw_8bit")
-    coldstill("precompute", recipe)
-    said = coldstill("train", recipe, expect=2).stderr
-    assert said.strip().splitlines()[-1].startswith("coldstill: train: You need to install `bitsandbytes`")
+    for stage in ("precompute", "train"):
+        (line,) = coldstill(stage, recipe, expect=2).stderr.splitlines()
+        assert line.startswith("coldstill: train: You need to install `bitsandbytes`")
