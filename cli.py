@@ -192,7 +192,8 @@ def train(
             if terms:
                 print(f"last       {terms}")
             print(f"memory     {result.peak_memory_bytes / 1e9:,.2f} GB at most")
-            print(f"student    {result.student}")
+            of_step = "" if result.exported_step == result.num_steps else f", of step {result.exported_step}, the best"
+            print(f"student    {result.student}{of_step}")
         else:
             print(f"complete already, {result.num_steps} steps: {result.student}; to begin anew: --restart")
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from cache.manifest import Manifest
 from pipeline.capture import CaptureRequest, capture
 from pipeline.config import Recipe
+from pipeline.labels import counts_of
 from pipeline.losses.divergences import Events
 from pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, StudentEvents
 from pipeline.models import load_model
@@ -124,7 +125,7 @@ def measure(options: argparse.Namespace, teacher: str, domains: dict[str, Any]) 
         for temperature in TEMPERATURES:
             live = live_teacher(first, batch, temperature)
             inputs = {"input_ids": batch["input_ids"]}
-            judge = FidelityJudge(student, inputs, batch["labels"] >= 0, live)
+            judge = FidelityJudge(student, inputs, counts_of(batch), live)
             for kind, recipe in recipes.items():
                 target = read_logits(recipe, run, split="eval", num_rows=options.rows, temperature=temperature)
                 for name, judged in named_targets(kind, target):
@@ -164,7 +165,7 @@ def live_teacher(recipe: Recipe, batch: dict[str, Any], temperature: float) -> F
         for start in range(0, len(rows), 4)
     ]
     state_BTD = torch.cat(states).view(*batch["input_ids"].shape, -1)
-    return FullDistribution(state_BTD[batch["labels"] >= 0].clone(), parts.output_head, temperature)
+    return FullDistribution(state_BTD[counts_of(batch)].clone(), parts.output_head, temperature)
 
 
 def named_targets(kind: str, target: LogitsTarget) -> Iterator[tuple[str, LogitsTarget]]:

@@ -2,7 +2,8 @@
 
     ColdstillError
     ├── RecipeError (ValueError)            the recipe, or an override of it, is wrong
-    ├── DataError (ValueError)              the text cannot give the rows that were asked for
+    ├── DataError (ValueError)              the text cannot give the rows that were asked for, or a batch is malformed
+    ├── TargetError (ValueError)            a term of the loss has a weight, and no target to learn from
     ├── ModelError (ValueError)             a model cannot be loaded, or does not fit the other one
     ├── NonFiniteError (ArithmeticError)    the teacher gave a NaN or an infinity
     ├── HubError (OSError)                  the model hub does not take a student
@@ -30,7 +31,11 @@ class RecipeError(ColdstillError, ValueError):
 
 
 class DataError(ColdstillError, ValueError):
-    """The text source cannot give the rows that were asked for."""
+    """The text source cannot give the rows that were asked for, or a batch is not what training takes."""
+
+
+class TargetError(ColdstillError, ValueError):
+    """A term of the loss has a weight, and nothing gives its target."""
 
 
 class ModelError(ColdstillError, ValueError):

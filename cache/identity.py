@@ -5,6 +5,7 @@ Everything here is a pure function of content. Paths, dates, batch sizes, device
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -60,7 +61,16 @@ def teacher_identity(*, config: Mapping[str, Any], weights: str, dtype: str) -> 
         dtype: The name of the floating-point type of the forward pass, such as `float32`.
     """
     meaningful = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG_KEYS}
-    return {"config": digest_of(meaningful), "weights": weights, "dtype": dtype}
+    return {"config": digest_of(_without_infinity(meaningful)), "weights": weights, "dtype": dtype}
+
+
+def _without_infinity(value: Any) -> Any:
+    """Write infinities, which JSON has not and some hybrids' time steps go up to, as words."""
+    if isinstance(value, Mapping):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fingerprint(identity: Mapping[str, str]) -> str:

@@ -45,7 +45,13 @@ class RemoteObjects:
         self.root = root.rstrip("/")
         # A cached listing would hide what another machine wrote a moment ago.
         options = _OPTIONS.get(self.root.partition("://")[0], {})
-        filesystem, path = fsspec.core.url_to_fs(self.root, use_listings_cache=False, **options)
+        try:
+            filesystem, path = fsspec.core.url_to_fs(self.root, use_listings_cache=False, **options)
+        except ImportError as error:
+            extra = "; run: pip install 'coldstill[s3]'" if self.root.startswith("s3://") else ""
+            raise RemoteError(f"{self.root} needs a library that is not installed: {error}{extra}") from None
+        except Exception as error:  # whatever a file system of another library finds wrong with a URL
+            raise RemoteError(f"{self.root} cannot be opened: {_in_a_line(error)}") from None
         self._filesystem: Any = filesystem
         self._base = path.rstrip("/")
 

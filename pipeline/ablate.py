@@ -14,15 +14,20 @@ from pathlib import Path
 from cache.errors import ColdstillError, RecipeError, StoreError
 from cache.identity import digest_of
 from pipeline.config import Recipe
+from pipeline.interruptions import what_stays
+from pipeline.machine import machine_notes
+from pipeline.places import check_writable
+from pipeline.preflight import check_widths
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE
 from pipeline.recipe_file import dump_recipe, load_recipe
 from pipeline.run_index import find_run_rows
 from pipeline.runs.folder import check_claim, claimed_run, decisive_sections, finished_summary, run_key
 from pipeline.runs.results import EVALUATION, read_evaluation, read_results
+from pipeline.stage_one.requests import locate_teacher
 from pipeline.sweeps.file import Sweep, load_sweep
 from pipeline.sweeps.keys import canonical, sweep_key
 from pipeline.sweeps.processes import Outcome, run_command
-from pipeline.sweeps.results import SweepResult, measures_of, output_of, read_sweep
+from pipeline.sweeps.results import SweepResult, measures_of, output_of, read_state, read_sweep
 from pipeline.sweeps.state import SweepState, hold_sweep
 from pipeline.units import format_duration
 from pipeline.whole import write_whole
@@ -61,23 +66,31 @@ def ablate(
 
     Raises:
         RecipeError: The sweep or one of its recipes is wrong, or stage one fails for all of them; nothing was trained.
+        ModelError: Its teacher or a student is wrong; nothing was run.
         InUseError: Another process carries the sweep out.
     """
     sweep = load_sweep(path, overrides)
+    check_writable("output", sweep.output)
     keys = {
         (variant.name, seed): sweep_key(recipe)
         for variant in sweep.variants
         for seed, recipe in variant.recipes.items()
     }
     runs = _plan(sweep, keys)
-    with hold_sweep(sweep.output):
+    with what_stays(lambda: _what_stays(sweep.output, runs)), hold_sweep(sweep.output):
         state = SweepState(sweep, keys)
         state.wait_for_orphan(say)
-        wanted = [run for run in runs if _is_wanted(run, state, retry=retry)]
+        wanted = _checked([run for run in runs if _is_wanted(run, state, retry=retry)], state, sweep.output, say)
         if wanted:
             _precompute(wanted, state, sweep.output, say)
         _carry_out([run for run in wanted if state.status(run.key) != "failed"], state, sweep.output, say)
     return read_sweep(sweep.output)
+
+
+def _what_stays(folder: Path, runs: Sequence[_Run]) -> str:
+    states = (read_state(folder) or {"runs": {}})["runs"]
+    complete = sum(states.get(run.key, {}).get("status") == "complete" for run in runs)
+    return f"with {complete} of {len(runs)} runs complete; run the same command again to go on"
 
 
 def _plan(sweep: Sweep, keys: Mapping[tuple[str, int], str]) -> list[_Run]:
@@ -102,6 +115,35 @@ def _is_wanted(run: _Run, state: SweepState, *, retry: bool) -> bool:
     elif retry or state.status(run.key) != "failed":
         state.note(run.key, "pending")
     return state.status(run.key) == "pending"
+
+
+def _checked(runs: Sequence[_Run], state: SweepState, folder: Path, say: Callable[[str], None]) -> list[_Run]:
+    """Check runs before anything is spent, and give those that can be carried out.
+
+    A mistake in one ends the sweep. That its projector cannot be is noted of a run instead: sweeps ask for that.
+
+    Raises:
+        ColdstillError: A recipe cannot be carried out on this machine; names the variant.
+    """
+    possible: list[_Run] = []
+    notes: dict[str, None] = {}
+    for run in runs:
+        projector = run.recipe.projector.model_copy(update={"kind": "auto"})
+        try:
+            teacher = locate_teacher([run.recipe.model_copy(update={"projector": projector})], trains_here=True)
+        except ColdstillError as error:
+            raise type(error)(f"{run.title}: {error}") from None
+        try:
+            check_widths(run.recipe, teacher)
+        except RecipeError as error:
+            _note_failure(run, Outcome(None, str(error), True, [str(error)]), state, folder)
+            say(f"{run.title}: failed: {error}")
+            continue
+        possible.append(run)
+        notes |= dict.fromkeys(machine_notes(run.recipe, "plan"))
+    for note in notes:
+        say(note)
+    return possible
 
 
 def _precompute(runs: Sequence[_Run], state: SweepState, folder: Path, say: Callable[[str], None]) -> None:

@@ -1,10 +1,10 @@
-"""Stored rows to training batches, in an order that is a function of seed and epoch alone.
+"""Stored rows to training batches, in an order that is a function of seed and epoch alone; and ordinary batches.
 
 Knows the reader and tensors; knows no model. Targets leave here as they are stored: the distiller decodes them on the
 device that it runs on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from cache.columns import Axis
+from cache.errors import DataError
 from cache.reader import Reader, RowArrays
 from cache.selections import Selection
 from cache.store import open_store
 from cache.tokens import TOKENS
-from pipeline.distiller import IGNORED
+from pipeline.labels import IGNORED, labels_of
+
+# What a batch may hold, of whichever dataset and collator.
+BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "logits", "hidden")
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,21 @@ class BatchCollator:
         return torch.from_numpy(stacked)
 
 
+def complete_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Give an ordinary batch with its labels, the token ids themselves where it has none.
+
+    Raises:
+        DataError: It has no token ids, labels of another shape, or what would be left out without a word.
+    """
+    unknown = [name for name in batch if name not in BATCH_KEYS]
+    if unknown or "input_ids" not in batch:
+        raise DataError(
+            f"a batch holds {', '.join(batch) or 'nothing'}; training takes input_ids, and labels, attention_mask and "
+            "position_ids with them: leave the rest out of the dataset, or out of what its collator gives"
+        )
+    return {**batch, "labels": labels_of(batch)}
+
+
 class EpochOrder(Sampler[int]):
     """A new order of the rows each epoch, a function of (seed, epoch) alone: a resumed run meets the same rows.
 
@@ -153,10 +172,10 @@ class EpochOrder(Sampler[int]):
 
 
 def _labels(rows: Sequence[StoredRow], longest: int) -> Tensor:
-    """Give the token that follows each position; `IGNORED` at the last one and where the prompt goes on."""
+    """Give the ids themselves; `IGNORED` at the first one, which nothing predicts, in a prompt and behind a row."""
     labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
     for index, row in enumerate(rows):
         ids = row.arrays[TOKENS]["ids"]
-        first = max(row.loss_start - 1, 0)
-        labels[index, first : len(ids) - 1] = ids[first + 1 :]
+        first = max(row.loss_start, 1)
+        labels[index, first : len(ids)] = ids[first:]
     return torch.from_numpy(labels)

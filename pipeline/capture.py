@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cache.errors import NonFiniteError
-from pipeline.forward import block_outputs, pad_rows
-from pipeline.models import ModelParts
+from pipeline.forward import model_inputs, pad_rows, run_body
+from pipeline.models import ModelParts, rope_switches
 from pipeline.targets.columns import Tail
 from pipeline.targets.tail_sampling import draw_tail
 from pipeline.targets.teacher_logits import largest_logits, logsumexp_at
@@ -115,12 +115,14 @@ def capture(
     """
     device = next(parts.model.parameters()).device
     ids_BT, mask_BT = pad_rows(rows, device=device)
-    with block_outputs(parts.blocks, request.blocks) as outputs:
-        # Without padding no mask is passed: attention then takes its fastest path.
-        attention_mask = None if bool(mask_BT.all()) else mask_BT.long()
-        body = parts.body(input_ids=ids_BT, attention_mask=attention_mask, use_cache=False)
+    # Without padding no mask is passed: attention then takes its fastest path.
+    attention_mask = None if bool(mask_BT.all()) else mask_BT.long()
+    switches = rope_switches(parts.model.config)
+    outputs, state_BTD = run_body(
+        parts.body, parts.blocks, model_inputs(ids_BT, attention_mask), request.blocks, switches=switches
+    )
     hidden_ND = {block: outputs[block][mask_BT] for block in request.blocks}
-    state_ND = body.last_hidden_state[mask_BT]
+    state_ND = state_BTD[mask_BT]
     places = _Places(rows, row_names)
     for block, values_ND in hidden_ND.items():
         places.check_finite(values_ND, f"block {block}")

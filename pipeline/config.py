@@ -11,7 +11,7 @@ from pipeline.loss_config import LossConfig
 from pipeline.presets import PresetName, with_preset
 from pipeline.recipe_types import BlockIndex, Count, Nameable, Place, Positive, Section
 from pipeline.student_config import StudentConfig
-from pipeline.training_keys import check_training_keys
+from pipeline.training_keys import check_best_metric, check_training_keys
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 HiddenEncoding = Literal["int8", "coded", "float16", "bfloat16", "float32"]
@@ -45,11 +45,19 @@ class SourceConfig(Section):
     options: dict[str, Any] = Field(default={})
     text_column: str = "text"
     prompt_column: str | None = None
+    skip_null: bool = False
     max_rows: Count | None = None
 
     def origin(self) -> dict[str, Any]:
         """Say which documents these are, whatever number of rows is taken of them."""
         return self.model_dump(exclude={"max_rows"})
+
+    def identity(self) -> dict[str, Any]:
+        """Give what decides the documents and their number, as rows are found and named by it in a root.
+
+        Roots outlive versions: a key that came later is left out where it is as it was before there was one.
+        """
+        return self.model_dump(exclude=None if self.skip_null else {"skip_null"})
 
 
 class DataConfig(Section):
@@ -69,6 +77,10 @@ class DataConfig(Section):
         if self.eval.max_rows is None and self.train.origin() == self.eval.origin():
             raise ValueError("train and eval read the same source, so eval.max_rows must say how many rows eval takes")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """Give what decides the rows, as they are found by it in a root; see `SourceConfig.identity`."""
+        return {**self.model_dump(), "train": self.train.identity(), "eval": self.eval.identity()}
 
 
 class LogitsTargetConfig(Section):
@@ -199,12 +211,26 @@ class Recipe(Section):
                     f"loss.{weight} is above 0 but targets.hidden.blocks is none: store blocks, or set loss.{weight} "
                     "to 0"
                 )
-        if loss.temperature_moves and kind in ("topk", "topk_sampled"):
-            raise ValueError(
-                f"loss.schedule.temperature passes through temperatures that targets.logits.kind {kind} does not "
-                "store; targets.logits.kind final answers every temperature: use it, or a constant temperature"
-            )
+        if kind in ("topk", "topk_sampled"):
+            self._check_temperature()
+        check_best_metric(self.train, loss.terms)
         return self
+
+    def _check_temperature(self) -> None:
+        """Refuse temperatures of the loss that the kind of logits target does not store."""
+        loss, logits = self.loss, self.targets.logits
+        if loss.temperature_moves:
+            raise ValueError(
+                f"loss.schedule.temperature passes through temperatures that targets.logits.kind {logits.kind} does "
+                "not store; targets.logits.kind final answers every temperature: use it, or a constant temperature"
+            )
+        if loss.ever("beta") and loss.temperature not in logits.temperatures:
+            stored = ", ".join(f"{temperature:g}" for temperature in logits.temperatures)
+            raise ValueError(
+                f"loss.temperature {loss.temperature:g} is not stored; targets.logits.temperatures has {stored}: use "
+                "one of these, add it there and run: coldstill precompute, or store what gives every temperature: "
+                "targets.logits.kind=final"
+            )
 
     def idle_keys(self) -> list[str]:
         """Say which keys are not as they are by default and yet have no effect, each with the reason."""

@@ -1,34 +1,29 @@
 """Text to rows of token ids: deterministic, no model.
 
 Knows documents, tokenizers and splits; knows nothing of stores. Train and eval never share a row: where both read one
-source, eval takes its first rows and train goes on behind them; where they read two, train leaves out every document
-and every row that eval has.
+source, eval takes its first rows and train goes on behind them; where they read two, they begin each at its own
+beginning. In both, train leaves out every document that eval has read, and every row that it has. The one document
+that eval's last row cuts in two is in both, its beginning there and its end here, no token of it twice.
 """
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Set
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from cache.errors import DataError
 from cache.identity import row_id
-from pipeline import builtin_corpus
-from pipeline.config import DataConfig, SourceConfig
+from pipeline.config import DataConfig
+from pipeline.rows.faults import source_name
+from pipeline.rows.sources import Document, load_documents
+from pipeline.rows.tokenising import DocumentTokenizer, TokenisedDocument
 
 _TOKENISED_AT_ONCE = 64
-# Headings and other short lines recur in any text; sharing one is no leak.
-_SHORTEST_SHARED_CHARACTERS = 64
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text, and the prompt that precedes it, which is read but not learned."""
-
-    text: str
-    prompt: str = ""
 
 
 @dataclass
@@ -38,14 +33,18 @@ class Rows:
     Attributes:
         tokens: Each row's token ids, shape [T], uint32.
         loss_starts: For each row the first token that counts in a loss; those before it are a prompt.
-        num_documents: How many documents were read for them.
+        num_documents: How many documents were read for them; with one source, those of eval are among train's.
         num_shared: How many documents and rows were left out because eval has them.
+        num_filled: How many documents were left out because their prompt alone fills a row.
+        shortest_filling: Tokens of the shortest of these prompts; 0 where there are none.
     """
 
     tokens: list[np.ndarray] = field(default_factory=list)
     loss_starts: list[int] = field(default_factory=list)
     num_documents: int = 0
     num_shared: int = 0
+    num_filled: int = 0
+    shortest_filling: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -59,40 +58,24 @@ def build_rows(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
     Raises:
         DataError: A source is missing or empty, has no such column, or gives no row.
     """
-    held_out, train = Rows(), Rows()
-    if data.train.origin() == data.eval.origin():
-        # One stream of rows: its counter of documents is train's, which reads to the end.
-        stream = _row_stream(load_documents(data.train), data, tokenizer, train)
-        _take(stream, data.eval.max_rows, held_out)
-        held_out.num_documents = train.num_documents
-        _take(stream, data.train.max_rows, train)
-    else:
-        seen: set[bytes] = set()
-        documents = _remember(load_documents(data.eval), seen)
-        _take(_row_stream(documents, data, tokenizer, held_out), data.eval.max_rows, held_out)
-        documents = _without(load_documents(data.train), seen, train)
-        _take(_row_stream(documents, data, tokenizer, train), data.train.max_rows, train)
+    if data.append_eos and tokenizer.eos_token_id is None:
+        warnings.warn(
+            "data.append_eos has no effect: the tokenizer has no EOS token, so nothing says where a document ends; "
+            "name its eos_token in the teacher's tokenizer_config.json, or set data.append_eos: false",
+            stacklevel=2,
+        )
+    train, held_out = _rows_of_one_source(data, tokenizer) if _is_one(data) else _rows_of_two(data, tokenizer)
     _drop_shared_rows(train, held_out)
-    for split, rows, source in (("eval", held_out, data.eval), ("train", train, data.train)):
+    for split, rows in (("eval", held_out), ("train", train)):
         if not rows.tokens:
-            raise DataError(
-                f"data.{split} gives no row: {rows.num_documents} documents of {source.path} read, sequence_length "
-                f"{data.sequence_length}; use more text, a shorter sequence_length, or packing: false"
+            raise DataError(f"data.{split} gives no row: {_why_no_row(split, rows, data)}")
+        if rows.num_filled:
+            warnings.warn(
+                f"data.{split}: {rows.num_filled} of {rows.num_documents} documents are left out, because their prompt "
+                f"alone fills a row of {data.sequence_length} tokens; raise data.sequence_length to keep them",
+                stacklevel=2,
             )
     return train, held_out
-
-
-def load_documents(source: SourceConfig) -> Iterator[Document]:
-    """Give a source's documents one after another, empty ones left out.
-
-    Raises:
-        DataError: The source cannot be loaded, or has no such column.
-    """
-    if source.path == builtin_corpus.NAME:
-        return (Document(text) for text in builtin_corpus.documents())
-    if source.path.startswith("builtin:"):
-        raise DataError(f"no built-in corpus {source.path!r}; there is {builtin_corpus.NAME!r}")
-    return _read_columns(_load_dataset(source), source)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -102,54 +85,68 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _load_dataset(source: SourceConfig) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(
-            source.path,
-            source.name,
-            data_dir=source.data_dir,
-            data_files=source.data_files,
-            split=source.split,
-            revision=source.revision,
-            streaming=source.streaming,
-            **source.options,
-        )
-    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"cannot load data set {source.path!r}: {reason}") from None
+def _is_one(data: DataConfig) -> bool:
+    return data.train.origin() == data.eval.origin()
 
 
-def _read_columns(dataset: Any, source: SourceConfig) -> Iterator[Document]:
-    wanted = [source.text_column, *([source.prompt_column] if source.prompt_column else [])]
-    columns = dataset.column_names
-    for column in wanted:
-        if columns is not None and column not in columns:
-            raise DataError(f"data set {source.path!r} has no column {column!r}; it has {', '.join(columns)}")
-    for example in dataset:
-        text = example[source.text_column]
-        prompt = example[source.prompt_column] if source.prompt_column else ""
-        if not isinstance(text, str) or not isinstance(prompt, str):
-            raise DataError(
-                f"column {source.text_column!r} of {source.path!r} holds {type(text).__name__}, expected text"
-            )
-        if text.strip():
-            yield Document(text, prompt)
+def _rows_of_one_source(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
+    """Cut one stream of documents in two; its counter of documents is train's, which reads to the end."""
+    train, held_out, known = Rows(), Rows(), _EvalDocuments()
+    documents = _tokenise(_count(load_documents(data.train), train), data, tokenizer)
+    rest: deque[int] = deque()
+    _take(_cut(known.remember(documents), data, held_out, rest), data.eval.max_rows, held_out)
+    held_out.num_documents = train.num_documents
+    if rest and known.ends_in_a_copy:
+        # The end of this document stands in eval already, with its first copy.
+        rest.clear()
+        train.num_shared += 1
+    _take(_cut(known.without(documents, train), data, train, rest), data.train.max_rows, train)
+    return train, held_out
 
 
-def _row_stream(
-    documents: Iterator[Document], data: DataConfig, tokenizer: Any, rows: Rows
-) -> Iterator[tuple[np.ndarray, int]]:
-    make = _packed_rows if data.packing else _document_rows
-    return make(_count(documents, rows), data, tokenizer)
+def _rows_of_two(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
+    train, held_out, known = Rows(), Rows(), _EvalDocuments()
+    eval_documents = _count(known.remember(load_documents(data.eval)), held_out)
+    _take(_cut(_tokenise(eval_documents, data, tokenizer), data, held_out), data.eval.max_rows, held_out)
+    train_documents = _count(known.without(load_documents(data.train), train), train)
+    _take(_cut(_tokenise(train_documents, data, tokenizer), data, train), data.train.max_rows, train)
+    return train, held_out
 
 
-def _take(stream: Iterator[tuple[np.ndarray, int]], max_rows: int | None, rows: Rows) -> Rows:
-    for tokens, loss_start in itertools.islice(stream, max_rows):
-        rows.tokens.append(tokens)
-        rows.loss_starts.append(loss_start)
-    return rows
+class _Keyed(Protocol):
+    @property
+    def key(self) -> bytes | None: ...
+
+
+_Document = TypeVar("_Document", bound=_Keyed)
+
+
+class _EvalDocuments:
+    """The documents that eval has, by what their copies have too.
+
+    Attributes:
+        ends_in_a_copy: Whether the last one that was read had been read before.
+    """
+
+    def __init__(self) -> None:
+        self._keys: set[bytes] = set()
+        self.ends_in_a_copy = False
+
+    def remember(self, documents: Iterable[_Document]) -> Iterator[_Document]:
+        """Give the documents, and note each one that is asked for."""
+        for document in documents:
+            self.ends_in_a_copy = document.key in self._keys
+            if document.key is not None:
+                self._keys.add(document.key)
+            yield document
+
+    def without(self, documents: Iterable[_Document], rows: Rows) -> Iterator[_Document]:
+        """Give the documents that were not noted."""
+        for document in documents:
+            if document.key in self._keys:
+                rows.num_shared += 1
+            else:
+                yield document
 
 
 def _count(documents: Iterable[Document], rows: Rows) -> Iterator[Document]:
@@ -158,62 +155,68 @@ def _count(documents: Iterable[Document], rows: Rows) -> Iterator[Document]:
         yield document
 
 
-def _without(documents: Iterable[Document], seen: Set[bytes], rows: Rows) -> Iterator[Document]:
+def _tokenise(documents: Iterable[Document], data: DataConfig, tokenizer: Any) -> Iterator[TokenisedDocument]:
+    # How far this reads ahead shows in `num_documents`, and so in the names of selections: a version keeps to it.
+    at_once = _TOKENISED_AT_ONCE if data.packing else 1
+    return DocumentTokenizer(tokenizer, append_eos=data.append_eos).tokenise(documents, at_once=at_once)
+
+
+def _cut(
+    documents: Iterable[TokenisedDocument], data: DataConfig, rows: Rows, rest: deque[int] | None = None
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Give rows of tokens, each with the first token that counts; `rest` is what packing left of the rows before."""
+    if data.packing:
+        return _packed_rows(documents, data.sequence_length, deque() if rest is None else rest)
+    return _document_rows(documents, data.sequence_length, rows)
+
+
+def _packed_rows(
+    documents: Iterable[TokenisedDocument], length: int, rest: deque[int]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Cut one long stream of documents into rows of exactly one length; the last, shorter piece stays in `rest`."""
+    # What is left may be rows already, where the last document is long.
+    for ids in itertools.chain([[]], (document.ids for document in documents)):
+        rest.extend(ids)
+        while len(rest) >= length:
+            yield np.array([rest.popleft() for _ in range(length)], dtype=np.uint32), 0
+
+
+def _document_rows(documents: Iterable[TokenisedDocument], length: int, rows: Rows) -> Iterator[tuple[np.ndarray, int]]:
+    """Give each document a row of its own, cut at a length; one without a token to learn is left out."""
     for document in documents:
-        if _shared_key(document) in seen:
-            rows.num_shared += 1
-        else:
-            yield document
+        ids, loss_start = document.ids[:length], document.num_prompt_tokens
+        if len(ids) > max(loss_start, 1):
+            yield np.array(ids, dtype=np.uint32), loss_start
+        elif loss_start >= length:
+            rows.num_filled += 1
+            rows.shortest_filling = min(rows.shortest_filling or loss_start, loss_start)
 
 
-def _packed_rows(documents: Iterable[Document], data: DataConfig, tokenizer: Any) -> Iterator[tuple[np.ndarray, int]]:
-    """Cut one long stream of documents into rows of exactly `sequence_length`; the last, shorter piece is left out."""
-    length = data.sequence_length
-    pending: list[int] = []
-    for ids in _tokenise(documents, data, tokenizer):
-        pending += ids
-        for start in range(0, len(pending) - length + 1, length):
-            yield np.array(pending[start : start + length], dtype=np.uint32), 0
-        del pending[: len(pending) // length * length]
+def _take(stream: Iterator[tuple[np.ndarray, int]], max_rows: int | None, rows: Rows) -> None:
+    for tokens, loss_start in itertools.islice(stream, max_rows):
+        rows.tokens.append(tokens)
+        rows.loss_starts.append(loss_start)
 
 
-def _document_rows(documents: Iterable[Document], data: DataConfig, tokenizer: Any) -> Iterator[tuple[np.ndarray, int]]:
-    """Give each document a row of its own, cut at `sequence_length`; one without a token to learn is left out."""
-    for document in documents:
-        prompt_ids = tokenizer(document.prompt, verbose=False)["input_ids"] if document.prompt else []
-        text_ids = tokenizer(document.text, add_special_tokens=not document.prompt, verbose=False)["input_ids"]
-        ids = [*prompt_ids, *_with_eos(text_ids, data, tokenizer)][: data.sequence_length]
-        loss_start = max(len(prompt_ids), 1)
-        if len(ids) > loss_start:
-            yield np.array(ids, dtype=np.uint32), loss_start if document.prompt else 0
-
-
-def _tokenise(documents: Iterable[Document], data: DataConfig, tokenizer: Any) -> Iterator[list[int]]:
-    iterator = iter(documents)
-    while batch := list(itertools.islice(iterator, _TOKENISED_AT_ONCE)):
-        for ids in tokenizer([document.text for document in batch], verbose=False)["input_ids"]:
-            yield _with_eos(ids, data, tokenizer)
-
-
-def _with_eos(ids: list[int], data: DataConfig, tokenizer: Any) -> list[int]:
-    eos = tokenizer.eos_token_id
-    if data.append_eos and eos is not None and (not ids or ids[-1] != eos):
-        return [*ids, eos]
-    return ids
-
-
-def _shared_key(document: Document) -> bytes | None:
-    if len(document.text) < _SHORTEST_SHARED_CHARACTERS:
-        return None
-    return hashlib.sha256(f"{document.prompt}\0{document.text}".encode()).digest()
-
-
-def _remember(documents: Iterable[Document], seen: set[bytes]) -> Iterator[Document]:
-    for document in documents:
-        key = _shared_key(document)
-        if key is not None:
-            seen.add(key)
-        yield document
+def _why_no_row(split: str, rows: Rows, data: DataConfig) -> str:
+    """Say what became of the documents of a split that has no row, and what to do."""
+    length, name = data.sequence_length, source_name(getattr(data, split))
+    if not rows.num_documents and not rows.num_shared:
+        return f"no row of {name} holds text; is text_column the right one?"
+    read = f"{rows.num_documents} document{'s'[: rows.num_documents != 1]} of {name} read"
+    if rows.num_shared:
+        read += f", {rows.num_shared} documents or rows left out because eval has them"
+    if rows.num_filled:
+        return (
+            f"{read}, {rows.num_filled} with a prompt that leaves no room for a token of text: the shortest has "
+            f"{rows.shortest_filling} tokens, data.sequence_length is {length}; raise it, or shorten the prompts"
+        )
+    if split == "train" and _is_one(data):
+        return f"{read}, and eval takes all that they give; use more text, or lower data.eval.max_rows"
+    if data.packing:
+        advice = "use more text, a shorter data.sequence_length, or packing: false"
+        return f"{read}, together fewer tokens than one row of {length}; {advice}"
+    return f"{read}, none with a token to learn; use other text"
 
 
 def _drop_shared_rows(train: Rows, held_out: Rows) -> None:

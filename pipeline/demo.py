@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
 
 from pipeline.builtin_corpus import documents
 from pipeline.config import Recipe
 from pipeline.data import build_rows
 from pipeline.evaluate import Evaluation, evaluate
+from pipeline.interruptions import signals_wait, what_stays
 from pipeline.precompute import precompute
 from pipeline.recipe_file import dump_recipe, parse_recipe
+from pipeline.resumable_trainer import ResumableTrainer, newest_checkpoint, sweep_checkpoints, where_it_stands
 from pipeline.train import train
 from pipeline.whole import whole_folder, write_whole
 from pipeline.yaml_text import parse_yaml
@@ -91,12 +93,13 @@ def demo_recipe(folder: Path) -> Recipe:
 
 
 def _make_teacher(recipe: Recipe, folder: Path) -> None:
+    checkpoints = folder.with_name("teacher-checkpoints")
+    tokenizer = _train_tokenizer()
+    model = _train_model(recipe, tokenizer, checkpoints)
     with whole_folder(folder) as partial:
-        tokenizer = _train_tokenizer()
-        model = _train_model(recipe, tokenizer, scratch=partial / "trainer")
-        shutil.rmtree(partial / "trainer", ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+    shutil.rmtree(checkpoints)
 
 
 def _train_tokenizer() -> PreTrainedTokenizerFast:
@@ -105,7 +108,7 @@ def _train_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token=_END_OF_TEXT, pad_token=_END_OF_TEXT)
 
 
-def _train_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, scratch: Path) -> LlamaForCausalLM:
+def _train_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, checkpoints: Path) -> LlamaForCausalLM:
     # The teacher learns from the recipe's own train rows, more of them; the eval rows stay unseen.
     data = recipe.data.model_copy(update={"train": recipe.data.train.model_copy(update={"max_rows": None})})
     train_rows, _ = build_rows(data, tokenizer)
@@ -126,7 +129,7 @@ def _train_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, scratch:
         )
     )
     arguments = TrainingArguments(
-        output_dir=str(scratch),
+        output_dir=str(checkpoints),
         max_steps=1600,
         per_device_train_batch_size=8,
         learning_rate=4e-3,
@@ -134,11 +137,16 @@ def _train_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, scratch:
         warmup_steps=40,
         weight_decay=0.1,
         logging_steps=200,
-        save_strategy="no",
+        save_steps=400,
+        save_total_limit=1,
         seed=_SEED,
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
-    Trainer(model, arguments, train_dataset=_TokenRows(train_rows.tokens)).train()
+    trainer = ResumableTrainer(model, arguments, train_dataset=_TokenRows(train_rows.tokens))
+    sweep_checkpoints(checkpoints)
+    _, checkpoint = newest_checkpoint(checkpoints)
+    with what_stays(lambda: where_it_stands(checkpoints, trainer)), signals_wait() as trainer.waiting:
+        trainer.train(checkpoint)
     return model.eval()
 
 

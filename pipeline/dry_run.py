@@ -11,7 +11,7 @@ from cache.store import ROOT_METADATA, Store, open_store, store_path
 from pipeline.config import Recipe
 from pipeline.data import Rows, tokenizer_digest
 from pipeline.models import text_config
-from pipeline.pairing import layer_map_between
+from pipeline.preflight import planned_layer_map
 from pipeline.prune import calibration_rows, student_name
 from pipeline.stage_one.byte_estimates import measured_bytes, raw_bytes
 from pipeline.stage_one.requests import (
@@ -25,7 +25,6 @@ from pipeline.stage_one.requests import (
     needed_columns,
 )
 from pipeline.students.folders import find_student, has_student, students_folder
-from pipeline.students.making import kept_blocks_before_measuring, num_student_blocks
 from pipeline.targets.columns import hidden_form, hidden_name
 from pipeline.teacher import Teacher
 
@@ -76,13 +75,17 @@ class DryRun:
     undecided_blocks: int
 
 
-def dry_run(*recipes: Recipe) -> DryRun:
+def dry_run(*recipes: Recipe, trains_here: bool = False) -> DryRun:
     """Find out what `precompute` of these recipes would do.
+
+    Args:
+        recipes: One or more.
+        trains_here: Whether their students are trained on this machine too, so that what it lacks for that is a fault.
 
     Raises:
         ColdstillError: Something in a recipe cannot be carried out.
     """
-    teacher = locate_teacher(recipes)
+    teacher = locate_teacher(recipes, trains_here=trains_here)
     built = build_requested_rows(recipes, teacher)
     tokenizer = tokenizer_digest(teacher.tokenizer)
     students = [_Student.of(recipe, teacher, rows["train"]) for recipe, rows in zip(recipes, built, strict=True)]
@@ -138,13 +141,8 @@ class _Student:
         wanted = recipe.targets.hidden.blocks
         if wanted != "mapped":
             return cls(name, False, wanted if isinstance(wanted, list) else [], 0)
-        remaining = num_student_blocks(section, teacher.config)
-        kept = kept_blocks_before_measuring(section, teacher.config)
-        decides_later = recipe.mapping.strategy == "kept" and kept is None
-        layer_map = layer_map_between(
-            recipe.mapping, remaining, teacher.num_blocks, kept_blocks=range(remaining) if kept is None else kept
-        )
-        if decides_later:
+        layer_map, is_decided = planned_layer_map(recipe, teacher)
+        if not is_decided:
             return cls(name, False, None, len(layer_map))
         return cls(name, False, list(layer_map.values()), 0)
 

@@ -1,15 +1,15 @@
-"""How a command ends: exit codes, one line for what is the user's to mend, a word of comfort when interrupted."""
+"""How a command ends: exit codes, one line for what is the user's to mend, what stays where it was interrupted."""
 
 import contextlib
 import errno
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import typer
 
 from cache.errors import ColdstillError
+from pipeline.interruptions import Terminated, raise_terminated, what_stayed
 
 DAMAGED = 1
 UNFINISHED = 1
@@ -32,8 +32,8 @@ _DISK_ERRORS = {
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what is the user's to mend into one line and exit code 2, and an interruption into a word of comfort."""
-    previous = signal.signal(signal.SIGTERM, _raise_terminated)
+    """Turn what is the user's to mend into one line and exit code 2, and an interruption into one on what stays."""
+    previous = signal.signal(signal.SIGTERM, raise_terminated)
     try:
         yield
     except ColdstillError as error:
@@ -41,7 +41,8 @@ def one_line_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        _fail(f"{error.filename or 'disk'}: {error.strerror}; what was committed stays; run the command again to go on")
+        stays = what_stayed(error)
+        _fail(f"{error.filename or 'disk'}: {error.strerror}" + (f", {stays}" if stays else ""))
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
@@ -49,11 +50,11 @@ def one_line_errors() -> Iterator[None]:
             f"{str(error).partition('. ')[0]}; take smaller batches (teacher.batch_size, "
             "train.per_device_train_batch_size, evaluate.batch_size), or cpu as teacher.device or evaluate.device"
         )
-    except _Terminated:
-        _say_interrupted()
+    except Terminated as error:
+        _say_interrupted(error)
         raise typer.Exit(TERMINATED) from None
-    except KeyboardInterrupt:
-        _say_interrupted()
+    except KeyboardInterrupt as error:
+        _say_interrupted(error)
         raise typer.Exit(INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -65,14 +66,6 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as an exception, so that what is half-made is removed on the way out."""
-
-
-def _raise_terminated(_signal: int, _frame: Any) -> None:
-    raise _Terminated
-
-
 def _end_progress() -> None:
     """Leave the line of a progress bar that an error cut off."""
     tqdm = sys.modules.get("tqdm")
@@ -80,9 +73,9 @@ def _end_progress() -> None:
         bar.close()
 
 
-def _say_interrupted() -> None:
+def _say_interrupted(error: BaseException) -> None:
     _end_progress()
-    typer.echo("interrupted; what was committed stays, run the same command again to go on", err=True)
+    typer.echo(" ".join(filter(None, ["interrupted", what_stayed(error)])), err=True)
 
 
 def _fail(message: str) -> None:

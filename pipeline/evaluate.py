@@ -5,7 +5,7 @@ the recipe names tasks, all models answer these too, and there the teacher itsel
 Shapes: N positions that count, V vocabulary, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +20,10 @@ from cache.tokens import TOKENS
 from pipeline.config import Recipe
 from pipeline.forward import pad_rows
 from pipeline.held_out import Quality, RowSums, differences, quality_of
+from pipeline.interruptions import what_stays
+from pipeline.machine import check_device
 from pipeline.models import check_vocabularies, identify, load_config, load_model, resolve_device
+from pipeline.places import check_writable
 from pipeline.retention import Estimate
 from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.runs.folder import check_run, claimed_run, what_is_untrained
@@ -74,9 +77,24 @@ def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
     Raises:
         StoreError: `precompute` has not made the eval rows complete.
         ModelError: A student cannot be loaded, or a teacher that tasks are to be asked of.
-        RecipeError: The output holds another recipe's run, or a task is unknown or its questions cannot be loaded.
+        RecipeError: The output holds another recipe's run or cannot be written, the device is not there, or a task is
+            unknown or its questions cannot be loaded.
     """
+    check_device("evaluate.device", recipe.evaluate.device)
+    check_writable("output", Path(recipe.output))
     check_run(recipe)
+    judged: list[str] = []
+    with what_stays(lambda: _what_stays(judged)):
+        return _evaluate(recipe, judged, show_progress=show_progress)
+
+
+def _what_stays(judged: Sequence[str]) -> str:
+    if not judged:
+        return "before a student was judged; the same command begins anew"
+    return f"with {' and '.join(judged)} judged on the eval rows; run the same command again to go on"
+
+
+def _evaluate(recipe: Recipe, judged: list[str], *, show_progress: bool) -> Evaluation:
     tasks = load_tasks(recipe.evaluate) if recipe.evaluate.tasks else []
     run = find_run_rows(recipe)
     teacher = _StoredTeacher(run, resolve_device(recipe.evaluate.device), recipe.local_copy)
@@ -87,6 +105,7 @@ def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
     sums = {"teacher": teacher.row_sums()}
     for name, folder in folders.items():
         sums[name] = _sums_of(recipe, run, teacher, folder, name, show_progress=show_progress)
+        judged.append(name)
     compared, average = (
         compare_on_tasks(recipe, run, folders, tasks, show_progress=show_progress) if tasks else ({}, None)
     )

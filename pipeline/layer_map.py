@@ -50,7 +50,7 @@ def create_layer_map(
     if strategy == "kept":
         return _kept_map(n_student, n_teacher, kept_blocks)
     if strategy == "pairs":
-        return _checked_pairs(n_student, n_teacher, pairs or {})
+        return check_pairs(pairs or {}, n_student=n_student, n_teacher=n_teacher, name="mapping.pairs")
     raise RecipeError(f"mapping.strategy {strategy!r} is unknown; one of {', '.join(STRATEGIES)}")
 
 
@@ -82,14 +82,15 @@ def _kept_map(n_student: int, n_teacher: int, kept_blocks: Sequence[int] | None)
     return dict(enumerate(kept_blocks))
 
 
-def _checked_pairs(n_student: int, n_teacher: int, pairs: Mapping[int, int]) -> dict[int, int]:
+def check_pairs(pairs: Mapping[int, int], *, n_student: int, n_teacher: int, name: str) -> dict[int, int]:
+    """Give pairs of student and teacher block in the student's order; `name` is what an error calls them.
+
+    Raises:
+        RecipeError: One of them names a block that does not exist.
+    """
     for student, teacher in pairs.items():
         if not 0 <= student < n_student:
-            raise RecipeError(
-                f"mapping.pairs names student block {student}; the student has blocks 0 to {n_student - 1}"
-            )
+            raise RecipeError(f"{name} names student block {student}; the student has blocks 0 to {n_student - 1}")
         if not 0 <= teacher < n_teacher:
-            raise RecipeError(
-                f"mapping.pairs names teacher block {teacher}; the teacher has blocks 0 to {n_teacher - 1}"
-            )
+            raise RecipeError(f"{name} names teacher block {teacher}; the teacher has blocks 0 to {n_teacher - 1}")
     return {student: pairs[student] for student in sorted(pairs)}

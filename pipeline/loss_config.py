@@ -1,5 +1,6 @@
 """The loss section of a recipe: weights, divergence, kinds of the hidden terms, and what changes over the run."""
 
+from collections.abc import Mapping
 from typing import Literal, TypeVar, get_args
 
 from pydantic import model_validator
@@ -11,6 +12,13 @@ DivergenceName = Literal[
 ]
 HiddenLoss = Literal["mse", "normalised_mse", "cosine"]
 LossWeight = Literal["alpha", "beta", "gamma", "delta"]
+# The terms of the loss, as the log calls them, and what the recipe calls the weight of each.
+WEIGHT_OF_TERM: Mapping[str, LossWeight] = {
+    "loss_task": "alpha",
+    "loss_logits": "beta",
+    "loss_hidden": "gamma",
+    "loss_dynamics": "delta",
+}
 WEIGHTED_DIVERGENCES = ("jensen_shannon", "skewed_kl", "bidirectional")
 
 
@@ -78,6 +86,11 @@ class LossConfig(Section):
         """Whether a weight is above 0 at any step."""
         schedule = getattr(self.schedule, weight)
         return getattr(self, weight) > 0 or bool(schedule and schedule.end)
+
+    @property
+    def terms(self) -> list[str]:
+        """The terms that have a weight at any step, as the log calls them."""
+        return [term for term, weight in WEIGHT_OF_TERM.items() if self.ever(weight)]
 
     @property
     def needs_hidden(self) -> bool:

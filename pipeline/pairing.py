@@ -1,10 +1,11 @@
 """The layer map of a recipe for one student: the mapping section applied to a student's config."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedConfig
 
-from pipeline.config import MappingConfig
+from cache.errors import RecipeError
+from pipeline.config import MappingConfig, Recipe
 from pipeline.layer_map import create_layer_map, spread_pairs
 from pipeline.models import kept_blocks_of, text_config
 
@@ -27,3 +28,28 @@ def layer_map_between(
         num_student_blocks, num_teacher_blocks, mapping.strategy, kept_blocks=kept_blocks, pairs=mapping.pairs
     )
     return spread_pairs(layer_map, mapping.num_pairs)
+
+
+def check_layer_map(recipe: Recipe, layer_map: Mapping[int, int], *, is_decided: bool = True) -> None:
+    """Refuse a layer map with too few pairs for the loss, or with blocks that the recipe does not store.
+
+    Args:
+        recipe: The recipe.
+        layer_map: Student block to teacher block.
+        is_decided: Whether its teacher blocks are the real ones; only their number is known where they are not.
+
+    Raises:
+        RecipeError: It has one pair where changes between pairs count, or a block that is not among those to store.
+    """
+    if recipe.loss.ever("delta") and len(layer_map) < 2:
+        raise RecipeError(
+            "loss.delta compares changes from one mapped block to the next, but the mapping has one pair: map more, or "
+            "set loss.delta to 0"
+        )
+    stored = recipe.targets.hidden.blocks
+    if is_decided and isinstance(stored, list):
+        lacking = sorted(set(layer_map.values()) - set(stored))
+        if lacking:
+            raise RecipeError(
+                f"the mapping needs teacher block {lacking[0]}, but targets.hidden.blocks stores {stored}"
+            )

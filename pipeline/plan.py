@@ -79,7 +79,7 @@ def plan(recipe: Recipe, *, budget_bytes: int | None = None, num_rows: int = 16,
     Raises:
         ColdstillError: Something in the recipe cannot be carried out.
     """
-    needed = dry_run(recipe)
+    needed = dry_run(recipe, trains_here=True)  # a trial of a few steps
     with trial_of(recipe, num_rows=num_rows, show_progress=show_progress) as trial:
         per_token = trial.bytes_per_token()
         columns = [_column_plan(cost, per_token) for cost in needed.columns]

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from cache.selections import Selection
 from cache.store import CONSTANTS, Store, create_store
 from pipeline.config import Recipe
 from pipeline.data import tokenizer_digest
+from pipeline.interruptions import what_stays
 from pipeline.models import text_config
 from pipeline.provenance import PROVENANCE_FILE, write_record
 from pipeline.prune import PreparedStudent, prepare_student
@@ -52,6 +53,7 @@ class PrecomputeSummary:
         store: The store's folder or URL.
         students: The folder of each recipe's student.
         num_rows: Rows of each split, of all recipes.
+        num_shared: Documents and rows that train does without because eval has them.
         num_tokens: Tokens of all rows.
         num_shards: Shards that hold them.
         computed_tokens: Tokens that the teacher ran over; 0 where everything was complete.
@@ -64,6 +66,7 @@ class PrecomputeSummary:
     store: str
     students: list[str]
     num_rows: dict[str, int]
+    num_shared: int
     num_tokens: int
     num_shards: int
     computed_tokens: int
@@ -89,6 +92,36 @@ def precompute(*recipes: Recipe, share: Share | None = None, show_progress: bool
         ColdstillError: Something in a recipe cannot be carried out; what was committed stays.
         OSError: The disk refuses; what was committed stays.
     """
+    progress = _Progress()
+    with what_stays(progress.words):
+        return _precompute(recipes, share, progress, show_progress=show_progress)
+
+
+class _Progress:
+    """How many of the recipes' shards are complete, for who interrupts the run."""
+
+    def __init__(self) -> None:
+        self._manifest: Manifest | None = None
+        self._columns: Mapping[str, Collection[str]] = {}
+
+    def watch(self, manifest: Manifest, demands: Sequence[Demand]) -> None:
+        """Say from now on what of these demands the manifest has."""
+        self._manifest, self._columns = manifest, needed_columns(demands)
+
+    def words(self) -> str:
+        """Say what is complete, and whether to run the command again is to go on."""
+        manifest, columns = self._manifest, self._columns
+        if manifest is None:
+            return "before it came to the shards; run the same command again"
+        complete = sum(all((shard, name) in manifest for name in names) for shard, names in columns.items())
+        if not complete:
+            return f"before the first of {len(columns)} shards was complete; the same command begins with it"
+        return f"with {complete} of {len(columns)} shards complete; run the same command again to go on"
+
+
+def _precompute(
+    recipes: Sequence[Recipe], share: Share | None, progress: _Progress, *, show_progress: bool
+) -> PrecomputeSummary:
     share = share or launched_share()
     teacher = locate_teacher(recipes)
     built = build_requested_rows(recipes, teacher)
@@ -105,6 +138,7 @@ def precompute(*recipes: Recipe, share: Share | None = None, show_progress: bool
         manifest = Manifest(store)
         registry, runs = _register(store, manifest, requests, teacher)
     demands = [demand_of(request, run.selections, manifest) for request, run in zip(requests, runs, strict=True)]
+    progress.watch(manifest, demands)
     _calibrate(store, manifest, teacher, demands, requests)
     # Of all shards, not of those that are missing now: another worker may be at work already.
     own_shards = set(share.of(list(needed_columns(demands))))
@@ -119,6 +153,7 @@ def precompute(*recipes: Recipe, share: Share | None = None, show_progress: bool
         store=store.path,
         students=[str(student.folder) for student in students],
         num_rows=_count_rows(runs),
+        num_shared=sum(selection.provenance["num_shared"] for selection in _selections(runs)),
         num_tokens=sum(selection.num_tokens for selection in _selections(runs)),
         num_shards=len({shard for selection in _selections(runs) for shard in selection.shard_names}),
         computed_tokens=computed_tokens,

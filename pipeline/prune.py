@@ -13,7 +13,9 @@ import torch
 from cache.identity import FINGERPRINT_CHARS, digest_of, row_id
 from pipeline.config import Recipe
 from pipeline.data import Rows, build_rows
-from pipeline.models import check_tokenizers, check_vocabularies, load_config
+from pipeline.interruptions import what_stays
+from pipeline.models import check_length, check_tokenizers, check_vocabularies, load_config
+from pipeline.preflight import check_before_teacher
 from pipeline.provenance import write_record
 from pipeline.student_config import InitConfig, PruneConfig
 from pipeline.students.folders import (
@@ -25,13 +27,13 @@ from pipeline.students.folders import (
     write_checksums,
 )
 from pipeline.students.making import check_student_section, make_student
-from pipeline.students.pruning_record import PRUNING_FILE, read_pruning
+from pipeline.students.pruning_record import PRUNING_FILE, read_pruning, write_kept_channels
 from pipeline.students.pruning_report import JudgedRows
 from pipeline.teacher import Teacher
 from pipeline.whole import whole_folder, write_whole
 
 # Part of a student's name: a change of how students are made makes those that are kept stale.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,12 @@ def prune(recipe: Recipe) -> PreparedStudent:
     Raises:
         ColdstillError: The recipe's teacher, data or student section cannot be carried out.
     """
-    teacher = Teacher.locate(recipe.teacher)
-    check_student(recipe, teacher)
-    train_rows, _ = build_rows(recipe.data, teacher.tokenizer)
-    return prepare_student(recipe, teacher, train_rows)
+    with what_stays(lambda: "before the student was made; the same command begins anew"):
+        teacher = Teacher.locate(recipe.teacher)
+        check_student(recipe, teacher)
+        check_before_teacher(recipe, teacher)
+        train_rows, _ = build_rows(recipe.data, teacher.tokenizer)
+        return prepare_student(recipe, teacher, train_rows)
 
 
 def check_student(recipe: Recipe, teacher: Teacher) -> None:
@@ -75,8 +79,10 @@ def check_student(recipe: Recipe, teacher: Teacher) -> None:
         check_student_section(section, teacher.config)
         return
     folder = find_student(recipe)
-    check_vocabularies(teacher.config, load_config(folder, trust_remote_code=recipe.student.trust_remote_code))
-    check_tokenizers(teacher.folder, folder)
+    config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
+    check_vocabularies(teacher.config, config)
+    check_length(config, recipe.data.sequence_length, who="student")
+    check_tokenizers(teacher.tokenizer, folder, trust_remote_code=recipe.student.trust_remote_code)
 
 
 def prepare_student(recipe: Recipe, teacher: Teacher, train_rows: Rows) -> PreparedStudent:
@@ -136,4 +142,6 @@ def _make(
         teacher.tokenizer.save_pretrained(partial)
         write_record(partial, recipe, {"teacher": teacher.fingerprint})
         write_whole(partial / PRUNING_FILE, json.dumps(student.report, indent=1) + "\n")
+        if student.kept_channels is not None:
+            write_kept_channels(partial, student.kept_channels)
         write_checksums(partial)

@@ -45,4 +45,4 @@ def trained_student(recipe: Recipe) -> Path:
 def rows_key(recipe: Recipe) -> dict[str, Any]:
     """Give the sections of a recipe that decide its store and its rows."""
     teacher = recipe.teacher.model_dump(include={"path", "revision", "dtype"})
-    return {"teacher": teacher, "data": recipe.data.model_dump()}
+    return {"teacher": teacher, "data": recipe.data.identity()}

@@ -22,15 +22,25 @@ from cache.identity import digest_of, weights_digest
 from cache.manifest import Manifest
 from pipeline.batches import BatchCollator, BatchColumns, StoredRows
 from pipeline.config import Recipe
-from pipeline.distiller import IGNORED
-from pipeline.forward import block_outputs
-from pipeline.models import find_structure, kept_channels_of, load_config, load_model, resolve_device, text_config
+from pipeline.forward import model_inputs, run_body
+from pipeline.labels import counts_of
+from pipeline.machine import check_device
+from pipeline.models import (
+    find_structure,
+    kept_channels_of,
+    load_config,
+    load_model,
+    resolve_device,
+    rope_switches,
+    text_config,
+)
 from pipeline.projectors import create_projectors
 from pipeline.provenance import PROVENANCE_FILE
 from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.runs.folder import check_run
 from pipeline.similarity_measures import cka_matrix, cosine_matrix, mean_cosine
 from pipeline.students.folders import find_student
+from pipeline.students.pruning_record import read_kept_channels
 from pipeline.target_forms import column_axes, target_forms
 from pipeline.targets.columns import hidden_block, hidden_form
 from pipeline.trainer import PROJECTORS_FILE
@@ -181,8 +191,10 @@ def _compare(
     rows = _read_rows(recipe, run, columns, num_rows)
     matrices: dict[str, list[list[float]]] = {}
     pairs: list[ProjectedPair] = []
+    channels: Any = None
     for name, folder in students:
-        channels = _teacher_channels(recipe, folder, run.store.teacher["hidden_size"])
+        if name == "pruned":  # training leaves the stream's channels what they were
+            channels = _teacher_channels(recipe, folder, run.store.teacher["hidden_size"])
         states = _student_states(recipe, folder, rows)
         if channels is None:
             matrices[name] = cka_matrix(states, rows.teacher)
@@ -208,7 +220,7 @@ def _read_rows(recipe: Recipe, run: RunRows, hidden: dict[int, str], num_rows: i
     batch = collate(stored.__getitems__(range(min(num_rows, len(stored)))))
     form = target_forms(recipe, run.store, columns).hidden
     assert form is not None
-    counts_BT = batch["labels"] != IGNORED
+    counts_BT = counts_of(batch)
     counts_BT[:, 0] = False
     # Which positions are stored is the same for every block.
     counts_BT = form.chosen(batch["hidden"], next(iter(hidden)), counts_BT)
@@ -219,14 +231,15 @@ def _read_rows(recipe: Recipe, run: RunRows, hidden: dict[int, str], num_rows: i
 @torch.inference_mode()
 def _student_states(recipe: Recipe, folder: Path, rows: _Rows) -> dict[int, Tensor]:
     """Give the output [N, Ds] of every block of a student, where positions count."""
+    check_device("evaluate.device", recipe.evaluate.device)
     device = resolve_device(recipe.evaluate.device)
     model = load_model(folder, dtype="float32", trust_remote_code=recipe.student.trust_remote_code).to(device)
     structure = find_structure(model)
     blocks, body = model.get_submodule(structure.blocks_name), model.get_submodule(structure.body_name)
     assert isinstance(blocks, nn.ModuleList)
     mask_BT = None if rows.mask_BT is None else rows.mask_BT.to(device)
-    with block_outputs(blocks, range(len(blocks))) as outputs:
-        body(input_ids=rows.ids_BT.to(device), attention_mask=mask_BT, use_cache=False)
+    inputs, switches = model_inputs(rows.ids_BT.to(device), mask_BT), rope_switches(model.config)
+    outputs, _ = run_body(body, blocks, inputs, range(len(blocks)), switches=switches)
     return {block: outputs[block].float().cpu()[rows.counts_BT] for block in sorted(outputs)}
 
 
@@ -235,7 +248,8 @@ def _teacher_channels(recipe: Recipe, folder: Path, teacher_width: int) -> Any:
     config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
     if int(text_config(config).hidden_size) == teacher_width:
         return slice(None)
-    kept = kept_channels_of(config)
+    # Students that were pruned before these had a file have them in the config.
+    kept = read_kept_channels(folder) or kept_channels_of(config)
     return None if kept is None else torch.tensor(kept)
 
 
@@ -268,7 +282,7 @@ def _load_projectors(
 ) -> nn.ModuleDict:
     widths = (next(iter(states.values())).shape[1] for states in (student, teacher))
     projectors = create_projectors(
-        layer_map, student_width=next(widths), teacher_width=next(widths), kind=recipe.projector.kind
+        layer_map, student_dim=next(widths), teacher_dim=next(widths), kind=recipe.projector.kind
     )
     if projectors.state_dict():
         file = Path(recipe.output) / PROJECTORS_FILE

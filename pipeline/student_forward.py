@@ -5,12 +5,13 @@ Shapes: B rows, T positions, D width, V vocabulary.
 
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.forward import block_outputs
-from pipeline.models import find_structure, head_problem, text_config
+from pipeline.forward import model_inputs, run_body
+from pipeline.models import find_structure, head_problem, rope_switches, text_config
 from pipeline.output_head import Head, OutputHead, PlainLogits
 
 
@@ -27,13 +28,18 @@ class StudentForward:
     def __init__(self, student: PreTrainedModel) -> None:
         self._student = student
         self._structure = find_structure(student)
+        self._switches = rope_switches(student.config)
         problem = head_problem(student, self._structure)
         self._has_known_head = problem is None
         if problem is not None:
             warnings.warn(f"{problem}: the student's logits are computed whole, which takes more memory", stacklevel=2)
 
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor | None, blocks: Sequence[int]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        blocks: Sequence[int],
+        position_ids: Tensor | None = None,
     ) -> tuple[dict[int, Tensor], Tensor, Head]:
         """Run the student.
 
@@ -41,15 +47,20 @@ class StudentForward:
             input_ids: Token ids [B, T].
             attention_mask: 1 at real positions [B, T]; None where nothing is padded.
             blocks: Whose outputs to give.
+            position_ids: Of each token [B, T]; the model's own where it is None.
 
         Returns:
             These outputs [B, T, D], by block; the post-norm last state [B, T, D] and the head that makes logits of it,
             or the logits [B, T, V] and the head that takes them as they are.
         """
-        runs = self._student.get_submodule(self._structure.body_name) if self._has_known_head else self._student
-        with block_outputs(self._student.get_submodule(self._structure.blocks_name), blocks) as outputs:
-            output = runs(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        of_student = cast("nn.ModuleList", self._student.get_submodule(self._structure.blocks_name))
+        inputs = model_inputs(input_ids, attention_mask, position_ids)
         if not self._has_known_head:
-            return outputs, output.logits, PlainLogits(output.logits.shape[-1])
+            outputs, logits_BTV = run_body(
+                self._student, of_student, inputs, blocks, switches=self._switches, take=lambda output: output.logits
+            )
+            return outputs, logits_BTV, PlainLogits(logits_BTV.shape[-1])
+        body = self._student.get_submodule(self._structure.body_name)
+        outputs, state_BTD = run_body(body, of_student, inputs, blocks, switches=self._switches)
         head = OutputHead.of_model(self._student.get_output_embeddings(), text_config(self._student.config))
-        return outputs, output.last_hidden_state, head
+        return outputs, state_BTD, head

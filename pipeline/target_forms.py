@@ -12,7 +12,8 @@ from cache.selections import Selection
 from cache.store import Store
 from pipeline.batches import BatchCollator, BatchColumns, StoredRows
 from pipeline.config import Recipe
-from pipeline.distiller import IGNORED, TargetForms
+from pipeline.distiller import TargetForms
+from pipeline.labels import counts_of
 from pipeline.losses.hidden_terms import HiddenForm
 from pipeline.losses.logits_targets import (
     FINAL,
@@ -83,7 +84,7 @@ def read_logits(
     logits = target_forms(recipe, run.store, columns).logits
     assert logits is not None
     with torch.no_grad():
-        return logits.read(batch["logits"], batch["labels"] != IGNORED, temperature)
+        return logits.read(batch["logits"], counts_of(batch), temperature)
 
 
 def _columns_at(

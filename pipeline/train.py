@@ -1,30 +1,33 @@
 """Stage two: train the student and its projectors from the store. Neither teacher nor its files are needed."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from cache.errors import IdentityError, ModelError, RecipeError
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from cache.errors import IdentityError, ModelError
 from pipeline.config import Recipe
+from pipeline.interruptions import signals_wait, what_stays
 from pipeline.models import (
     identify,
     load_config,
     resolve_dtype,
     resolve_folder,
 )
-from pipeline.peak_memory import peak_memory_bytes
+from pipeline.places import check_places
+from pipeline.resumable_trainer import newest_checkpoint, sweep_checkpoints, where_it_stands
 from pipeline.run_index import RunRows, find_run_rows, trained_student
 from pipeline.runs.folder import (
     check_claim,
+    checkpoints_folder,
     claim,
     export_projectors,
     export_student,
     finished_summary,
-    last_checkpoint,
     remove_run,
     run_key,
-    sweep_checkpoints,
     write_metrics,
 )
 from pipeline.runs.model_card import model_card
@@ -42,9 +45,10 @@ class TrainSummary:
         num_steps: Optimizer steps of the whole run.
         trained_steps: Of these, the ones taken now; 0 where the run was complete.
         losses: The last logged loss and its terms.
-        tokens_per_s: Over the steps taken now.
-        seconds: Time of these steps.
-        peak_memory_bytes: The most that the process held, on its accelerator where it has one.
+        tokens_per_s: Over the steps of the whole run.
+        seconds: Time of these steps, also where the run was interrupted in between.
+        peak_memory_bytes: The most that a process of the run held, on its accelerator where it has one.
+        exported_step: The step whose student was exported: the last one, or the best by `train.load_best_model_at_end`.
     """
 
     student: str
@@ -54,6 +58,7 @@ class TrainSummary:
     tokens_per_s: float
     seconds: float
     peak_memory_bytes: int
+    exported_step: int
 
 
 def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
@@ -66,33 +71,67 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
     Raises:
         StoreError: The store lacks what the recipe needs, or belongs to another teacher.
         RecipeError: The recipe does not fit the store or the student, or the output holds another run.
+        KeyboardInterrupt: Raised once the step is finished and saved; at once by a second SIGINT, in other threads than
+            the main one, and where several processes train. SIGTERM waits likewise.
     """
-    run = find_run_rows(recipe)
-    _check_teacher(recipe, run)
-    student_folder = find_student(recipe)
-    key = run_key(recipe, run)
-    if restart:
-        remove_run(recipe)
-    check_claim(recipe, key)
-    finished = finished_summary(recipe)
-    if finished is not None:
-        return TrainSummary(**{**finished, "trained_steps": 0})
-    trainer = create_trainer(recipe, run, student_folder)
-    if trainer.is_world_process_zero():
-        claim(recipe, key)
-        sweep_checkpoints(recipe)
-    started = time.monotonic()
-    first_step, checkpoint = last_checkpoint(recipe)
+    trainer = None
+    with what_stays(lambda: _what_stays(recipe, trainer)):
+        run = find_run_rows(recipe)
+        _check_teacher(recipe, run)
+        student_folder = find_student(recipe)
+        key = run_key(recipe, run)
+        if restart:
+            remove_run(recipe)
+        check_claim(recipe, key)
+        finished = finished_summary(recipe)
+        if finished is not None:
+            return TrainSummary(**{"exported_step": finished["num_steps"], **finished, "trained_steps": 0})
+        _check_places(recipe, student_folder)
+        trainer = create_trainer(recipe, run, student_folder)
+        trainer.add_callback(_ClaimAtFirstStep(recipe, key))
+        if trainer.is_world_process_zero():
+            sweep_checkpoints(checkpoints_folder(recipe))
+        # Several processes would have to agree on the step.
+        with signals_wait(may_wait=trainer.args.world_size == 1) as trainer.waiting:
+            first_step = _learn(recipe, trainer)
+            card = model_card(recipe, run, student_folder)
+            return _finish(recipe, run, trainer, key, card=card, first_step=first_step)
+
+
+def _what_stays(recipe: Recipe, trainer: UniversalDistillationTrainer | None) -> str:
+    if finished_summary(recipe) is not None:
+        return "when the run was complete: the student is exported"
+    return where_it_stands(checkpoints_folder(recipe), trainer)
+
+
+def _learn(recipe: Recipe, trainer: UniversalDistillationTrainer) -> int:
+    """Train from the last checkpoint that is there, and give its step."""
+    first_step, checkpoint = newest_checkpoint(checkpoints_folder(recipe))
     if checkpoint is None and recipe.projector.init == "least_squares" and recipe.loss.needs_hidden:
         trainer.fit_projectors(recipe.projector.init_rows)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except ImportError as error:
-        # What an optimizer of another library needs is looked for when training begins.
-        raise RecipeError(f"train: {' '.join(str(error).split())}") from None
-    seconds = time.monotonic() - started
-    card = model_card(recipe, run, student_folder)
-    return _finish(recipe, run, trainer, key, card=card, first_step=first_step, seconds=seconds)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return first_step
+
+
+class _ClaimAtFirstStep(TrainerCallback):
+    """Makes the output a run's own when it has taken a step, and so before any checkpoint; until then it may fail."""
+
+    def __init__(self, recipe: Recipe, key: Mapping[str, Any]) -> None:
+        self._recipe = recipe
+        self._key: Mapping[str, Any] | None = key
+
+    def on_step_end(self, _args: TrainingArguments, state: TrainerState, _control: Any, **_: Any) -> None:
+        if self._key is not None and state.is_world_process_zero:
+            claim(self._recipe, self._key)
+        self._key = None
+
+
+def _check_places(recipe: Recipe, student_folder: Path) -> None:
+    """Refuse an output that cannot be written, or that the run would write over a model that it reads."""
+    models = {"teacher.path": Path(recipe.teacher.path)}
+    if recipe.student.path is not None:
+        models["student.path"] = student_folder
+    check_places(recipe, models=models, written=("output", "local_copy"))
 
 
 def _check_teacher(recipe: Recipe, run: RunRows) -> None:
@@ -119,21 +158,20 @@ def _finish(
     *,
     card: str,
     first_step: int,
-    seconds: float,
 ) -> TrainSummary:
     """Export the student and write the metrics, last: they say that the run is complete."""
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = {name: value for name, value in (logged[-1] if logged else {}).items() if name.startswith("loss")}
-    num_steps = trainer.state.global_step
-    trained_epochs = (trainer.state.epoch or 0.0) * (num_steps - first_step) / max(num_steps, 1)
+    num_steps, seconds = trainer.state.global_step, trainer.seconds
     summary = TrainSummary(
         student=str(trained_student(recipe)),
         num_steps=num_steps,
         trained_steps=num_steps - first_step,
         losses=losses,
-        tokens_per_s=run.selections["train"].num_tokens * trained_epochs / seconds,
+        tokens_per_s=run.selections["train"].num_tokens * (trainer.state.epoch or 0.0) / seconds,
         seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=trainer.peak_memory_bytes,
+        exported_step=trainer.kept_step,
     )
     student, projectors = trainer.trained_state()
     if trainer.is_world_process_zero():

@@ -1,14 +1,10 @@
-"""The transformers Trainer over a distiller: terms logged, projectors in checkpoints, rows in a reproducible order.
+"""The transformers Trainer over a distiller: terms logged, projectors in checkpoints, stored rows in their own order.
 
 A checkpoint folder is the student as `save_pretrained` writes it, so that plain `from_pretrained` loads any of them,
-with `projectors.safetensors` and the Trainer's own state beside it. `trainer_state.json` is published last, when all
-else has reached the disk: a checkpoint without it was never finished.
+with `projectors.safetensors` and the Trainer's own state beside it.
 """
 
-import dataclasses
-import functools
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +12,84 @@ import torch
 from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from torch.utils.data import DataLoader, Sampler, Subset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
-from cache.errors import StoreNotFoundError
-from cache.local_objects import sync_path
-from pipeline.batches import EpochOrder
+from cache.errors import RecipeError, StoreNotFoundError
+from pipeline.assembly import LayerMap, Projectors, assemble
+from pipeline.batches import EpochOrder, StoredRows, complete_batch
 from pipeline.distiller import Distiller
+from pipeline.live_targets import LiveTargets
 from pipeline.models import load_model
+from pipeline.resumable_trainer import ResumableTrainer
 from pipeline.students.adapters import has_adapters, load_adapters
 from pipeline.warm_start import fit_projectors
-from pipeline.whole import disk_errors, write_whole
+from pipeline.whole import disk_errors
 
 PROJECTORS_FILE = "projectors.safetensors"
 
 _STUDENT, _PROJECTORS = "student.", "projectors."
 
 
-class UniversalDistillationTrainer(Trainer):
-    """Train a `Distiller`'s student and projectors from stored targets.
+class UniversalDistillationTrainer(ResumableTrainer):
+    """Train a student and its projectors, from a teacher beside it or from stored targets.
 
-    Takes what `transformers.Trainer` takes, and:
+    Takes what `transformers.Trainer` takes, ordinary data sets and collators among it, with labels as every causal
+    language model has them: the ids, not shifted, -100 where they do not count; or no labels, for all but padding.
+    The student is trained in place; checkpoints are it alone, with `projectors.safetensors` beside it.
 
     Args:
+        model: The student, any causal language model; or a `Distiller`, which has a layer map, projectors and a loss.
+        teacher_model: A teacher to learn from as training goes, in its own dtype. It is moved to the student's device,
+            unless it was loaded with a device map, and never trained, wrapped or saved.
+        layer_map: Student block to teacher block, as `create_layer_map` gives it; or a list, the teacher block of each.
+        projectors: As `create_projectors` gives them; fresh ones where there are none.
+        alpha: Weight of the cross entropy, 0.5 unless it is given.
+        beta: Weight of the divergence times temperature squared, 0.5.
+        gamma: Weight of the hidden loss, 0.1.
+        delta: Weight of the loss of changes from each mapped block to the next, 0.
+        temperature: Of the divergence, 2.
         projector_learning_rate: Of the projectors; the student's own where it is None.
+
+    Raises:
+        RecipeError: Arguments contradict each other, are out of range, or would have no effect.
+        ModelError: Student and teacher do not fit each other.
+        TargetError: A term of the loss has a weight, and nothing gives its target; also while training, where a batch
+            lacks it.
     """
 
     # Each term is divided by the positions of the whole accumulated batch already.
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, model: Distiller, *args: Any, projector_learning_rate: float | None = None, **kwargs: Any
+        self,
+        model: Distiller | PreTrainedModel,
+        *args: Any,
+        teacher_model: PreTrainedModel | None = None,
+        layer_map: LayerMap | None = None,
+        projectors: Projectors | None = None,
+        alpha: float | None = None,
+        beta: float | None = None,
+        gamma: float | None = None,
+        delta: float | None = None,
+        temperature: float | None = None,
+        projector_learning_rate: float | None = None,
+        **kwargs: Any,
     ) -> None:
         self._projector_learning_rate = projector_learning_rate
-        self._distiller = model
+        weights = {"alpha": alpha, "beta": beta, "gamma": gamma, "delta": delta, "temperature": temperature}
+        distiller = assemble(model, teacher=teacher_model, layer_map=layer_map, projectors=projectors, weights=weights)
+        self._distiller = distiller
+        self._live: LiveTargets | None = None
         self._terms: dict[str, Tensor] = {}
         self._terms_since_step = 0
         self._eval_rows: list[dict[str, Tensor]] = []
-        super().__init__(model, *args, **kwargs)
-        self.add_callback(_LossOfStep(model))
+        super().__init__(distiller, *args, **kwargs)
+        self.add_callback(_LossOfStep(distiller))
+        if teacher_model is not None:
+            self._live = LiveTargets.beside(distiller, teacher_model, self.args.device)
+        _check_effects(self)
 
     @property
     def layer_map(self) -> dict[int, int]:
@@ -73,11 +106,19 @@ class UniversalDistillationTrainer(Trainer):
 
     def fit_projectors(self, num_rows: int) -> None:
         """Let the projectors begin as least-squares maps over the first train rows."""
-        rows, size = min(num_rows, len(self.train_dataset)), self.args.per_device_train_batch_size
-        indices = [range(start, min(start + size, rows)) for start in range(0, rows, size)]
-        batches = (self.data_collator(self.train_dataset.__getitems__(chosen)) for chosen in indices)
+        num_rows, size = min(num_rows, len(self.train_dataset)), self.args.per_device_train_batch_size
+        rows = Subset(self.train_dataset, range(num_rows))
+        indices = [list(range(start, min(start + size, num_rows))) for start in range(0, num_rows, size)]
+        batches = (self.data_collator(rows.__getitems__(chosen)) for chosen in indices)
         device = next(self._distiller.parameters()).device
-        fit_projectors(self._distiller, (send_to_device(batch, device) for batch in batches))
+        on_device = (send_to_device(complete_batch(batch), device) for batch in batches)
+        fit_projectors(self._distiller, map(self._with_targets, on_device))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        """Give the batches of a step, each with its labels, and how many positions count in all of them."""
+        return super().get_batch_samples(map(complete_batch, epoch_iterator), num_batches, device)
 
     def compute_loss(
         self,
@@ -87,7 +128,7 @@ class UniversalDistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Compute the weighted sum of the terms, and note each of them for the next log."""
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        outputs = model(**self._with_targets(inputs), num_items_in_batch=num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The count is over all processes, while DDP averages their gradients.
             outputs = {name: value * self.accelerator.num_processes for name, value in outputs.items()}
@@ -106,8 +147,8 @@ class UniversalDistillationTrainer(Trainer):
         prediction_loss_only: bool,  # noqa: ARG002 - the Trainer's own signature
         ignore_keys: list[str] | None = None,  # noqa: ARG002
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Give the eval loss of a batch, and note its terms; stored targets are no predictions to gather."""
-        inputs = self._prepare_inputs(inputs)
+        """Give the eval loss of a batch, and note its terms; targets are no predictions to gather."""
+        inputs = complete_batch(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, terms = self.compute_loss(model, inputs, return_outputs=True)
         # As the Trainer counts the loss itself: a batch once for each row, of which it cuts those that are there twice.
@@ -146,6 +187,17 @@ class UniversalDistillationTrainer(Trainer):
             logs |= {name: getattr(self._distiller.weights, name) for name in self._distiller.loss.schedules}
         super().log(logs, start_time)
 
+    def sums(self) -> dict[str, Any]:
+        """Give the sums of the terms too."""
+        terms = {name: self._mean(total) for name, total in self._terms.items()}
+        return {**super().sums(), "terms": terms, "terms_since_step": self._terms_since_step}
+
+    def take_up(self, sums: dict[str, Any]) -> None:
+        """Go on with the sums of the terms too."""
+        super().take_up(sums)
+        self._terms = {name: torch.tensor(total, device=self.args.device) for name, total in sums["terms"].items()}
+        self._terms_since_step = sums["terms_since_step"]
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer over student and projectors; the latter in groups of their own where they have a rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -154,8 +206,13 @@ class UniversalDistillationTrainer(Trainer):
             _split_groups(optimizer, of_projectors, self._projector_learning_rate)
         return optimizer
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _with_targets(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch if self._live is None else {**batch, **self._live(batch)}
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, StoredRows):
+            return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochOrder(len(dataset), seed=seed)
 
@@ -173,21 +230,6 @@ class UniversalDistillationTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        # The Trainer writes its state in place, and then removes older checkpoints: the state must be whole by then.
-        self.state.save_to_json = functools.partial(_publish_state, self.state)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            del self.state.save_to_json
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The first process calls the checkpoint whole, so every other one must have written its part.
-        self.accelerator.wait_for_everyone()
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -202,6 +244,15 @@ class UniversalDistillationTrainer(Trainer):
         projectors = {name: value for name, value in distiller.state_dict().items() if name.startswith(_PROJECTORS)}
         if projectors:
             distiller.projectors.load_state_dict(_read_projectors(folder))
+
+
+def _check_effects(trainer: Trainer) -> None:
+    """Refuse what the Trainer takes and a loss that is computed here never asks."""
+    extras = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+    idle = [name for name in extras if getattr(trainer, name) is not None]
+    idle += ["label_smoothing_factor"] * (trainer.args.label_smoothing_factor != 0)
+    if idle:
+        raise RecipeError(f"{', '.join(idle)} would have no effect: the loss and its terms are all that is computed")
 
 
 class _LossOfStep(TrainerCallback):
@@ -222,14 +273,6 @@ def _of_student(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _of_projectors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give the projectors' part of a distiller's state; empty where all are the identity."""
     return {name: value.contiguous() for name, value in state.items() if name.startswith(_PROJECTORS)}
-
-
-def _publish_state(state: TrainerState, json_path: str) -> None:
-    """Write the Trainer's state so that its file says that the whole checkpoint is on the disk."""
-    path = Path(json_path)
-    for file in path.parent.iterdir():
-        sync_path(file)
-    write_whole(path, json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n")
 
 
 def _read_projectors(folder: Path) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.distiller import IGNORED, Distiller
+from pipeline.distiller import Distiller
+from pipeline.labels import counts_of
 from pipeline.losses.terms import POSITION_WEIGHTS
 from pipeline.projectors import LearnableProjector, MlpProjector
 
@@ -32,9 +33,7 @@ def fit_projectors(distiller: Distiller, batches: Iterable[Mapping[str, Any]]) -
     was_training = distiller.training
     distiller.eval()
     for batch in batches:
-        for name, student_ND, teacher_ND in distiller.state_pairs(
-            batch["input_ids"], batch.get("attention_mask"), batch["hidden"], batch["labels"] != IGNORED
-        ):
+        for name, student_ND, teacher_ND in distiller.state_pairs(batch, counts_of(batch)):
             projector = distiller.projectors[name]
             if not isinstance(projector, LearnableProjector | MlpProjector):
                 continue

@@ -37,7 +37,7 @@ def run_stage(name: str, recipe: Path, overrides: list[str] | None, **options: A
 
     file, changes = one_file(recipe, overrides)
     loaded = load_recipe(file, changes)
-    _note_idle_keys(loaded)
+    _say_notes(loaded, name)
     return call(name, loaded, **options)
 
 
@@ -78,15 +78,24 @@ def load_recipes(arguments: list[str]) -> list[Any]:
 
     files, overrides = _files_and_overrides(arguments, "recipe")
     recipes = [load_recipe(Path(file), overrides) for file in files]
-    for recipe in recipes:
-        _note_idle_keys(recipe)
+    for note in dict.fromkeys(note for recipe in recipes for note in _notes(recipe, "precompute")):
+        typer.echo(f"coldstill: {note}", err=True)
     return recipes
 
 
-def _note_idle_keys(recipe: Any) -> None:
-    """Say, where the screen is not for machines, which keys of a recipe do nothing."""
-    for note in recipe.idle_keys() if speaks() else ():
+def _say_notes(recipe: Any, stage: str) -> None:
+    for note in _notes(recipe, stage):
         typer.echo(f"coldstill: {note}", err=True)
+
+
+def _notes(recipe: Any, stage: str) -> list[str]:
+    """Give, where this process speaks, which keys of a recipe do nothing, and what a stage bears with here."""
+    if not speaks():
+        return []
+    with contextlib.redirect_stdout(sys.stderr):
+        from pipeline.machine import machine_notes
+
+        return [*recipe.idle_keys(), *machine_notes(recipe, stage)]
 
 
 def speaks() -> bool:

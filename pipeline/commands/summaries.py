@@ -64,6 +64,8 @@ def precompute_lines(result: "PrecomputeSummary") -> Iterator[str]:
     for student in dict.fromkeys(result.students):
         yield f"student    {student}"
     yield f"rows       {rows}; {result.num_tokens:,} tokens in {_count(result.num_shards, 'shard')}"
+    if result.num_shared:
+        yield f"left out   {result.num_shared:,} documents or rows of train, because eval has them"
     if result.computed_tokens:
         rate = result.computed_tokens / result.seconds
         per_token = result.written_bytes / result.computed_tokens

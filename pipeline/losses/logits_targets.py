@@ -8,7 +8,7 @@ Shapes: N positions that count, C positions of a chunk, K stored tokens, M draws
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -64,7 +64,13 @@ class ChosenTokens(Protocol):
 
 
 class LogitsForm(Protocol):
-    """How a recipe's kind of logits target is read."""
+    """How a recipe's kind of logits target is read.
+
+    Attributes:
+        roles: What a batch must carry.
+    """
+
+    roles: ClassVar[tuple[str, ...]]
 
     def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> "LogitsTarget":
         """Decode a batch's columns, [B, T, ...] by role and array, at the positions that count.
@@ -81,6 +87,8 @@ class BucketedForm:
         k: How many of the stored tokens to read.
         vocab_size: V.
     """
+
+    roles: ClassVar[tuple[str, ...]] = (TOPK, NORMALISER)
 
     k: int
     vocab_size: int
@@ -148,6 +156,8 @@ class SampledForm:
     Attributes:
         k: How many of the likeliest tokens there are; the tail begins behind them.
     """
+
+    roles: ClassVar[tuple[str, ...]] = (TOPK, TAIL, NORMALISER)
 
     k: int
 
@@ -219,6 +229,8 @@ class FinalForm:
         code: The states' transform code, where they are coded.
         correction_V: What is added to the logits at temperature 1 for the states' rounding, divided by T^2 at T.
     """
+
+    roles: ClassVar[tuple[str, ...]] = (FINAL,)
 
     form: StateForm
     head: OutputHead

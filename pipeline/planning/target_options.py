@@ -9,7 +9,7 @@ import torch
 from cache.manifest import Manifest
 from pipeline.capture import CaptureRequest, capture
 from pipeline.config import Recipe
-from pipeline.distiller import IGNORED
+from pipeline.labels import counts_of
 from pipeline.losses.logits_targets import FullDistribution
 from pipeline.models import load_model
 from pipeline.planning.budget import HiddenOption
@@ -119,7 +119,7 @@ def _judge(trial: Trial, temperature: float) -> FidelityJudge:
     teacher = Teacher.locate(trial.recipe.teacher)
     parts = teacher.parts
     batch = read_batch(trial.recipe, trial.run, split="train", num_rows=_JUDGED_ROWS, device=teacher.device)
-    ids_BT, counts_BT = batch["input_ids"], batch["labels"] != IGNORED
+    ids_BT, counts_BT = batch["input_ids"], counts_of(batch)
     lengths = (
         batch["attention_mask"].sum(dim=1).tolist() if "attention_mask" in batch else [ids_BT.shape[1]] * len(ids_BT)
     )

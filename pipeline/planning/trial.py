@@ -18,6 +18,7 @@ from cache.errors import RecipeError
 from cache.manifest import Manifest
 from cache.store import CONSTANTS
 from pipeline.config import Recipe
+from pipeline.interruptions import what_stays
 from pipeline.peak_memory import release_memory
 from pipeline.precompute import PrecomputeSummary, precompute
 from pipeline.recipe_file import dump_recipe, parse_recipe
@@ -33,7 +34,6 @@ _SHORT_RUN = {
     "eval_strategy": "no",
     "load_best_model_at_end": False,
     "report_to": "none",
-    "push_to_hub": False,
 }
 
 
@@ -95,7 +95,10 @@ def trial_of(recipe: Recipe, *, num_rows: int, show_progress: bool) -> Iterator[
     Raises:
         ColdstillError: What `precompute` raises of the recipe.
     """
-    with tempfile.TemporaryDirectory(prefix="coldstill-plan-") as folder:
+    with (
+        what_stays(lambda: "with nothing kept, as a plan keeps nothing"),
+        tempfile.TemporaryDirectory(prefix="coldstill-plan-") as folder,
+    ):
         steps = _STEPS * int(recipe.train.get("gradient_accumulation_steps", 1))
         rows_of_steps = steps * int(recipe.train.get("per_device_train_batch_size", 8))
         data = recipe.data

@@ -15,7 +15,7 @@ def cost_section(run: RunRecord) -> Section:
     summary = run.summary
     rows = [
         ["training, time", format_duration(summary["seconds"])],
-        ["training, steps", f"{summary['trained_steps']:,} of {summary['num_steps']:,}"],
+        ["training, steps", f"{summary['num_steps']:,}"],
         ["training, rate", f"{summary['tokens_per_s']:,.0f} tokens/s"],
         ["training, peak memory", format_size(summary["peak_memory_bytes"])],
     ]
@@ -38,7 +38,7 @@ def cost_section(run: RunRecord) -> Section:
         columns.append(["all", f"{sum(sizes.values()):,.1f}"])
         table = Table("Of the train rows, compressed, on disk.", ["column", "bytes a token"], columns)
         blocks.append(Folded("Bytes a token, column by column", [table]))
-    table = Table("Time and rate are of the steps that the last call took.", ["", "cost"], rows)
+    table = Table("Time and rate are of all steps, also where the run was interrupted in between.", ["", "cost"], rows)
     return Section("cost", "Cost", [table, *blocks])
 
 

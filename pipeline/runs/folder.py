@@ -17,16 +17,18 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
 
 from cache.errors import RecipeError, StoreError
 from cache.identity import digest_of
 from pipeline.config import Recipe
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE, write_record
 from pipeline.recipe_file import load_recipe
+from pipeline.resumable_trainer import newest_checkpoint, planned_steps
 from pipeline.run_index import RunRows, find_run_rows, rows_key, trained_student
 from pipeline.runs.model_card import CARD_FILE
 from pipeline.students.adapters import has_adapters, merged
+from pipeline.students.folders import find_student
+from pipeline.students.pruning_record import read_kept_channels, write_kept_channels
 from pipeline.trainer import PROJECTORS_FILE, UniversalDistillationTrainer
 from pipeline.whole import whole_file, whole_folder, write_whole
 
@@ -45,8 +47,6 @@ _IDLE_PREFIXES = (
     "report_to",
     "run_name",
     "disable_tqdm",
-    "push_",
-    "hub_",
 )
 # Of these, what decides which checkpoint is the best one.
 _WHEN_JUDGED = ("eval_", "save_")
@@ -160,11 +160,11 @@ def what_is_untrained(recipe: Recipe) -> str | None:
     """Say why an output holds no trained student, and what to do; None where it holds one."""
     if (trained_student(recipe) / "config.json").is_file():
         return None
-    step, checkpoint = last_checkpoint(recipe)
+    step, checkpoint = newest_checkpoint(checkpoints_folder(recipe))
     if checkpoint is None:
         begun = "training has saved no checkpoint yet" if claimed_run(recipe) else "it is not trained yet"
         return f"{begun}; run: coldstill train"
-    planned = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["max_steps"]
+    planned = planned_steps(Path(checkpoint))
     return f"training is at step {step} of {planned}; run: coldstill train"
 
 
@@ -180,26 +180,6 @@ def read_metrics(recipe: Recipe) -> dict[str, Any] | None:
     if not metrics.is_file() or not (trained_student(recipe) / "config.json").is_file():
         return None
     return dict(json.loads(metrics.read_text()))
-
-
-def last_checkpoint(recipe: Recipe) -> tuple[int, str | None]:
-    """Give step and folder of the newest checkpoint that is whole: its state file is published last."""
-    folders = checkpoints_folder(recipe).glob("checkpoint-*")
-    whole = [folder for folder in folders if _is_whole(folder)]
-    by_step = {int(folder.name.rsplit("-", 1)[-1]): str(folder) for folder in whole}
-    newest = max(by_step, default=0)
-    return newest, by_step.get(newest)
-
-
-def sweep_checkpoints(recipe: Recipe) -> None:
-    """Remove checkpoints that a killed run did not finish."""
-    for folder in checkpoints_folder(recipe).glob("checkpoint-*"):
-        if not _is_whole(folder):
-            shutil.rmtree(folder)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    return (checkpoint / TRAINER_STATE_NAME).is_file()
 
 
 def export_student(
@@ -231,6 +211,8 @@ def export_student(
         student.save_pretrained(partial, state_dict=state)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(partial)
+        if (channels := read_kept_channels(find_student(recipe))) is not None:
+            write_kept_channels(partial, channels)
         write_whole(partial / CARD_FILE, card)
         write_record(partial, recipe, facts)
 

@@ -16,14 +16,14 @@ from cache.store import Store
 from cache.tokens import TOKENS, write_tokens
 from pipeline.config import DataConfig, Recipe
 from pipeline.data import Rows, build_rows
-from pipeline.models import load_config, text_config
-from pipeline.pairing import layer_map_between, layer_map_of
+from pipeline.models import check_length, load_config, text_config
+from pipeline.pairing import check_layer_map, layer_map_of
+from pipeline.preflight import check_before_teacher
 from pipeline.prune import check_student
 from pipeline.stage_one.shard_jobs import ShardJob
-from pipeline.student_config import InitConfig
-from pipeline.students.making import num_student_blocks
 from pipeline.targets.columns import TargetColumns, columns_of
 from pipeline.teacher import Teacher
+from pipeline.training_arguments import check_row_count
 
 SPLITS = ("eval", "train")
 
@@ -48,14 +48,18 @@ class Request:
         """Say where the rows of a split came from."""
         return {
             "tokenizer": self.tokenizer,
-            "source": getattr(self.recipe.data, split).model_dump(),
+            "source": getattr(self.recipe.data, split).identity(),
             "num_documents": self.rows[split].num_documents,
             "num_shared": self.rows[split].num_shared,
         }
 
 
-def locate_teacher(recipes: Sequence[Recipe]) -> Teacher:
-    """Find the teacher that all recipes name, and refuse, before any work, what it cannot do for them.
+def locate_teacher(recipes: Sequence[Recipe], *, trains_here: bool = False) -> Teacher:
+    """Find the teacher that all recipes name, and refuse, before any work, what cannot be carried out of them.
+
+    Args:
+        recipes: One or more.
+        trains_here: Whether their students are trained on this machine too.
 
     Raises:
         RecipeError: The recipes name different teachers or caches, or one asks for what this teacher does not have.
@@ -73,7 +77,7 @@ def locate_teacher(recipes: Sequence[Recipe]) -> Teacher:
     for recipe in recipes:
         _check_recipe(recipe, teacher)
         check_student(recipe, teacher)
-        _check_mapping(recipe, teacher)
+        check_before_teacher(recipe, teacher, trains_here=trains_here)
     return teacher
 
 
@@ -89,6 +93,8 @@ def build_requested_rows(recipes: Sequence[Recipe], teacher: Teacher) -> list[di
             train_rows, eval_rows = build_rows(recipe.data, teacher.tokenizer)
             _check_vocabulary([*train_rows.tokens, *eval_rows.tokens], teacher)
             built.append((recipe.data, {"train": train_rows, "eval": eval_rows}))
+        rows = next(rows for data, rows in built if recipe.data == data)
+        check_row_count(recipe, len(rows["train"].tokens))
     return [next(rows for data, rows in built if data == recipe.data) for recipe in recipes]
 
 
@@ -101,26 +107,13 @@ def _check_recipe(recipe: Recipe, teacher: Teacher) -> None:
         raise RecipeError(
             f"targets.logits.k is {logits.k}, but the teacher's vocabulary has {config.vocab_size} entries{tail}"
         )
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and recipe.data.sequence_length > longest:
-        raise RecipeError(
-            f"data.sequence_length is {recipe.data.sequence_length}, but the teacher reads at most {longest} tokens"
-        )
+    check_length(teacher.config, recipe.data.sequence_length, who="teacher")
     blocks = recipe.targets.hidden.blocks
     for block in blocks if isinstance(blocks, list) else []:
         if block >= teacher.num_blocks:
             raise RecipeError(
                 f"targets.hidden.blocks names block {block}; the teacher has blocks 0 to {teacher.num_blocks - 1}"
             )
-
-
-def _check_mapping(recipe: Recipe, teacher: Teacher) -> None:
-    """Hold the mapping against a student that is yet to be pruned: how many blocks it will have is known."""
-    section = recipe.student.made_from_teacher
-    if section is not None and recipe.targets.hidden.blocks == "mapped":
-        remaining = num_student_blocks(section, teacher.config)
-        kept = None if isinstance(section, InitConfig) and section.weights == "interpolate" else range(remaining)
-        layer_map_between(recipe.mapping, remaining, teacher.num_blocks, kept_blocks=kept)
 
 
 def _check_vocabulary(tokens: Iterable[np.ndarray], teacher: Teacher) -> None:
@@ -136,12 +129,15 @@ def _check_vocabulary(tokens: Iterable[np.ndarray], teacher: Teacher) -> None:
 def blocks_to_store(recipe: Recipe, teacher: Teacher, student: Path) -> list[int]:
     """Give the teacher blocks whose outputs a recipe needs for the student in a folder."""
     section = recipe.targets.hidden.blocks
-    if isinstance(section, list):
-        return section
-    if section == "none":
-        return []
+    if section == "none" or (isinstance(section, list) and not recipe.loss.needs_hidden):
+        return list(section) if isinstance(section, list) else []
     config = load_config(student, trust_remote_code=recipe.student.trust_remote_code)
-    return list(layer_map_of(recipe.mapping, config, num_teacher_blocks=teacher.num_blocks).values())
+    layer_map = layer_map_of(recipe.mapping, config, num_teacher_blocks=teacher.num_blocks)
+    if isinstance(section, list):
+        # Of a student that was pruned just now, which blocks these are is known at last.
+        check_layer_map(recipe, layer_map)
+        return section
+    return list(layer_map.values())
 
 
 class RowRegistry:

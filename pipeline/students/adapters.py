@@ -1,7 +1,8 @@
 """Students that learn through LoRA adapters: made, saved, restored and merged by PEFT, which is an extra."""
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,49 @@ def add_adapters(student: PreTrainedModel, lora: Mapping[str, Any], *, seed: int
     Raises:
         RecipeError: PEFT is not installed, or refuses an argument.
     """
+    _require_peft()
+    with _one_line(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _adapted(student, lora)
+
+
+def check_adapters(outline: Callable[[], PreTrainedModel], lora: Mapping[str, Any]) -> None:
+    """Refuse adapters that a student could not be given, by its modules alone.
+
+    Args:
+        outline: Gives the student's modules without weights, new ones in each call.
+        lora: Arguments of `peft.LoraConfig`.
+
+    Raises:
+        RecipeError: PEFT is not installed, refuses an argument, or finds no module to adapt.
+    """
+    _require_peft()
+    with _one_line():
+        try:
+            _adapted(outline(), lora)
+        except RuntimeError:
+            # Some first values are drawn from the weights, which are not there.
+            _adapted(outline(), {**lora, "init_lora_weights": True})
+
+
+def _require_peft() -> None:
     if peft is None:
         raise RecipeError("student.lora needs PEFT; run: pip install 'coldstill[lora]'")
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            # PEFT asks for a property of models by a name that transformers calls deprecated.
-            warnings.simplefilter("ignore", FutureWarning)
-            return peft.get_peft_model(student, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
-    except (TypeError, ValueError) as error:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise RecipeError(f"student.lora: {' '.join(str(error).split())}") from None
+
+
+def _adapted(student: PreTrainedModel, lora: Mapping[str, Any]) -> PreTrainedModel:
+    with warnings.catch_warnings():
+        # PEFT asks for a property of models by a name that transformers calls deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(student, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
 def has_adapters(student: PreTrainedModel) -> bool:

@@ -39,7 +39,6 @@ def parameter_axes(parts: ModelParts) -> dict[str, tuple[Axis, ...]]:
         ModelError: The model has weights that this module does not know; names the first.
     """
     around: dict[str, tuple[Axis, ...]] = dict.fromkeys((embedding_name(parts), head_name(parts)), _READER)
-    around[final_norm_name(parts)] = ("channels",)
     return {name: _axes_of(parts, around, name, tuple(value.shape)) for name, value in parts.model.state_dict().items()}
 
 
@@ -54,7 +53,15 @@ def head_name(parts: ModelParts) -> str:
 
 
 def final_norm_name(parts: ModelParts) -> str:
-    """Give the name of the norm behind the last block."""
+    """Give the name of the norm behind the last block.
+
+    Raises:
+        ModelError: There is none.
+    """
+    if parts.final_norm is None:
+        raise ModelError(
+            f"{type(parts.model).__name__} has no norm behind its decoder blocks, so it is not cut in width"
+        )
     return _module_name(parts, parts.final_norm)
 
 
@@ -75,6 +82,8 @@ def _axes_of(
     module, _, kind = name.rpartition(".")
     if module in around:
         return around[module][: len(shape)]
+    if shape == (parts.hidden_size,) and module.rpartition(".")[0] == parts.structure.body_name:
+        return ("channels",)
     prefix = f"{parts.blocks_name}."
     if module.startswith(prefix):
         _, _, within = module.removeprefix(prefix).partition(".")

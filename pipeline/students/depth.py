@@ -3,20 +3,23 @@
 Knows models and tensors; where a pruned student is kept is the stages' business.
 """
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cache.errors import RecipeError
-from pipeline.forward import block_output, padded_batches
-from pipeline.models import KEPT_BLOCKS, KEPT_CHANNELS, ModelParts, text_config
+from cache.errors import ModelError, RecipeError
+from pipeline.forward import block_input, block_output, padded_batches
+from pipeline.models import KEPT_BLOCKS, ModelParts, text_config
 from pipeline.student_config import PruneLayersConfig
-from pipeline.students.model_copies import changed_config, model_from_state
-
-_KEPT = (KEPT_BLOCKS, KEPT_CHANNELS)
+from pipeline.students.cut_check import OTHER_CUTS, check_cut, load_weights, warn_without_cache
+from pipeline.students.cut_weights import cut_weights
+from pipeline.students.layer_patterns import cut_patterns
+from pipeline.students.model_copies import changed_config, empty_model, reread_config
 
 
 def check_prune(layers: PruneLayersConfig, *, num_blocks: int) -> None:
@@ -76,8 +79,7 @@ def block_importances(parts: ModelParts, rows: Sequence[Tensor]) -> list[float]:
     """
     totals = torch.zeros(len(parts.blocks), dtype=torch.float64)
     num_positions = 0
-    device = next(parts.model.parameters()).device
-    for ids_BT, mask_BT in padded_batches(rows, device=device):
+    for ids_BT, mask_BT in padded_batches(rows, parts.model):
         totals += _influences(parts, ids_BT, mask_BT)
         num_positions += int(mask_BT.sum())
     return (totals / num_positions).tolist()
@@ -86,21 +88,18 @@ def block_importances(parts: ModelParts, rows: Sequence[Tensor]) -> list[float]:
 def cut_blocks(parts: ModelParts, kept_blocks: Sequence[int]) -> PreTrainedModel:
     """Make the model that has only some of the decoder blocks; the original is left as it was.
 
-    Every list of the config that has an entry for each block, such as `layer_types`, is cut with them, and the config
-    names the blocks that were kept.
+    What the config says of its blocks one by one is said of those that were kept, and it names them. The model is
+    compared with the original.
+
+    Raises:
+        ModelError: A block would not compute what it did in the original.
     """
     config = deep_config(parts.model.config, kept_blocks)
-    renumbered = {old: new for new, old in enumerate(kept_blocks)}
-    prefix = f"{parts.blocks_name}."
-    state = {}
-    for name, value in parts.model.state_dict().items():
-        if name.startswith(prefix):
-            block, _, rest = name.removeprefix(prefix).partition(".")
-            if int(block) not in renumbered:
-                continue
-            name = f"{prefix}{renumbered[int(block)]}.{rest}"
-        state[name] = value
-    return model_from_state(config, state, like=parts.model)
+    student = empty_model(config, like=parts.model)
+    load_weights(parts, student, cut_weights(parts, kept_blocks, student), kept_blocks)
+    check_cut(parts, student, kept_blocks)
+    warn_without_cache(parts, student)
+    return student
 
 
 def _influences(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -108,11 +107,15 @@ def _influences(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     handles = []
     for index, block in enumerate(parts.blocks):
 
-        def measure(_module: object, args: tuple[Tensor, ...], output: object, index: int = index) -> None:
-            before, after = args[0][mask_BT].float(), block_output(output)[mask_BT].float()
-            influences[index] = (1.0 - F.cosine_similarity(before, after, dim=-1)).double().sum().cpu()
+        def measure(_module: object, args: Any, kwargs: Any, output: object, index: int = index) -> None:
+            # Gemma 3n keeps several streams, along an axis in front.
+            before, after = (
+                stream[..., mask_BT, :].float() for stream in (block_input(args, kwargs), block_output(output))
+            )
+            turned_N = 1.0 - F.cosine_similarity(before, after, dim=-1)
+            influences[index] = turned_N.double().reshape(-1, turned_N.shape[-1]).mean(dim=0).sum().cpu()
 
-        handles.append(block.register_forward_hook(measure))
+        handles.append(block.register_forward_hook(measure, with_kwargs=True))
     try:
         parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
     finally:
@@ -122,14 +125,25 @@ def _influences(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def deep_config(config: PreTrainedConfig, kept_blocks: Sequence[int]) -> PreTrainedConfig:
-    """Give the config of a model that has only some of the blocks; it names the ones that were kept."""
+    """Give the config of a model that has only some of the blocks; it names the ones that were kept.
+
+    Raises:
+        ModelError: The architecture does not allow these blocks.
+    """
     of_text = text_config(config)
-    num_blocks = of_text.num_hidden_layers
-    lists = {
-        key: [value[block] for block in kept_blocks]
-        for key, value in of_text.to_dict().items()
-        if isinstance(value, list) and len(value) == num_blocks and hasattr(of_text, key) and key not in _KEPT
-    }
-    cut = changed_config(config, num_hidden_layers=len(kept_blocks), **lists)
+    changes = cut_patterns(of_text.to_dict(), kept_blocks, num_blocks=of_text.num_hidden_layers)
+    cut = reread_config(changed_config(config, **changes))
+    reread = text_config(cut)
+    for key, value in changes.items():
+        read = _as_json(reread.to_dict().get(key, getattr(reread, key)))
+        if read != _as_json(value):
+            raise ModelError(
+                f"{type(reread).__name__} cannot say {key} of blocks {', '.join(map(str, kept_blocks))} alone: "
+                f"{_as_json(value)} would be read as {read}; {OTHER_CUTS}"
+            )
     setattr(cut, KEPT_BLOCKS, list(kept_blocks))
     return cut
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, default=list)

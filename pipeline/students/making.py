@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cache.errors import ModelError, RecipeError
-from pipeline.models import ModelParts, kept_blocks_of, kept_channels_of, take_apart, text_config
+from pipeline.models import ModelParts, kept_blocks_of, take_apart, text_config
 from pipeline.student_config import InitConfig, PruneConfig, PruneMlpConfig, Reconstruct
 from pipeline.students.axes import mlp_size
 from pipeline.students.depth import block_importances, check_prune, choose_kept_blocks, cut_blocks, num_removed
@@ -39,10 +39,24 @@ class MadeStudent:
     Attributes:
         model: The student.
         report: What was cut and what that cost (`pipeline.students.pruning_report`).
+        kept_channels: The teacher's channel of each of its own; None where none were chosen.
     """
 
     model: PreTrainedModel
     report: dict[str, Any]
+    kept_channels: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A model cut of the teacher, and the teacher's channels that it has."""
+
+    model: PreTrainedModel
+    channels_K: Tensor | None = None
+
+    @property
+    def kept_channels(self) -> list[int] | None:
+        return None if self.channels_K is None else self.channels_K.tolist()
 
 
 def check_student_section(section: PruneConfig | InitConfig, teacher: PreTrainedConfig) -> None:
@@ -74,6 +88,13 @@ def num_student_blocks(section: PruneConfig | InitConfig, teacher: PreTrainedCon
     return int(text_config(teacher).num_hidden_layers) - removed
 
 
+def student_width(section: PruneConfig | InitConfig, teacher: PreTrainedConfig) -> int:
+    """Give how many channels the student's residual stream will have."""
+    if isinstance(section, InitConfig):
+        return _design_of(section, teacher).hidden_size
+    return int(text_config(teacher).hidden_size) if section.hidden is None else section.hidden.size
+
+
 def kept_blocks_before_measuring(section: PruneConfig | InitConfig, teacher: PreTrainedConfig) -> list[int] | None:
     """Give the teacher blocks that the student will be cut from; None where only a measurement decides them."""
     num_blocks = int(text_config(teacher).num_hidden_layers)
@@ -102,13 +123,14 @@ def make_student(
     """
     facts: dict[str, Any] = {}
     if isinstance(section, PruneConfig):
-        model = _prune(section, teacher, rows, facts)
+        cut = _prune(section, teacher, rows, facts)
     else:
-        model = _initialise(section, teacher, rows, facts)
-    return MadeStudent(model, {"kind": _kind(section), **pruning_report(teacher, model, judged), **facts})
+        cut = _initialise(section, teacher, rows, facts)
+    report = {"kind": _kind(section), **pruning_report(teacher, cut.model, judged), **facts}
+    return MadeStudent(cut.model, report, cut.kept_channels)
 
 
-def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]) -> PreTrainedModel:
+def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]) -> _Cut:
     facts["reconstructed"] = section.wants_reconstruction and _can_reconstruct(section.reconstruct, teacher, rows)
     kept = list(range(len(teacher.blocks)))
     if section.layers is not None:
@@ -119,11 +141,13 @@ def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], fa
     if section.mlp is not None:
         wanted = _mlp_size_wanted(section.mlp, mlp_size(parts))
         parts = take_apart(_narrow_mlps(parts, wanted, rows, method=section.mlp.method))
+    channels_K = None
     if section.hidden is not None:
-        parts = take_apart(_narrow_stream(parts, section.hidden.size, rows))
+        channels_K = most_important(channel_importances(parts, rows), section.hidden.size)
+        parts = take_apart(narrow_stream(parts, channels_K, rows))
     if facts["reconstructed"]:
-        _reconstruct(parts, teacher, rows)
-    return parts.model
+        _reconstruct(parts, teacher, rows, channels_K)
+    return _Cut(parts.model, channels_K)
 
 
 def _can_reconstruct(wanted: Reconstruct, teacher: ModelParts, rows: Sequence[Tensor]) -> bool:
@@ -136,22 +160,19 @@ def _can_reconstruct(wanted: Reconstruct, teacher: ModelParts, rows: Sequence[Te
     return why is None
 
 
-def _reconstruct(student: ModelParts, teacher: ModelParts, rows: Sequence[Tensor]) -> None:
+def _reconstruct(student: ModelParts, teacher: ModelParts, rows: Sequence[Tensor], channels_K: Tensor | None) -> None:
     blocks = kept_blocks_of(student.model.config)
     assert blocks is not None
-    channels_K = torch.arange(teacher.hidden_size)
-    if student.hidden_size < teacher.hidden_size:
-        channels_K = torch.tensor(kept_channels_of(student.model.config))
+    if channels_K is None:
+        channels_K = torch.arange(teacher.hidden_size)
     reconstruct(student, teacher, rows, kept_blocks=blocks, channels_K=channels_K)
 
 
-def _initialise(
-    section: InitConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]
-) -> PreTrainedModel:
+def _initialise(section: InitConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]) -> _Cut:
     design = _design_of(section, teacher.model.config)
     facts["reconstructed"] = False
     if section.weights == "interpolate":
-        return interpolate(teacher, design)
+        return _Cut(interpolate(teacher, design))
     blocks = _design_blocks(section, design, len(teacher.blocks))
     assert blocks is not None
     parts = take_apart(cut_blocks(teacher, blocks))
@@ -162,24 +183,21 @@ def _initialise(
             parts = take_apart(_narrow_mlps(parts, design.mlp_size, rows, method="activations"))
         else:
             parts = take_apart(narrow_mlps(parts, [torch.arange(design.mlp_size)] * len(parts.blocks)))
+    channels_K = None
     if cuts_stream:
+        channels_K = torch.arange(design.hidden_size)
         if copies:
-            parts = take_apart(_narrow_stream(parts, design.hidden_size, rows))
-        else:
-            parts = take_apart(narrow_stream(parts, torch.arange(design.hidden_size), rows=[]))
+            channels_K = most_important(channel_importances(parts, rows), design.hidden_size)
+        parts = take_apart(narrow_stream(parts, channels_K, rows if copies else []))
     if copies and (cuts_mlps or cuts_stream) and _can_reconstruct("auto", teacher, rows):
         facts["reconstructed"] = True
-        _reconstruct(parts, teacher, rows)
-    return parts.model
+        _reconstruct(parts, teacher, rows, channels_K)
+    return _Cut(parts.model, channels_K)
 
 
 def _narrow_mlps(parts: ModelParts, size: int, rows: Sequence[Tensor], *, method: str) -> PreTrainedModel:
     importances = neuron_importances(parts, rows, method=method)
     return narrow_mlps(parts, [most_important(of_block, size) for of_block in importances])
-
-
-def _narrow_stream(parts: ModelParts, size: int, rows: Sequence[Tensor]) -> PreTrainedModel:
-    return narrow_stream(parts, most_important(channel_importances(parts, rows), size), rows)
 
 
 def _design_of(section: InitConfig, teacher: PreTrainedConfig) -> Design:

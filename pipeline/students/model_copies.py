@@ -40,6 +40,20 @@ def changed_config(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig
     return changed
 
 
+def reread_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Give a config as transformers will read it from its file; the kind of attention stays.
+
+    Raises:
+        ModelError: transformers would not read it.
+    """
+    try:
+        reread = type(config).from_dict(copy.deepcopy(config.to_dict()))
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{type(config).__name__} does not allow this cut: {_last_line(error)}") from None
+    reread._attn_implementation = config._attn_implementation
+    return reread
+
+
 def model_from_state(
     config: PreTrainedConfig, state: Mapping[str, Tensor], *, like: PreTrainedModel
 ) -> PreTrainedModel:
@@ -47,10 +61,24 @@ def model_from_state(
 
     Weights that the config ties are taken from the input embedding.
     """
+    model = empty_model(config, like=like)
+    load_state(model, state)
+    return model
+
+
+def empty_model(config: PreTrainedConfig, *, like: PreTrainedModel) -> PreTrainedModel:
+    """Make a model of a config with weights of no meaning, and the dtype, device and generation config of another."""
     model = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
-    model.load_state_dict(state)
     model.generation_config = copy.deepcopy(like.generation_config)
     return model.to(like.device).eval()
+
+
+def load_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """Load weights by name, each in its dtype: of a model in half precision, transformers keeps some in float32."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if name in state:
+            value.data = value.data.to(state[name].dtype)
+    model.load_state_dict(state)
 
 
 def _as_mistral(config: LlamaConfig) -> MistralConfig:

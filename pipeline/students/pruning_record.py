@@ -1,11 +1,12 @@
 """The record beside a student of what was cut to make it, and what it was like before any training."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 PRUNING_FILE = "pruning.json"
+_CHANNELS_FILE = "kept_channels.json"
 _SIZES = {"blocks": "blocks", "mlp": "MLP width", "hidden": "hidden width"}
 
 
@@ -13,6 +14,17 @@ def read_pruning(folder: Path) -> dict[str, Any] | None:
     """Give what was cut of a student; None for one that was not made here."""
     record = folder / PRUNING_FILE
     return dict(json.loads(record.read_text())) if record.is_file() else None
+
+
+def write_kept_channels(folder: Path, channels: Sequence[int]) -> None:
+    """Write, beside a student, the teacher's channel of each of its own."""
+    (folder / _CHANNELS_FILE).write_text(json.dumps(list(channels)) + "\n")
+
+
+def read_kept_channels(folder: Path) -> list[int] | None:
+    """Give the teacher's channel of each of a student's, None where nothing says so."""
+    file = folder / _CHANNELS_FILE
+    return list(json.loads(file.read_text())) if file.is_file() else None
 
 
 def was_cut(pruning: Mapping[str, Any], size: str) -> bool:

@@ -45,7 +45,7 @@ def fit_read_corrections(parts: ModelParts, channels_K: Tensor, rows: Sequence[T
     """
     moments = _Moments(parts, channels_K.to(next(parts.model.parameters()).device))
     with torch.inference_mode(), moments.watching():
-        for ids_BT, mask_BT in padded_batches(rows, device=moments.channels_K.device):
+        for ids_BT, mask_BT in padded_batches(rows, parts.model):
             moments.mask_BT = mask_BT
             parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
     return moments.solve()

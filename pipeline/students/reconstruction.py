@@ -42,7 +42,7 @@ def why_no_reconstruction(original: ModelParts, row: Tensor) -> str | None:
         for writer in WRITERS:
             if writer not in names:
                 return f"its block {index} has no {writer}"
-    ((ids_BT, mask_BT),) = padded_batches([row], device=next(original.model.parameters()).device)
+    ((ids_BT, mask_BT),) = padded_batches([row], original.model)
     stream_BTD, calls = _calls(original, ids_BT, mask_BT)
     for index, (block, call) in enumerate(zip(original.blocks, calls, strict=True)):
         with _watching(block) as seen:
@@ -72,7 +72,7 @@ def reconstruct(
     """
     device = next(student.model.parameters()).device
     channels_K = channels_K.to(device)
-    batches = [_Batch.begin(student, original, *batch) for batch in padded_batches(rows, device=device)]
+    batches = [_Batch.begin(student, original, *batch) for batch in padded_batches(rows, original.model)]
     for batch in batches:
         batch.advance_original(original, 0, kept_blocks[0])
     ends = [*kept_blocks[1:], len(original.blocks)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.forward import block_outputs, padded_batches
-from pipeline.models import KEPT_CHANNELS, ModelParts, take_apart
+from pipeline.models import ModelParts, take_apart
 from pipeline.students.axes import (
     MLP_OUTPUT,
     Axis,
@@ -65,7 +65,7 @@ def neuron_importances(parts: ModelParts, rows: Sequence[Tensor], *, method: str
 
         handles.append(output.register_forward_pre_hook(add))
     try:
-        for ids_BT, mask_BT in padded_batches(rows, device=squares[0].device):
+        for ids_BT, mask_BT in padded_batches(rows, parts.model):
             parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
     finally:
         for handle in handles:
@@ -83,7 +83,7 @@ def channel_importances(parts: ModelParts, rows: Sequence[Tensor]) -> Tensor:
     """
     device = next(parts.model.parameters()).device
     total_D = torch.zeros(parts.hidden_size, dtype=torch.float64, device=device)
-    for ids_BT, mask_BT in padded_batches(rows, device=device):
+    for ids_BT, mask_BT in padded_batches(rows, parts.model):
         with block_outputs(parts.blocks, range(len(parts.blocks))) as outputs:
             parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
         for state_BTD in (parts.model.get_input_embeddings()(ids_BT), *outputs.values()):
@@ -120,14 +120,13 @@ def narrow_stream(parts: ModelParts, channels_K: Tensor, rows: Sequence[Tensor])
     """Make the model whose residual stream has only some channels; the original is left as it was.
 
     Every matrix that touches the stream is sliced, and what reads it is corrected over the rows
-    (`pipeline.students.read_correction`). Heads keep their number and width. The config names the kept channels.
+    (`pipeline.students.read_correction`). Heads keep their number and width.
 
     Raises:
         ModelError: The model is not built as `pipeline.students.axes` knows it, or does not allow the width.
     """
-    kept = {KEPT_CHANNELS: channels_K.tolist()}
     axes = parameter_axes(parts)
-    config = changed_config(parts.model.config, hidden_size=len(channels_K), head_dim=parts.head_dim, **kept)
+    config = changed_config(parts.model.config, hidden_size=len(channels_K), head_dim=parts.head_dim)
     corrections = fit_read_corrections(parts, channels_K, rows)
     student = model_from_state(config, _narrow_state(parts, axes, channels_K, corrections), like=parts.model)
     restore_embedding_scale(student, parts)

@@ -208,12 +208,6 @@ def seconds_per_point(evaluation: Mapping[str, Any], seconds: float) -> float | 
     return seconds / points if points > 0 else None
 
 
-def whole_seconds(train: Mapping[str, Any]) -> float:
-    """Give the seconds of a run's training; of one that was interrupted only the last part was timed, by its steps."""
-    taken = train["trained_steps"]
-    return float(train["seconds"]) * train["num_steps"] / taken if taken else float(train["seconds"])
-
-
 def _pruned(variants: list[VariantResult], states: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Give the measures of each student before training, named after the variants that train it."""
     found: dict[str, list[dict[str, float]]] = {}
@@ -261,7 +255,7 @@ def _run(folder: Path, variant: str, seed: int, key: str, state: Mapping[str, An
 def _run_measures(run: RunResult) -> dict[str, float]:
     if run.train is None or run.evaluation is None:
         return {}
-    seconds = whole_seconds(run.train)
+    seconds = float(run.train["seconds"])
     measures = measures_of(run.evaluation, "recovered")
     measures |= {"seconds": seconds, "peak_memory_bytes": float(run.train["peak_memory_bytes"])}
     cost = seconds_per_point(run.evaluation, seconds)

@@ -136,10 +136,19 @@ WRONG = {
     "no teacher": ({"teacher__path": "/nowhere/model"}, "no model folder at /nowhere/model"),
     "no file": (
         {"data__train__data_files": "/nowhere.txt"},
-        "cannot load data set 'text': Unable to find '/nowhere.txt'",
+        "cannot load data set 'text' (/nowhere.txt): Unable to find '/nowhere.txt'",
     ),
     "no rows": ({"data__train__max_rows": 0}, "data.train.max_rows in {recipe}: Input should be greater than 0, got 0"),
-    "no column": ({"data__train__text_column": "body"}, "data set 'text' has no column 'body'; it has text"),
+    "no column": (
+        {"data__train__text_column": "body"},
+        "data set 'text' ({recipe.parent}/text.txt) has no column 'body'; it has text",
+    ),
+    "no folder": ({"data__train": {"path": "./nope"}}, "no file or folder at {here}/nope, which the source's path"),
+    "no text": (
+        {"data__train__data_files": "{recipe.parent}/teacher/model.safetensors"},
+        "cannot load data set 'text' ({recipe.parent}/teacher/model.safetensors): "
+        "{recipe.parent}/teacher/model.safetensors, line 1, is not utf-8: byte 0x",
+    ),
     "k too large": (
         {"targets__logits__k": 385},
         "targets.logits.k is 385, but the teacher's vocabulary has 384 entries",
@@ -172,9 +181,10 @@ def test_wrong_input_is_one_line_exit_2_and_leaves_nothing(
 ):
     changes, message = WRONG[case]
     recipe = write_recipe(**changes)
+    recipe.write_text(recipe.read_text().replace("{recipe.parent}", str(workplace)))
     before = set(files_below(workplace))
     result = coldstill("precompute", recipe, expect=2)
-    assert result.stderr.startswith("coldstill: " + message.format(recipe=recipe)), result.stderr
+    assert result.stderr.startswith("coldstill: " + message.format(recipe=recipe, here=Path.cwd())), result.stderr
     assert result.stderr.count("\n") == 1
     left = {name for name in set(files_below(workplace)) - before if not name.startswith("caches/students/")}
     assert left == set()
@@ -183,7 +193,20 @@ def test_wrong_input_is_one_line_exit_2_and_leaves_nothing(
 def test_an_empty_text_is_refused(coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path):
     (workplace / "text.txt").write_text("\n \n")
     result = coldstill("precompute", write_recipe(), expect=2)
-    assert "data.eval gives no row: 0 documents of text read, sequence_length 24; use more text" in result.stderr
+    said = f"coldstill: data.eval gives no row: no row of 'text' ({workplace}/text.txt) holds text; is text_column the"
+    assert result.stderr.startswith(said)
+
+
+def test_documents_that_train_leaves_out_because_eval_has_them_are_counted(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path, corpus: list[str]
+):
+    (workplace / "text.txt").write_text("\n".join(corpus[:12] * 3))
+    recipe = write_recipe(data__train__max_rows=None)
+    told = coldstill("precompute", recipe).output
+    summary = json.loads(coldstill("precompute", recipe, "--json").stdout)
+    assert summary["num_shared"] > 0
+    assert summary["num_shared"] % 2 == 0, "each copy of what eval has, and there are two of each"
+    assert f"left out   {summary['num_shared']} documents or rows of train, because eval has them" in told
 
 
 def test_a_student_of_another_vocabulary_is_refused_before_any_work(
@@ -200,8 +223,9 @@ def test_projectors_none_between_different_widths_is_refused(
 ):
     changes = {"student": {"path": str(workplace / "narrow")}, "mapping": {"strategy": "uniform"}}
     coldstill("precompute", write_recipe(**changes))
-    result = coldstill("train", write_recipe(**changes, projector={"kind": "none"}), expect=2)
-    assert "projector.kind is none, but the student's width 16 is not the teacher's 32; use auto" in result.stderr
+    for stage in ("precompute", "train"):
+        result = coldstill(stage, write_recipe(**changes, projector={"kind": "none"}), expect=2)
+        assert "projector.kind is none, but the student's width 16 is not the teacher's 32; use auto" in result.stderr
 
 
 def test_training_before_precomputing_and_rows_that_are_not_stored_are_refused(
@@ -321,7 +345,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(
     with monkeypatch.context() as patch:
         patch.setattr(LocalObjects, "write_all", full_after_thirty)
         result = coldstill("precompute", recipe, expect=2)
-    assert "No space left on device; what was committed stays; run the command again to go on" in result.stderr
+    stays = "before the first of 2 shards was complete; the same command begins with it"
+    assert f"No space left on device, {stays}" in result.stderr
     assert not list(workplace.rglob(".partial/*"))
     coldstill("precompute", recipe)
     resumed = files_below(workplace / "caches/stores")

@@ -1,4 +1,4 @@
-"""Training from the store against a live teacher: same batch, same loss, same gradient of every parameter."""
+"""Training from the store, from a teacher beside the student, and the definition: one loss, one gradient."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from cache.errors import RecipeError
 from pipeline.config import Recipe
-from pipeline.distiller import IGNORED
+from pipeline.distiller import Distiller
+from pipeline.labels import counts_of
+from pipeline.live_targets import LiveTargets
 from pipeline.losses.divergences import DIVERGENCES
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
 from pipeline.targets.encodings import decode_state
-from pipeline.train import train
 
 TERMS = {
     "task": {"alpha": 1.0, "beta": 0.0, "gamma": 0.0},
@@ -50,14 +51,17 @@ def online_loss(recipe: Recipe, distiller: Any, batch: dict[str, Any]) -> Tensor
     with torch.no_grad():
         teacher_logits = teacher(**inputs).logits
     student_logits = distiller.student(**inputs).logits
-    counts = batch["labels"] != -100
+    next_tokens = batch["labels"][:, 1:]
+    counts = next_tokens != -100
     temperature = recipe.loss.temperature
-    task = F.cross_entropy(student_logits[counts], batch["labels"][counts])
+    task = F.cross_entropy(student_logits[:, :-1][counts], next_tokens[counts])
     divergence = dense_divergence(
-        recipe, *((logits[counts] / temperature).log_softmax(-1) for logits in (teacher_logits, student_logits))
+        recipe, *((logits[:, :-1][counts] / temperature).log_softmax(-1) for logits in (teacher_logits, student_logits))
     )
     hidden = [
-        F.mse_loss(distiller.projectors[str(s)](states["student", s][counts]), states["teacher", t][counts])
+        F.mse_loss(
+            distiller.projectors[str(s)](states["student", s][:, :-1][counts]), states["teacher", t][:, :-1][counts]
+        )
         for s, t in distiller.layer_map.items()
     ]
     weights = recipe.loss
@@ -121,24 +125,35 @@ def test_loss_and_every_gradient_equal_the_live_teachers(
 
 
 def compare_with_live(recipe: Recipe) -> dict[str, Tensor]:
-    """Loss and every gradient from the store against the live teacher's; gives the gradients."""
+    """Loss and every gradient, from the store and from a live teacher, against the definition; gives the gradients."""
     precompute(recipe, show_progress=False)
     trainer, batch = offline(recipe)
     distiller = trainer.model
-    stored = distiller(**batch)["loss"]
-    stored.backward()
-    stored_gradients = {
-        name: value.grad.clone() for name, value in distiller.named_parameters() if value.grad is not None
-    }
+    want_loss, want = gradients_of(distiller, online_loss(recipe, distiller, batch))
+    for loss in (distiller(**batch)["loss"], live_loss(recipe, distiller, batch)):
+        got_loss, got = gradients_of(distiller, loss)
+        assert torch.allclose(got_loss, want_loss, rtol=1e-5, atol=1e-6)
+        assert got.keys() <= want.keys()
+        for name, value in want.items():
+            atol = 1e-5 * max(value.abs().max().item(), 1e-3)
+            assert torch.allclose(got.get(name, torch.zeros_like(value)), value, rtol=1e-5, atol=atol), name
+    return got
+
+
+def live_loss(recipe: Recipe, distiller: Any, batch: dict[str, Any]) -> Tensor:
+    """The same student and projectors on the batch without its stored targets, with a teacher beside them."""
+    teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher.path, dtype=torch.float32)
+    live = Distiller(distiller.student, distiller.projectors, layer_map=distiller.layer_map, loss=distiller.loss)
+    targets = LiveTargets.beside(live, teacher, torch.device("cpu"))
+    ordinary = {name: values for name, values in batch.items() if name not in ("logits", "hidden")}
+    return live(**ordinary, **targets(ordinary))["loss"]
+
+
+def gradients_of(distiller: Any, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     distiller.zero_grad(set_to_none=True)
-    live = online_loss(recipe, distiller, batch)
-    live.backward()
-    assert torch.allclose(stored, live, rtol=1e-5, atol=1e-6)
-    for name, value in distiller.named_parameters():
-        want = torch.zeros_like(value) if value.grad is None else value.grad
-        got = stored_gradients.get(name, torch.zeros_like(value))
-        assert torch.allclose(got, want, rtol=1e-5, atol=1e-5 * max(want.abs().max().item(), 1e-3)), name
-    return stored_gradients
+    loss.backward()
+    named = distiller.named_parameters()
+    return loss.detach(), {name: value.grad.clone() for name, value in named if value.grad is not None}
 
 
 # 1.7 is not among the temperatures of the recipe: the final state gives every temperature.
@@ -210,13 +225,10 @@ def test_student_equal_to_teacher_is_a_fixed_point(
 
 
 def test_a_temperature_that_is_not_stored_is_refused_with_the_stored_ones(write_recipe: Callable[..., Path]):
-    recipe = load_recipe(write_recipe())
-    precompute(recipe, show_progress=False)
-    recipe = load_recipe(write_recipe(loss__temperature=3.0))
     with pytest.raises(
         RecipeError, match=r"loss\.temperature 3 is not stored; targets\.logits\.temperatures has 1, 2: use"
     ):
-        train(recipe)
+        load_recipe(write_recipe(loss__temperature=3.0))
 
 
 def test_a_larger_k_on_disk_serves_a_smaller_one(write_recipe: Callable[..., Path]):
@@ -289,7 +301,7 @@ def test_of_positions_stored_at_random_only_those_count_and_their_sum_stands_for
     precompute(whole, sampled, show_progress=False)
     (trainer, batch), (other, sampled_batch) = offline(whole), offline(sampled)
     assert torch.equal(batch["input_ids"], sampled_batch["input_ids"])
-    counts, forms = batch["labels"] != IGNORED, trainer.model.forms
+    counts, forms = counts_of(batch), trainer.model.forms
     states: dict[int, Tensor] = {}
     for index, block in enumerate(other.model.student.model.layers):
         block.register_forward_hook(lambda _m, _a, out, index=index: states.update({index: out}))
@@ -344,7 +356,7 @@ def test_coded_final_states_are_read_with_the_correction_of_their_rounding(
     )
     precompute(recipe, show_progress=False)
     trainer, batch = offline(recipe)
-    target = trainer.model.forms.logits.read(batch["logits"], batch["labels"] != IGNORED, 2.0)
+    target = trainer.model.forms.logits.read(batch["logits"], counts_of(batch), 2.0)
     assert (target.correction_V is not None) == corrects
     if corrects:
         head = trainer.model.forms.logits.head

@@ -64,7 +64,8 @@ def test_eval_terms_are_those_of_the_live_models_and_make_up_the_eval_loss(
     trainer = trainer_of(recipe)
     sums = dict.fromkeys(TERMS, 0.0)
     for batch in trainer.get_eval_dataloader():
-        counts, next_tokens = batch["labels"] != -100, batch["labels"]
+        next_tokens = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        counts = next_tokens != -100
         (p, teacher_blocks), (q, student_blocks) = block_outputs(teacher, batch), block_outputs(student, batch)
         log_p, log_q = ((logits[counts] / 2.0).log_softmax(-1) for logits in (p, q))
         pairs = [(student_blocks[s][counts], teacher_blocks[t][counts]) for s, t in trainer.layer_map.items()]
@@ -154,9 +155,10 @@ def test_an_integration_that_is_not_installed_is_one_line_with_its_installation(
 ):
     for name in (integration, f"{integration}X"):
         monkeypatch.setitem(sys.modules, name, None)
+    precompute(load_recipe(write_recipe()), show_progress=False)
     recipe = write_recipe(train__report_to=integration)
-    precompute(load_recipe(recipe), show_progress=False)
-    (line,) = coldstill("train", recipe, expect=2).stderr.splitlines()
-    assert integration in line
-    assert "pip install" in line
-    assert command in line
+    for stage in ("precompute", "train"):
+        (line,) = coldstill(stage, recipe, expect=2).stderr.splitlines()
+        assert integration in line
+        assert "pip install" in line
+        assert command in line

@@ -91,12 +91,16 @@ def test_a_narrow_student_is_compared_through_its_projectors(write_recipe: Write
     assert [(pair.student, pair.teacher) for pair in found.pairs] == [(0, 0), (1, 3)]
 
 
+@pytest.mark.parametrize("is_old", [False, True], ids=["beside the config", "in the config, as they were once"])
 def test_kept_channels_say_which_of_the_teachers_channels_a_narrow_student_has(
-    write_recipe: WriteRecipe, workplace: Path
+    is_old: bool, write_recipe: WriteRecipe, workplace: Path
 ):
     channels = [3, 1, *range(8, 22)]
     config = workplace / "narrow" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "kept_channels": channels}))
+    if is_old:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "kept_channels": channels}))
+    else:
+        config.with_name("kept_channels.json").write_text(json.dumps(channels))
     recipe = load_recipe(write_recipe(**EXACT, student={"path": str(workplace / "narrow")}))
     found = compare(recipe, make(recipe))
     student = live_states(Path(recipe.output) / "student", recipe)[1]

@@ -132,6 +132,75 @@ def test_what_cannot_be_made_is_one_line(
         assert len(error.splitlines()) == 1
 
 
+CHANNELS = {
+    "pruned": {"prune": {"hidden": {"size": 22}, "calibration_rows": 2}},
+    "designed": {"init": {"compression": 0.6, "shape": "width", "weights": "truncate"}},
+}
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_the_channels_that_a_narrow_student_kept_stand_beside_its_config_and_not_in_it(
+    kind: str, coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
+):
+    recipe = write_recipe(student=CHANNELS[kind], train__max_steps=1, loss__gamma=0)
+    made = Path(json.loads(coldstill("precompute", recipe, "--json").stdout)["students"][0])
+    coldstill("train", recipe)
+    for folder in (made, workplace / "run" / "student"):
+        config = json.loads((folder / "config.json").read_text())
+        channels = json.loads((folder / "kept_channels.json").read_text())
+        assert not any("channels" in key for key in config)
+        assert len(channels) == len(set(channels)) == config["hidden_size"] < 32
+        assert channels == sorted(channels)
+        assert 0 <= channels[0] < channels[-1] < 32
+    if kind == "designed":
+        assert channels == list(range(len(channels)))
+    assert "kept_channels.json" in json.loads((made / "checksums.json").read_text())
+
+
+def test_a_student_that_kept_every_channel_has_no_list_of_them(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path]
+):
+    made = json.loads(coldstill("prune", write_recipe(), "--json").stdout)
+    assert not (Path(made["folder"]) / "kept_channels.json").exists()
+
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 0,
+        "expert_layer_period": 4,
+        "expert_layer_offset": 1,
+        "num_experts": 2,
+        "use_mamba_kernels": False,
+    },
+}
+
+
+def test_a_hybrid_whose_time_steps_go_to_infinity_is_pruned_and_stored(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], build_model: Callable[..., Any], workplace: Path
+):
+    model = build_model("bamba", **HYBRIDS["bamba"])
+    assert float("inf") in model.config.time_step_limit
+    model.save_pretrained(workplace / "teacher")
+    made = json.loads(coldstill("precompute", write_recipe(), "--json").stdout)
+    student = AutoModelForCausalLM.from_pretrained(made["students"][0])
+    assert student.config.attn_layer_indices == [1]
+    assert float("inf") in student.config.time_step_limit
+
+
+def test_blocks_that_cannot_go_are_one_line(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], build_model: Callable[..., Any], workplace: Path
+):
+    build_model("jamba", **HYBRIDS["jamba"]).save_pretrained(workplace / "teacher")
+    recipe = write_recipe(student={"prune": {"layers": {"method": "explicit", "blocks": [1]}}})
+    error = coldstill("prune", recipe, expect=2).stderr.strip()
+    assert "JambaForCausalLM cannot be cut by block 1: block 2 as block 1 is another by its " in error
+    assert "attn_layer_period" in error
+    assert len(error.splitlines()) == 1
+    coldstill("prune", recipe, "student.prune.layers.blocks=[3]")
+
+
 def test_an_interpolated_student_was_cut_from_no_block(
     coldstill: Callable[..., Any], write_recipe: Callable[..., Path]
 ):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from training import gradients, trainer_of
+from training import gradients, train_and_die, trainer_of, without_times
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cache.errors import RecipeError
@@ -22,13 +22,6 @@ from pipeline.train import train
 
 def weights(folder: Path) -> dict[str, bytes]:
     return {name: value.numpy().tobytes() for name, value in load_file(folder / "model.safetensors").items()}
-
-
-def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in entry.items() if "runtime" not in key and "per_second" not in key}
-        for entry in log
-    ]
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8])
@@ -48,23 +41,8 @@ def test_ten_steps_equal_some_then_resume_then_the_rest_byte_for_byte(
     whole = load_recipe(write_recipe(output=str(workplace / "whole"), **changes))
     train(whole)
 
-    class KilledError(Exception):
-        pass
-
-    from pipeline.trainer import UniversalDistillationTrainer
-
-    step = UniversalDistillationTrainer.training_step
-
-    def dying_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == stop:
-            raise KilledError
-        return step(self, *args, **kwargs)
-
     broken = load_recipe(write_recipe(output=str(workplace / "broken"), **changes))
-    with monkeypatch.context() as patch:
-        patch.setattr(UniversalDistillationTrainer, "training_step", dying_step)
-        with pytest.raises(KilledError):
-            train(broken)
+    train_and_die(broken, at_step=stop, monkeypatch=monkeypatch)
     summary = train(broken)
     assert summary.trained_steps == 10 - stop
     assert weights(workplace / "broken/student") == weights(workplace / "whole/student")

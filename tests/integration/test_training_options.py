@@ -12,16 +12,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import gradients, trainer_of
+from training import gradients, train_and_die, trainer_of
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from cache.errors import RecipeError
-from pipeline.config import Recipe
 from pipeline.evaluate import evaluate
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
 from pipeline.train import train
-from pipeline.trainer import UniversalDistillationTrainer
 
 FINAL = {"targets__logits": {"kind": "final", "encoding": "float32"}}
 SCHEDULED = {
@@ -38,20 +36,6 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_pr
 
 def log_of(workplace: Path, name: str = "run") -> list[dict[str, Any]]:
     return [entry for entry in json.loads((workplace / name / "train.json").read_text())["log"] if "loss" in entry]
-
-
-def train_and_die(recipe: Recipe, *, at_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = UniversalDistillationTrainer.training_step
-
-    def dying_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == at_step:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(UniversalDistillationTrainer, "training_step", dying_step)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe)
 
 
 def test_scheduled_values_are_logged_and_make_up_the_loss_of_their_step(
@@ -106,10 +90,11 @@ def test_dynamics_are_a_term_of_their_own(write_recipe: Callable[..., Path], wor
 
 
 def test_dynamics_of_one_mapped_block_are_refused(write_recipe: Callable[..., Path]):
+    precompute(load_recipe(write_recipe()), show_progress=False)
     recipe = load_recipe(write_recipe(loss__delta=0.3, mapping__num_pairs=1))
-    precompute(recipe, show_progress=False)
-    with pytest.raises(RecipeError, match="loss.delta compares changes from one mapped block to the next"):
-        train(recipe)
+    for stage in (precompute, train):
+        with pytest.raises(RecipeError, match="loss.delta compares changes from one mapped block to the next"):
+            stage(recipe)
 
 
 def test_selective_checkpointing_gives_the_same_gradients_and_runs_only_cheap_operations_again(
@@ -200,10 +185,11 @@ def test_lora_stops_and_goes_on(write_recipe: Callable[..., Path], workplace: Pa
 
 
 def test_lora_without_a_target_is_one_line(write_recipe: Callable[..., Path]):
+    precompute(load_recipe(write_recipe()), show_progress=False)
     recipe = load_recipe(write_recipe(student__lora={"r": 4, "target_modules": ["nothing"]}))
-    precompute(recipe, show_progress=False)
-    with pytest.raises(RecipeError, match="^student.lora: Target modules .*nothing.* not found"):
-        train(recipe)
+    for stage in (precompute, train):
+        with pytest.raises(RecipeError, match="^student.lora: Target modules .*nothing.* not found"):
+            stage(recipe)
 
 
 def test_an_adapted_output_head_is_not_taken_apart(write_recipe: Callable[..., Path]):
@@ -277,7 +263,8 @@ def test_an_optimizer_whose_library_is_missing_is_one_line(
     write_recipe: Callable[..., Path], coldstill: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    coldstill("precompute", write_recipe())
     recipe = write_recipe(train__optim="adamw_8bit")
-    coldstill("precompute", recipe)
-    said = coldstill("train", recipe, expect=2).stderr
-    assert said.strip().splitlines()[-1].startswith("coldstill: train: You need to install `bitsandbytes`")
+    for stage in ("precompute", "train"):
+        (line,) = coldstill(stage, recipe, expect=2).stderr.splitlines()
+        assert line.startswith("coldstill: train: You need to install `bitsandbytes`")

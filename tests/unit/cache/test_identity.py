@@ -58,6 +58,16 @@ def test_names_stay_what_stores_on_disk_are_called():
     assert shard_id([bytes(16)]) == "1adbca7ef03df604"
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_config_with_a_number_that_json_has_not_has_a_name_of_its_own(value: float):
+    names = {name_of()}
+    names.add(name_of(CONFIG | {"time_step_limit": [0.0, value]}))
+    names.add(name_of(CONFIG | {"time_step_limit": [0.0, 1.0]}))
+    names.add(name_of(CONFIG | {"rope": {"theta": value}}))
+    assert len(names) == 4
+    assert name_of(CONFIG | {"limit": (0.0, value)}) == name_of(CONFIG | {"limit": [0.0, value]})
+
+
 def test_a_value_that_json_cannot_hold_has_no_digest():
     with pytest.raises(ValueError, match="not JSON compliant"):
         digest_of({"loss": float("nan")})

@@ -1,16 +1,21 @@
 """Rows from text: packing, prompts, and splits that never share a row."""
 
 import json
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from cache.errors import DataError
-from pipeline.batches import EpochOrder, StoredRow, _labels
+from pipeline.batches import BatchCollator, BatchColumns, EpochOrder, StoredRow
 from pipeline.config import DataConfig
-from pipeline.data import build_rows, load_documents, tokenizer_digest
+from pipeline.data import build_rows, tokenizer_digest
 
 
 def data_config(train: dict[str, Any], held_out: dict[str, Any], **changes: Any) -> DataConfig:
@@ -20,6 +25,33 @@ def data_config(train: dict[str, Any], held_out: dict[str, Any], **changes: Any)
 def text_file(folder: Path, name: str, texts: list[str]) -> dict[str, Any]:
     (folder / name).write_text("\n".join(texts))
     return {"path": "text", "data_files": str(folder / name)}
+
+
+def json_file(folder: Path, name: str, lines: Iterable[dict[str, Any]], **columns: str) -> dict[str, Any]:
+    (folder / name).write_text("\n".join(map(json.dumps, lines)))
+    return {"path": "json", "data_files": str(folder / name), **columns}
+
+
+def document_ids(text: str, tokenizer: Any) -> list[int]:
+    return [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+
+
+def stream_of(texts: Iterable[str], tokenizer: Any) -> list[int]:
+    return [token for text in texts for token in document_ids(text, tokenizer)]
+
+
+@pytest.fixture
+def adding(tokenizer) -> Callable[[str], Any]:
+    """Make the tokenizer add tokens of its own by a template such as `<bos> $A`; they are in its vocabulary."""
+
+    def build(template: str, **names: str) -> Any:
+        changed = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        changed.add_special_tokens(["<bos>", "<mask>"])
+        tokens = {token: changed.token_to_id(token) for token in ("<bos>", "<eos>", "<mask>") if token in template}
+        changed.post_processor = TemplateProcessing(single=template, special_tokens=list(tokens.items()))
+        return PreTrainedTokenizerFast(tokenizer_object=changed, **names)
+
+    return build
 
 
 def test_packed_rows_are_one_stream_cut_into_equal_pieces(tokenizer, corpus, tmp_path):
@@ -49,6 +81,83 @@ def test_two_sources_that_overlap_leave_train_without_evals_documents(tokenizer,
     assert [row.tolist() for row in train.tokens] == [row.tolist() for row in alone.tokens]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_source_that_repeats_itself_shows_train_no_document_that_eval_read(tokenizer, corpus, tmp_path, streaming):
+    texts = list(dict.fromkeys(corpus))[:60]
+    source = {**text_file(tmp_path, "a.txt", texts * 3), "streaming": streaming}
+    train, held_out = build_rows(data_config(source, {**source, "max_rows": 12}), tokenizer)
+    ends = np.cumsum([len(document_ids(text, tokenizer)) for text in texts])
+    num_read = int(np.searchsorted(ends, 12 * 16)) + 1
+    expected = stream_of([*texts, *texts[num_read:] * 2], tokenizer)
+    rows = [*held_out.tokens, *train.tokens]
+    assert np.concatenate(rows).tolist() == expected[: len(expected) // 16 * 16]
+    assert train.num_shared == 2 * num_read
+    assert not {row.tobytes() for row in held_out.tokens} & {row.tobytes() for row in train.tokens}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_copy_is_known_whatever_its_white_space(tokenizer, corpus, tmp_path, packing):
+    first, other, *_ = corpus
+    copies = [f"{first}\n", f"  {first}", first.replace(" ", "\n"), f"\ufeff{first}", first.replace(" ", "\u00a0", 3)]
+    source = json_file(tmp_path, "a.jsonl", [{"text": text} for text in (first, *copies, other)])
+    config = data_config(source, {**source, "max_rows": 1}, packing=packing, sequence_length=40)
+    train, _ = build_rows(config, tokenizer)
+    assert train.num_shared == len(copies)
+    expected = [document_ids(other, tokenizer)[:40]]
+    if packing:
+        stream = [*document_ids(first, tokenizer), *document_ids(other, tokenizer)]
+        expected = [stream[start : start + 40] for start in range(40, len(stream) - 39, 40)]
+    assert [row.tolist() for row in train.tokens] == expected
+
+
+def test_a_copy_is_known_whether_its_prompt_is_apart_or_in_the_text(tokenizer, tmp_path):
+    asked = [
+        {"question": f"What do people call the {n} together, and since when is it so?", "text": f"The {n}."}
+        for n in range(8)
+    ]
+    told = [{"text": f"{line['question']} {line['text']}"} for line in asked]
+    held_out = json_file(tmp_path, "eval.jsonl", asked[:5], prompt_column="question")
+    train = json_file(tmp_path, "train.jsonl", told)
+    train_rows, _ = build_rows(data_config(train, held_out, packing=False, sequence_length=64), tokenizer)
+    assert train_rows.num_shared == 5
+    expected = [document_ids(line["text"], tokenizer) for line in told[5:]]
+    assert [row.tolist() for row in train_rows.tokens] == expected
+
+
+def test_a_train_split_leaves_out_what_the_test_split_of_its_data_set_has(tokenizer, corpus, tmp_path):
+    (tmp_path / "set").mkdir()
+    json_file(tmp_path / "set", "test.jsonl", [{"text": text} for text in corpus[:5]])
+    json_file(tmp_path / "set", "train.jsonl", [{"text": f"{text} "} for text in corpus[3:20]])
+    path = str(tmp_path / "set")
+    train, held_out = build_rows(data_config({"path": path}, {"path": path, "split": "test"}, packing=False), tokenizer)
+    assert [row.tolist() for row in held_out.tokens] == [document_ids(text, tokenizer)[:16] for text in corpus[:5]]
+    assert [row.tolist() for row in train.tokens] == [document_ids(f"{text} ", tokenizer)[:16] for text in corpus[5:20]]
+    assert train.num_shared == 2
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_the_document_that_evals_last_row_cuts_goes_on_in_train_once(tokenizer, corpus, tmp_path, copies):
+    long, other = " ".join(corpus[:8]), corpus[9]
+    source = text_file(tmp_path, "a.txt", [*[long] * copies, long, other])
+    length, tokens = 16, document_ids(long, tokenizer)
+    # Eval's last row ends within the last of the copies: what follows stands in eval already where it is not the first.
+    num_rows = (len(tokens) * (copies - 1) + len(tokens) // 2) // length
+    train, held_out = build_rows(data_config(source, {**source, "max_rows": num_rows}), tokenizer)
+    assert np.concatenate(held_out.tokens).tolist() == (tokens * copies)[: num_rows * length]
+    rest = tokens[num_rows * length :] if copies == 1 else []
+    expected = [*rest, *document_ids(other, tokenizer)]
+    assert np.concatenate(train.tokens).tolist() == expected[: len(expected) // length * length]
+    assert train.num_shared == copies
+
+
+@pytest.mark.parametrize(("packing", "counts"), [(True, (64, 64)), (False, (2, 5))])
+def test_documents_are_counted_as_ever_because_selections_are_named_by_it(tokenizer, corpus, tmp_path, packing, counts):
+    source = text_file(tmp_path, "a.txt", corpus[:150])
+    config = data_config({**source, "max_rows": 3}, {**source, "max_rows": 2}, packing=packing)
+    train, held_out = build_rows(config, tokenizer)
+    assert (held_out.num_documents, train.num_documents) == counts
+
+
 def test_one_document_a_row_is_cut_at_the_length_and_never_mixed(tokenizer, corpus, tmp_path):
     source = text_file(tmp_path, "a.txt", ["One.", *corpus[:20]])
     train, held_out = build_rows(
@@ -74,32 +183,122 @@ def test_a_prompt_is_read_but_not_learned(tokenizer, tmp_path):
         prompt = tokenizer(line["question"])["input_ids"]
         assert row[:start].tolist() == prompt[:start]
         assert start == len(prompt)
-    labels = _labels([StoredRow({"tokens": {"ids": held_out.tokens[0]}}, held_out.loss_starts[0])], 16)[0]
-    start = held_out.loss_starts[0]
-    assert (labels[: start - 1] == -100).all()
-    assert labels[start - 1 : len(held_out.tokens[0]) - 1].tolist() == held_out.tokens[0][start:].tolist()
+    collate = BatchCollator(BatchColumns(logits={}, hidden={}), {"tokens": {"ids": "token"}})
+    rows = [
+        StoredRow({"tokens": {"ids": tokens}}, start)
+        for tokens, start in zip(held_out.tokens, held_out.loss_starts, strict=True)
+    ]
+    # As a causal language model takes them: the ids themselves, in their own places.
+    for labels, row in zip(collate(rows)["labels"], rows, strict=True):
+        ids, start = row.arrays["tokens"]["ids"], row.loss_start
+        assert (labels[:start] == -100).all()
+        assert labels[start : len(ids)].tolist() == ids[start:].tolist()
+        assert (labels[len(ids) :] == -100).all()
 
 
-@pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
-def test_local_files_of_every_kind_load(tmp_path, kind):
-    import pandas as pd
+TEMPLATES = ["<bos> $A", "$A <eos>", "<bos> $A <eos>", "<bos> <mask> $A <mask>", "$A"]
 
-    frame = pd.DataFrame({"body": ["First text.", "", "Second text."]})
-    file = tmp_path / f"data.{kind}"
-    if kind == "json":
-        frame.to_json(file, orient="records", lines=True)
-    elif kind == "csv":
-        frame.fillna("").to_csv(file, index=False)
-    else:
-        frame.to_parquet(file)
-    config = data_config(
-        {"path": kind, "data_files": str(file), "text_column": "body"}, {"path": "builtin:python-docs", "max_rows": 1}
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("append_eos", [True, False])
+@pytest.mark.parametrize("stand_there_already", [False, True])
+def test_what_a_tokenizer_adds_stands_once_at_the_ends_of_prompt_and_text(
+    adding, tmp_path, template, append_eos, stand_there_already
+):
+    tokenizer = adding(template, bos_token="<bos>", eos_token="<eos>")
+    before, behind = template.replace(" ", "").split("$A")
+    lines = [("What is to be done?", "Nothing."), ("Who is to do it?", "Nobody at all.")]
+    written = [
+        (before + prompt, before + text + behind) if stand_there_already else (prompt, text) for prompt, text in lines
+    ]
+    source = json_file(
+        tmp_path, "qa.jsonl", [{"prompt": prompt, "text": text} for prompt, text in written], prompt_column="prompt"
     )
-    if kind == "csv":  # an empty field of a CSV file is a missing value, not a text
-        with pytest.raises(DataError, match="column 'body' of 'csv' holds NoneType, expected text"):
-            list(load_documents(config.train))
-    else:
-        assert [document.text for document in load_documents(config.train)] == ["First text.", "Second text."]
+    config = data_config(source, {**source, "max_rows": 1}, packing=False, append_eos=append_eos, sequence_length=64)
+    end = behind if behind.endswith("<eos>") or not append_eos else f"{behind}<eos>"
+    for rows, (prompt, text) in zip(reversed(build_rows(config, tokenizer)), lines, strict=True):
+        parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before + prompt, text + end)]
+        assert rows.tokens[0].tolist() == [*parts[0], *parts[1]]
+        assert rows.loss_starts == [len(parts[0])]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_packed_documents_begin_and_end_once_with_what_a_tokenizer_adds(adding, corpus, tmp_path, template):
+    tokenizer = adding(template, bos_token="<bos>", eos_token="<eos>")
+    before, behind = template.replace(" ", "").split("$A")
+    end = behind if behind.endswith("<eos>") else f"{behind}<eos>"
+    source = text_file(
+        tmp_path, "a.txt", [before + corpus[0], corpus[1] + behind, f"{before}{corpus[2]}<eos>", corpus[3]]
+    )
+    train, held_out = build_rows(data_config(source, {**source, "max_rows": 1}), tokenizer)
+    whole = "".join(before + text + end for text in [corpus[0], corpus[1], corpus[2], corpus[3]])
+    if template == "<bos> <mask> $A <mask>":  # its own end stands behind one that the text has brought
+        whole = whole.replace(f"{corpus[2]}<mask><eos>", f"{corpus[2]}<eos><mask><eos>")
+    expected = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    rows = np.concatenate([*held_out.tokens, *train.tokens]).tolist()
+    assert rows == expected[: len(rows)]
+    assert len(expected) - len(rows) < 16
+
+
+def test_a_text_that_is_cut_ends_as_it_is_cut(adding, tmp_path):
+    tokenizer = adding("<bos> $A <eos>", bos_token="<bos>", eos_token="<eos>")
+    lines = [{"prompt": f"Say {n}", "text": f"{n}, and then a good deal more than has room in a row"} for n in "ab"]
+    source = json_file(tmp_path, "qa.jsonl", lines, prompt_column="prompt")
+    _, held_out = build_rows(data_config(source, {**source, "max_rows": 1}, packing=False), tokenizer)
+    row = held_out.tokens[0].tolist()
+    assert len(row) == 16
+    assert tokenizer.decode(row) == ("<bos>Say a" + lines[0]["text"])[: len(tokenizer.decode(row))]
+
+
+def test_documents_without_an_end_are_noted_where_their_end_is_asked_for(adding, corpus, tmp_path):
+    tokenizer = adding("<bos> $A", bos_token="<bos>")
+    source = text_file(tmp_path, "a.txt", corpus[:20])
+    with pytest.warns(UserWarning, match="data.append_eos has no effect: the tokenizer has no EOS token") as said:
+        build_rows(data_config(source, {**source, "max_rows": 2}), tokenizer)
+    assert len(said) == 1
+    build_rows(data_config(source, {**source, "max_rows": 2}, append_eos=False), tokenizer)  # warnings are errors here
+
+
+def prompts(folder: Path, lengths: Iterable[int]) -> dict[str, Any]:
+    lines = [{"prompt": "a" + " the" * (length - 1), "text": f"Answer {n}."} for n, length in enumerate(lengths)]
+    return json_file(folder, "qa.jsonl", lines, prompt_column="prompt")
+
+
+def test_prompts_that_all_fill_a_row_are_counted_and_the_shortest_is_named(tokenizer, tmp_path):
+    source = prompts(tmp_path, [30, 16, 20])
+    message = (
+        f"data.eval gives no row: 3 documents of 'json' ({tmp_path}/qa.jsonl) read, 3 with a prompt that leaves no "
+        "room for a token of text: the shortest has 16 tokens, data.sequence_length is 16; raise it, or shorten the "
+        "prompts"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        build_rows(data_config(source, {**source, "max_rows": 1}, packing=False), tokenizer)
+
+
+def test_documents_left_out_for_their_prompts_are_noted(tokenizer, tmp_path):
+    source = prompts(tmp_path, [4, 16, 5, 40])
+    with pytest.warns(
+        UserWarning, match=r"data\.train: 2 of 4 documents are left out, because their prompt alone fills"
+    ):
+        train, _ = build_rows(data_config(source, {**source, "max_rows": 1}, packing=False), tokenizer)
+    assert len(train.tokens) == 1
+
+
+def test_a_split_without_a_row_says_what_became_of_its_documents(tokenizer, corpus, tmp_path):
+    some = text_file(tmp_path, "some.txt", corpus[:3])
+    short = text_file(tmp_path, "short.txt", ["Short.", "Shorter."])
+    blank = text_file(tmp_path, "blank.txt", [" ", " "])
+    cases = [
+        (some, some, "data.train gives no row: 0 documents of 'text' (.*some.txt) read, 3 documents or rows left out"),
+        (short, some, "2 documents of 'text' (.*) read, together fewer tokens than one row of 16; use more text"),
+        (blank, some, "data.train gives no row: no row of 'text' (.*blank.txt) holds text; is text_column"),
+        (some, {**some, "max_rows": 99}, "3 documents of 'text' (.*) read, and eval takes all that they give"),
+    ]
+    for train, held_out, message in cases:
+        is_one = held_out.get("max_rows")
+        config = data_config(train, held_out if is_one else {**held_out, "streaming": True})
+        with pytest.raises(DataError, match=message.replace("(", r"\(").replace(")", r"\)")):
+            build_rows(config, tokenizer)
 
 
 def test_the_built_in_corpus_is_large_shuffled_and_the_same_each_time():
@@ -112,9 +311,6 @@ def test_the_built_in_corpus_is_large_shuffled_and_the_same_each_time():
 
 
 def test_tokenizers_that_differ_have_different_digests(tokenizer):
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
     text = tokenizer.backend_tokenizer.to_str()
     same = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text))
     other = PreTrainedTokenizerFast(

@@ -30,7 +30,7 @@ def stream_errors(student, original, kept_blocks, channels):
     ends = [*(block - 1 for block in kept_blocks[1:]), len(original.blocks) - 1]
     errors = torch.zeros(len(kept_blocks))
     with torch.no_grad():
-        for ids_BT, _ in padded_batches(ROWS, device="cpu"):
+        for ids_BT, _ in padded_batches(ROWS, original.model):
             with block_outputs(student.blocks, range(len(student.blocks))) as got:
                 student.body(input_ids=ids_BT)
             with block_outputs(original.blocks, ends) as want:

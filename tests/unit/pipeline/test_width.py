@@ -61,7 +61,6 @@ def test_channels_that_carry_nothing_go_without_a_trace(build_model, architectur
         model.get_input_embeddings().weight[:, silent] = 0.0
     narrowed = narrow_stream(take_apart(model), torch.arange(20), MANY_ROWS)
     assert narrowed.config.hidden_size == 20
-    assert narrowed.config.kept_channels == list(range(20))
     scale = logits(model).abs().max()
     # The ridge of the correction, a thousandth, is what remains.
     assert (logits(narrowed) - logits(model)).abs().max() < 0.02 * scale

@@ -1,0 +1,44 @@
+"""Models: found, loaded whole, taken apart by structure, and held against each other's vocabulary."""
+
+from pipeline.models.loading import (
+    KEPT_BLOCKS,
+    identify,
+    kept_blocks_of,
+    kept_channels_of,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    resolve_folder,
+    text_config,
+)
+from pipeline.models.positions import check_length, rope_switches, rows_by_side, sides
+from pipeline.models.structure import ModelParts, Structure, find_parts, find_structure, head_problem, take_apart
+from pipeline.models.vocabularies import check_tokenizers, check_vocabularies
+
+__all__ = [
+    "KEPT_BLOCKS",
+    "ModelParts",
+    "Structure",
+    "check_length",
+    "check_tokenizers",
+    "check_vocabularies",
+    "find_parts",
+    "find_structure",
+    "head_problem",
+    "identify",
+    "kept_blocks_of",
+    "kept_channels_of",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve_device",
+    "resolve_dtype",
+    "resolve_folder",
+    "rope_switches",
+    "rows_by_side",
+    "sides",
+    "take_apart",
+    "text_config",
+]

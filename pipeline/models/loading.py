@@ -1,0 +1,232 @@
+"""Find and load models and tokenizers, each whole: what is missing is named, never made up.
+
+Knows transformers; knows nothing of stores, recipes or what is inside a model.
+"""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from cache.errors import ModelError
+from cache.identity import teacher_identity, weights_digest
+
+# In a pruned student's config: the teacher block that each of its blocks was cut from.
+KEPT_BLOCKS = "kept_blocks"
+# And, where an earlier version narrowed its residual stream, the teacher channel that each of its channels is.
+_KEPT_CHANNELS = "kept_channels"
+
+# What transformers raises for files that are not what it expects: a RuntimeError for shapes, an ImportError for a
+# library that a quantised checkpoint needs.
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,
+    SafetensorError,
+)
+# Of architectures whose body is a language model's, and whose output is none.
+_OTHER_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "RewardModel")
+_NAMED = 3  # weights that an error names
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+def resolve_folder(path: str, *, revision: str | None = None, local_only: bool = False) -> Path:
+    """Find a model's folder: a local one as it is, a hub name downloaded to (or found in) the hub's own cache.
+
+    Raises:
+        ModelError: There is no such folder, and no such model on the hub or the hub cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        found = snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES, local_files_only=local_only)
+    except HFValidationError:
+        raise ModelError(f"no model folder at {path}") from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise ModelError(
+            f"no model {path!r} (revision {revision or 'main'}), neither a folder nor on the hub"
+        ) from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"no folder {path!r}, and the hub cannot be asked for a model of that name: {_reason(error)}"
+        ) from None
+    return Path(found)
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read the config of a causal language model.
+
+    Raises:
+        ModelError: The folder holds none that transformers can read, or that of another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise ModelError(f"{folder} holds no model config that transformers can read: {_reason(error)}") from None
+    if kind := _other_kind(config):
+        raise ModelError(f"{folder} holds {kind}; Coldstill takes decoder-only language models, with their output head")
+    return config
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Give the part of a config that describes the language model."""
+    return config.get_text_config(decoder=True)
+
+
+def kept_channels_of(config: PreTrainedConfig) -> list[int] | None:
+    """Give the teacher's channel of each of a student's, where an earlier version wrote them; None elsewhere."""
+    kept = getattr(text_config(config), _KEPT_CHANNELS, None)
+    return None if kept is None else [int(channel) for channel in kept]
+
+
+def kept_blocks_of(config: PreTrainedConfig) -> list[int] | None:
+    """Give the teacher blocks that a student's config says it was cut from, or None."""
+    kept = getattr(config, KEPT_BLOCKS, None)
+    return None if kept is None else [int(block) for block in kept]
+
+
+def resolve_dtype(config: PreTrainedConfig, dtype: str) -> str:
+    """Turn `auto` into the dtype that the checkpoint was saved in, and give the name of a dtype."""
+    if dtype != "auto":
+        return dtype
+    saved = getattr(text_config(config), "dtype", None) or getattr(config, "dtype", None) or torch.float32
+    return str(saved).removeprefix("torch.")
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn `auto` into this process's accelerator, the first one unless torchrun said another, or into the CPU."""
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise ModelError(f"device {device!r} is unknown: {_reason(error)}") from None
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
+
+
+def load_model(folder: Path, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a causal language model from safetensors, all of its weights, on the CPU, in evaluation mode.
+
+    Raises:
+        ModelError: The folder holds no such model, or not all of its weights: transformers would make up the others.
+    """
+    load_config(folder, trust_remote_code=trust_remote_code)
+    try:
+        with _without_loading_report():
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
+    except _LOADING_ERRORS as error:
+        raise ModelError(f"{folder} holds no causal language model in safetensors: {_reason(error)}") from None
+    _check_whole(folder, type(model).__name__, loaded)
+    return model.eval()
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer beside a model.
+
+    Raises:
+        ModelError: There is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise ModelError(f"{folder} holds no tokenizer: {_reason(error)}") from None
+
+
+def identify(folder: Path, config: PreTrainedConfig, *, dtype: str) -> dict[str, str]:
+    """Say which model a folder holds, by content: its config, its weights and the dtype that it is to run in."""
+    return teacher_identity(config=config.to_dict(), weights=weights_digest(folder), dtype=dtype)
+
+
+def _other_kind(config: PreTrainedConfig) -> str | None:
+    """Say what a config describes, where that is no causal language model; None where it is one."""
+    name = (config.architectures or [type(config).__name__])[0]
+    if getattr(config, "is_encoder_decoder", False):
+        return f"an encoder-decoder, {name}"
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    if not is_causal or name.endswith(_OTHER_HEADS):
+        return f"a {name}, which is no causal language model"
+    return None
+
+
+@contextlib.contextmanager
+def _without_loading_report() -> Iterator[None]:
+    """Keep transformers from printing a table of what it found and did not find; `_check_whole` says it in a line."""
+    logger = logging.getLogger("transformers.utils.loading_report")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_whole(folder: Path, name: str, loaded: Mapping[str, Any]) -> None:
+    """Refuse a model of which transformers made up weights, because they were missing or had another shape."""
+    other_shapes = [
+        f"{key} ({list(there)} there, {list(wanted)} by the config)" for key, there, wanted in loaded["mismatched_keys"]
+    ]
+    for problem, weights in (("lacks weights", loaded["missing_keys"]), ("has weights of other shapes", other_shapes)):
+        if weights:
+            raise ModelError(
+                f"{folder} {problem} for {name}: {_listed(weights)}; transformers would fill them with random numbers: "
+                "save or download the whole model again"
+            )
+    if loaded["unexpected_keys"]:
+        warnings.warn(
+            f"{folder} has weights that {name} does not use: {_listed(loaded['unexpected_keys'])}", stacklevel=3
+        )
+
+
+def _listed(names: Collection[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(sorted(names)[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _reason(error: Exception) -> str:
+    """Give an error in one line, without what transformers advises its programmers."""
+    if isinstance(error, StrictDataclassError):
+        return " ".join(str(error).split()).removesuffix(".")
+    if isinstance(error, KeyError):
+        return f"KeyError: {error}"
+    text = str(error.args[0]) if error.args else str(error)
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__

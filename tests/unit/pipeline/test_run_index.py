@@ -1,0 +1,33 @@
+"""What leads from a recipe to what was made for it: keys that later versions keep, so that stores are found again."""
+
+from typing import Any
+
+import pytest
+
+from cache.identity import digest_of
+from pipeline.config import Recipe
+from pipeline.recipe_file import parse_recipe
+from pipeline.run_index import rows_key
+
+
+def recipe_of(**train: Any) -> Recipe:
+    data = {
+        "packing": False,
+        "train": {"path": "text", "data_files": "train.txt", "max_rows": 20, **train},
+        "eval": {"path": "json", "data_files": ["eval.jsonl"], "prompt_column": "question"},
+    }
+    student = {"prune": {"layers": {"remove": 2}}}
+    whole = {"output": "runs/x", "teacher": {"path": "somewhere"}, "data": data, "student": student}
+    return parse_recipe(whole, name="test")
+
+
+def test_the_rows_of_a_recipe_are_found_where_the_first_version_put_them():
+    assert digest_of(rows_key(recipe_of())) == "69ff130e60781f352a64915bf253332f7ece339ff84cd6ed9e2387fbd3a0e8ea"
+    # What a selection says of its source is part of its name.
+    source = recipe_of().data.train.identity()
+    assert digest_of(source) == "11f2004558c79c6fe59f8eaad65d636f9023b3f06660001050a70dd3096c83c1"
+
+
+@pytest.mark.parametrize("change", [{"skip_null": True}, {"max_rows": 21}, {"split": "test"}], ids=str)
+def test_what_changes_the_rows_leads_elsewhere(change):
+    assert digest_of(rows_key(recipe_of(**change))) != digest_of(rows_key(recipe_of()))
