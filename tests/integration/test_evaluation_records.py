@@ -123,6 +123,7 @@ def test_a_run_that_is_not_at_its_end_says_how_far_it_is(coldstill: Coldstill, j
     assert "recovered is not judged: training has saved no checkpoint yet; run: coldstill train" in early
     checkpoint = judged.output / "checkpoints/checkpoint-5"
     checkpoint.mkdir()
+    (checkpoint / "scheduler.pt").touch()
     (checkpoint / "trainer_state.json").write_text(json.dumps({"max_steps": 8}))
     late = json.loads(coldstill("evaluate", judged.recipe, "--json").stdout)
     assert late["missing"] == {"recovered": "training is at step 5 of 8; run: coldstill train"}
