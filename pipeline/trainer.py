@@ -4,19 +4,21 @@ A checkpoint folder is the student as `save_pretrained` writes it, so that plain
 with `projectors.safetensors` and the Trainer's own state beside it.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from cache.errors import RecipeError, StoreNotFoundError
+from cache.errors import CorruptError, ModelError, RecipeError, StoreNotFoundError
 from pipeline.assembly import LayerMap, Projectors, assemble
 from pipeline.batches import EpochOrder, StoredRows, complete_batch
 from pipeline.distiller import Distiller
@@ -236,14 +238,14 @@ class UniversalDistillationTrainer(ResumableTrainer):
             return
         distiller = self._distiller
         folder = Path(resume_from_checkpoint)
-        if has_adapters(distiller.student):
-            load_adapters(distiller.student, folder)
-        else:
-            dtype = str(next(distiller.student.parameters()).dtype).removeprefix("torch.")
-            distiller.student.load_state_dict(load_model(folder, dtype=dtype).state_dict())
-        projectors = {name: value for name, value in distiller.state_dict().items() if name.startswith(_PROJECTORS)}
-        if projectors:
-            distiller.projectors.load_state_dict(_read_projectors(folder))
+        with _as_it_was_saved(folder):
+            if has_adapters(distiller.student):
+                load_adapters(distiller.student, folder)
+            else:
+                dtype = str(next(distiller.student.parameters()).dtype).removeprefix("torch.")
+                distiller.student.load_state_dict(load_model(folder, dtype=dtype).state_dict())
+            if _of_projectors(distiller.state_dict()):
+                distiller.projectors.load_state_dict(_read_projectors(folder))
 
 
 def _check_effects(trainer: Trainer) -> None:
@@ -273,6 +275,20 @@ def _of_student(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _of_projectors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give the projectors' part of a distiller's state; empty where all are the identity."""
     return {name: value.contiguous() for name, value in state.items() if name.startswith(_PROJECTORS)}
+
+
+@contextlib.contextmanager
+def _as_it_was_saved(checkpoint: Path) -> Iterator[None]:
+    """Refuse a checkpoint that has not all that was saved in it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ModelError, SafetensorError, RuntimeError) as error:
+        raise CorruptError(
+            f"checkpoint {checkpoint} is not as it was saved: {' '.join(str(error).split())}; remove it to go on from "
+            "an earlier one, or begin anew: coldstill train --restart"
+        ) from None
 
 
 def _read_projectors(folder: Path) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cache.errors import RecipeError
+from cache.errors import ModelError, RecipeError
 
 try:
     import peft
@@ -79,8 +79,16 @@ def has_adapters(student: PreTrainedModel) -> bool:
 
 
 def load_adapters(student: PreTrainedModel, folder: Path) -> None:
-    """Give the adapters the values that were saved in a folder."""
-    peft.set_peft_model_state_dict(student, peft.load_peft_weights(str(folder), device="cpu"))
+    """Give the adapters the values that were saved in a folder.
+
+    Raises:
+        ModelError: One is missing, which PEFT would leave as it is.
+    """
+    saved = peft.load_peft_weights(str(folder), device="cpu")
+    missing = sorted(peft.get_peft_model_state_dict(student).keys() - saved.keys())
+    if missing:
+        raise ModelError(f"{folder} lacks {len(missing)} weights of its adapters, {missing[0]} among them")
+    peft.set_peft_model_state_dict(student, saved)
 
 
 def merged(student: PreTrainedModel) -> PreTrainedModel:

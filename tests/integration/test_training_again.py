@@ -1,6 +1,7 @@
 """Training that is run again: where it was killed it ends with the student and the log of a run that was not."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training import train_and_die, without_times
 from transformers import AutoModelForCausalLM
 
-from cache.errors import ColdstillError, RecipeError
+from cache.errors import ColdstillError, CorruptError, RecipeError
 from pipeline.config import Recipe
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
@@ -169,6 +170,37 @@ def test_a_run_that_keeps_weights_alone_begins_anew_where_it_was_killed(
     assert checkpoint(broken, 4).is_dir()
     assert train(broken).trained_steps == 6, "an optimizer that has forgotten would take other steps"
     assert exported(broken) == exported(whole)
+
+
+@pytest.mark.parametrize(
+    ("file", "weight", "said"),
+    [
+        (
+            "model.safetensors",
+            "model.layers.1.mlp.up_proj.weight",
+            "lacks weights for LlamaForCausalLM: model.layers.1",
+        ),
+        ("projectors.safetensors", "projectors.0.linear.weight", 'Missing key(s) in state_dict: "0.linear.weight"'),
+        ("adapter_model.safetensors", None, "weights of its adapters"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_weight_is_no_place_to_go_on_from(
+    recipes: Recipes, file: str, weight: str | None, said: str
+):
+    lora = {"student": {"lora": LORA}} if file.startswith("adapter") else {}
+    recipe = recipes("lacking", max_steps=4, save_steps=4, **lora)
+    precompute(recipe, show_progress=False)
+    train(recipe)
+    (Path(recipe.output) / "train.json").unlink()
+    weights = Path(recipe.output) / "checkpoints/checkpoint-4" / file
+    state = load_file(weights)
+    del state[weight or next(iter(state))]
+    save_file(state, weights, {"format": "pt"})
+    with pytest.raises(CorruptError, match=re.escape(said)) as caught:
+        train(recipe)
+    assert str(caught.value).startswith(f"checkpoint {weights.parent} is not as it was saved: ")
+    assert str(caught.value).endswith("or begin anew: coldstill train --restart")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_behind_the_last_step_is_refused_in_one_line(recipes: Recipes):
