@@ -22,7 +22,7 @@ from pipeline.run_index import find_run_rows
 from pipeline.students.folders import find_student
 from pipeline.train import train
 
-PROBE_TOKENS = 8
+PROBE_TOKENS = 24  # one row of them; no batch of rows has so few
 ROOT = Path(__file__).parents[2]
 
 
@@ -35,7 +35,7 @@ class Work:
 
     @property
     def tokens_of_rows(self) -> int:
-        """All but those of the tiny probe that finds a model's parts."""
+        """All but those of the tiny probes that find a model's parts and hold a cut one against it."""
         return sum(tokens for tokens in self.tokens if tokens > PROBE_TOKENS)
 
 
@@ -184,7 +184,7 @@ def test_a_dry_run_says_what_is_missing_and_writes_nothing(
     assert planned["computed_tokens"] == done["computed_tokens"] == 624
     assert planned["students_to_prune"] == 1
     assert done["written_bytes"] <= 1.2 * planned["missing_bytes"], "small columns do not compress"
-    more = json.loads(coldstill("precompute", recipe, "targets.hidden.blocks=[0,3]", "--dry-run", "--json").stdout)
+    more = json.loads(coldstill("precompute", recipe, "targets.hidden.blocks=[0,1,2,3]", "--dry-run", "--json").stdout)
     lacking = {column["name"] for column in more["columns"] if column["num_complete"] < column["num_shards"]}
     assert lacking == {"hidden/3/int8"}
     text = coldstill("precompute", recipe, "--dry-run").stdout
