@@ -184,7 +184,7 @@ def test_a_dry_run_says_what_is_missing_and_writes_nothing(
     assert planned["computed_tokens"] == done["computed_tokens"] == 624
     assert planned["students_to_prune"] == 1
     assert done["written_bytes"] <= 1.2 * planned["missing_bytes"], "small columns do not compress"
-    more = json.loads(coldstill("precompute", recipe, "targets.hidden.blocks=[0,3]", "--dry-run", "--json").stdout)
+    more = json.loads(coldstill("precompute", recipe, "targets.hidden.blocks=[0,1,2,3]", "--dry-run", "--json").stdout)
     lacking = {column["name"] for column in more["columns"] if column["num_complete"] < column["num_shards"]}
     assert lacking == {"hidden/3/int8"}
     text = coldstill("precompute", recipe, "--dry-run").stdout
