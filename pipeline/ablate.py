@@ -15,7 +15,7 @@ from cache.errors import ColdstillError, RecipeError, StoreError
 from cache.identity import digest_of
 from pipeline.config import Recipe
 from pipeline.interruptions import what_stays
-from pipeline.machine import machine_notes
+from pipeline.machine import check_device, machine_notes
 from pipeline.places import check_writable
 from pipeline.preflight import check_widths
 from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE
@@ -131,6 +131,7 @@ def _checked(runs: Sequence[_Run], state: SweepState, folder: Path, say: Callabl
         projector = run.recipe.projector.model_copy(update={"kind": "auto"})
         try:
             teacher = locate_teacher([run.recipe.model_copy(update={"projector": projector})], trains_here=True)
+            check_device("evaluate.device", run.recipe.evaluate.device)
         except ColdstillError as error:
             raise type(error)(f"{run.title}: {error}") from None
         try:

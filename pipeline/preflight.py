@@ -40,7 +40,7 @@ def check_before_teacher(recipe: Recipe, teacher: Teacher, *, trains_here: bool 
     """
     check_places(recipe, models=model_folders(recipe, teacher))
     check_device("teacher.device", recipe.teacher.device)
-    check_device("evaluate.device", recipe.evaluate.device, is_here=trains_here)
+    check_device("evaluate.device", recipe.evaluate.device, is_here=False)
     if recipe.evaluate.tasks:
         harness_version()
     _check_pairs(recipe, teacher)

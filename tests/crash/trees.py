@@ -62,5 +62,6 @@ def small_recipe(
             "logits": {"kind": "topk", "k": 4, "temperatures": [1]},
             "hidden": {"blocks": [1], "encoding": "coded"},
         },
+        "loss": {"gamma": 0, "temperature": 1},
         **sections,
     }

@@ -185,7 +185,9 @@ def test_what_this_machine_lacks_for_training_is_a_note_in_stage_one_and_an_erro
 
 @NEEDS_NO_GPU
 @pytest.mark.usefixtures("untouched")
-def test_a_device_that_is_not_there_is_refused_by_who_would_use_it(place: Path, coldstill: Callable[..., Any]):
+def test_a_device_that_is_not_there_is_refused_by_who_would_use_it(
+    place: Path, coldstill: Callable[..., Any], tmp_path: Path
+):
     missing = "is cuda, but this machine has no accelerator; use auto or cpu"
     for command in (["precompute", "--dry-run"], ["prune"], ["plan"]):
         (said,) = said_by(coldstill(*command, place / "recipe.yaml", "teacher.device=cuda", expect=2))
@@ -194,6 +196,10 @@ def test_a_device_that_is_not_there_is_refused_by_who_would_use_it(place: Path, 
     assert note == f"coldstill: evaluate.device {missing}, or evaluate on another machine"
     (said,) = said_by(coldstill("evaluate", place / "recipe.yaml", "evaluate.device=cuda", expect=2))
     assert said == f"coldstill: evaluate.device {missing}"
+    sweep = {"output": str(tmp_path / "sweep"), "recipe": str(place / "recipe.yaml")}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    (said,) = said_by(coldstill("ablate", tmp_path / "sweep.yaml", "evaluate.device=cuda", expect=2))
+    assert said == f"coldstill: base, seed 42: evaluate.device {missing}"
     (said,) = said_by(coldstill("precompute", "--dry-run", place / "recipe.yaml", "evaluate.device=gpu", expect=2))
     assert said.startswith("coldstill: evaluate.device 'gpu' is no device that torch knows")
 
