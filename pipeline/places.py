@@ -72,7 +72,7 @@ def check_writable(key: str, folder: Path) -> None:
     if not there.is_dir():
         reason = f"{there} is no folder"
     elif not os.access(there, os.W_OK | os.X_OK):
-        reason = f"{there} cannot be written to"
+        reason = f"no permission to write in {there}"
     elif (kind := _file_system(there)) in _NO_FILES:
         reason = f"{there} is on {kind}, a file system of the kernel's own"
     if reason is not None:

@@ -291,7 +291,10 @@ def test_a_read_only_folder_is_one_line(place: Place, whole: Whole):
     result = place.precompute()
     assert result.exit_code == 2
     (line,) = said_by(result.stderr)
-    assert line == f"coldstill: cache {place.root} cannot be written: {place.root} cannot be written to; choose another"
+    assert (
+        line
+        == f"coldstill: cache {place.root} cannot be written: no permission to write in {place.root}; choose another"
+    )
     place.root.chmod(0o755)
     place.check_rest(whole.files)
 
