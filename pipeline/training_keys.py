@@ -144,10 +144,8 @@ def _check_length(values: Mapping[str, Any]) -> None:
             f"train.max_steps must be above 0, got {steps}; leave it out, or give -1, to train for "
             "train.num_train_epochs"
         )
-    if not 0 < epochs < math.inf:
-        raise ValueError(
-            f"train.num_train_epochs must be above 0 and finite, got {epochs:g}; or give the steps, train.max_steps"
-        )
+    if epochs <= 0:
+        raise ValueError(f"train.num_train_epochs must be above 0, got {epochs:g}; or give the steps, train.max_steps")
 
 
 def _check_name(dotted: str, key: str, declared: Collection[str], where: str) -> None:

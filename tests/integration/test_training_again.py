@@ -311,9 +311,9 @@ def test_a_metric_that_no_evaluation_gives_is_one_line_before_anything_runs(reci
     [
         ({"max_steps": 0}, "train.max_steps must be above 0, got 0; leave it out, or give -1"),
         ({"max_steps": -5}, "train.max_steps must be above 0, got -5"),
-        ({"num_train_epochs": 0}, "train.num_train_epochs must be above 0 and finite, got 0"),
-        ({"num_train_epochs": -0.5}, "train.num_train_epochs must be above 0 and finite, got -0.5"),
-        ({"num_train_epochs": float("inf")}, "train.num_train_epochs must be above 0 and finite, got inf"),
+        ({"num_train_epochs": 0}, "train.num_train_epochs must be above 0, got 0"),
+        ({"num_train_epochs": -0.5}, "train.num_train_epochs must be above 0, got -0.5"),
+        ({"num_train_epochs": float("inf")}, "train.num_train_epochs must be a finite number, got inf"),
     ],
 )
 def test_a_run_of_no_steps_is_one_line(recipes: Recipes, training: dict[str, Any], said: str):

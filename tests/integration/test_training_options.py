@@ -227,9 +227,9 @@ def test_a_student_with_an_unknown_head_trains_and_is_judged_by_its_own_logits(
     load = AutoModelForCausalLM.from_pretrained
 
     def load_squashed(*args: Any, **kwargs: Any) -> Any:
-        model = load(*args, **kwargs)
+        model, loaded = load(*args, **kwargs)
         model.__class__ = Squashed
-        return model
+        return model, loaded
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_squashed)
     with pytest.warns(UserWarning, match="Squashed: output head over last hidden state differs .* computed whole"):
