@@ -5,7 +5,7 @@
     ├── DataError (ValueError)              the text cannot give the rows that were asked for, or a batch is malformed
     ├── TargetError (ValueError)            a term of the loss has a weight, and no target to learn from
     ├── ModelError (ValueError)             a model cannot be loaded, or does not fit the other one
-    ├── NonFiniteError (ArithmeticError)    the teacher gave a NaN or an infinity
+    ├── NonFiniteError (ArithmeticError)    a model gave a NaN or an infinity
     ├── HubError (OSError)                  the model hub does not take a student
     └── StoreError (OSError)                something about a store on disk
         ├── StoreNotFoundError              no store, selection or student where one is needed
@@ -43,7 +43,7 @@ class ModelError(ColdstillError, ValueError):
 
 
 class NonFiniteError(ColdstillError, ArithmeticError):
-    """The teacher's forward gave a NaN or an infinity."""
+    """A model's forward gave a NaN or an infinity, or its training did."""
 
 
 class HubError(ColdstillError, OSError):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import NonFiniteError
-from pipeline.forward import model_inputs, pad_rows, run_body
+from pipeline.forward import model_inputs, pad_rows, run_body, what_to_try
 from pipeline.models import ModelParts, rope_switches
 from pipeline.targets.columns import Tail
 from pipeline.targets.tail_sampling import draw_tail
@@ -214,10 +214,8 @@ class _Places:
         index = int((~finite).reshape(len(values), -1).any(dim=1).nonzero()[0])
         for row, name in zip(self.rows, self.names, strict=True):
             if index < len(row):
-                dtype = str(values.dtype).removeprefix("torch.")
                 raise NonFiniteError(
-                    f"teacher gave a non-finite value: {name}, {what}, position {index}; dtype {dtype}, "
-                    f"try {'float32' if dtype != 'float16' else 'bfloat16'}"
+                    f"teacher gave a non-finite value: {name}, {what}, position {index}; {what_to_try(values.dtype)}"
                 )
             index -= len(row)
 

@@ -5,6 +5,7 @@ the recipe names tasks, all models answer these too, and there the teacher itsel
 Shapes: N positions that count, V vocabulary, D width.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from cache.errors import NonFiniteError
 from cache.index import kept_entry, write_entry
 from cache.reader import Reader
 from cache.tokens import TOKENS
@@ -208,10 +210,14 @@ def _judge(
                     )
                     for positions in counted.split(_CHUNK_POSITIONS)
                 ]
-                for per_row, values in zip(
-                    (found.loss, found.kl, found.agreement), zip(*sums, strict=True), strict=True
-                ):
-                    per_row.append(sum(values))
+                of_row = [sum(values) for values in zip(*sums, strict=True)]
+                if not all(map(math.isfinite, of_row)):
+                    raise NonFiniteError(
+                        f"the {name} student in {folder} gives no finite numbers on eval row {len(found.loss)}: its "
+                        "training has diverged, or its weights are damaged"
+                    )
+                for per_row, value in zip((found.loss, found.kl, found.agreement), of_row, strict=True):
+                    per_row.append(value)
             bar.update(len(batch))
     return found
 

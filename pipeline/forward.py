@@ -121,6 +121,13 @@ def mean_loss(model: Any, rows: Sequence[Tensor]) -> float:
     return total / num_tokens
 
 
+def what_to_try(dtype: torch.dtype) -> str:
+    """Say what to do where a model gave a value that its dtype does not hold."""
+    if dtype == torch.float32:
+        return "dtype float32, beyond which there is none: use another checkpoint"
+    return f"dtype {str(dtype).removeprefix('torch.')}, try {'bfloat16' if dtype == torch.float16 else 'float32'}"
+
+
 def block_output(output: Any) -> Tensor:
     """Give the hidden state of what a decoder block returned: a tensor, or a tuple or list that begins with it."""
     return output[0] if isinstance(output, tuple | list) else output

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from cache.errors import ModelError, NonFiniteError
 from pipeline.distiller import Distiller, TargetForms
-from pipeline.forward import model_inputs, run_body
+from pipeline.forward import model_inputs, run_body, what_to_try
 from pipeline.losses.hidden_terms import HiddenForm
 from pipeline.losses.logits_targets import FINAL, FinalForm
 from pipeline.models import find_structure, head_problem, rope_switches, text_config
@@ -111,8 +111,7 @@ def _check_finite(states: Mapping[str, Tensor], mask_BT: Tensor | None) -> None:
             broken_BT &= mask_BT.bool()
         if bool(broken_BT.any()):
             row, position = broken_BT.nonzero()[0].tolist()
-            dtype = str(values_BTD.dtype).removeprefix("torch.")
             raise NonFiniteError(
-                f"teacher gave a non-finite value: row {row} of a batch, {name}, position {position}; dtype {dtype}, "
-                f"try {'float32' if dtype != 'float16' else 'bfloat16'}"
+                f"teacher gave a non-finite value: row {row} of a batch, {name}, position {position}; "
+                f"{what_to_try(values_BTD.dtype)}"
             )

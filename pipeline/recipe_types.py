@@ -13,6 +13,13 @@ def _nameable(value: float) -> float:
     return value
 
 
+def _at_home(value: str) -> str:
+    place = os.path.expanduser(value)  # noqa: PTH111 - a Path would take a slash out of a URL
+    if place.startswith("~"):
+        raise ValueError(f"there is no user {place.partition('/')[0].removeprefix('~')!r} on this machine")
+    return place
+
+
 Positive = Annotated[float, Field(gt=0)]
 # A number that stands in a column's name, where it must say exactly what it is.
 Nameable = Annotated[float, Field(gt=0), AfterValidator(_nameable)]
@@ -24,7 +31,7 @@ WarmupShare = Annotated[float, Field(ge=0, lt=1)]
 
 
 # A place on this machine; `~` is somebody's home, which a shell leaves as it is behind a `=`. A URL stays as it is.
-Place = Annotated[str, AfterValidator(os.path.expanduser)]
+Place = Annotated[str, AfterValidator(_at_home)]
 
 
 class Section(BaseModel):

@@ -173,6 +173,7 @@ def _finish(
         peak_memory_bytes=trainer.peak_memory_bytes,
         exported_step=trainer.kept_step,
     )
+    trainer.require_finite()
     student, projectors = trainer.trained_state()
     if trainer.is_world_process_zero():
         facts = {"run": key, "teacher": run.store.teacher["identity"], "store": run.store.name}

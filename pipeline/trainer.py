@@ -5,6 +5,7 @@ with `projectors.safetensors` and the Trainer's own state beside it.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from cache.errors import CorruptError, ModelError, RecipeError, StoreNotFoundError
+from cache.errors import CorruptError, ModelError, NonFiniteError, RecipeError, StoreNotFoundError
 from pipeline.assembly import LayerMap, Projectors, assemble
 from pipeline.batches import EpochOrder, StoredRows, complete_batch
 from pipeline.distiller import Distiller
 from pipeline.live_targets import LiveTargets
-from pipeline.models import load_model
+from pipeline.models import first_non_finite, load_model
 from pipeline.resumable_trainer import ResumableTrainer
 from pipeline.students.adapters import has_adapters, load_adapters
 from pipeline.warm_start import fit_projectors
@@ -185,9 +186,24 @@ class UniversalDistillationTrainer(ResumableTrainer):
             num_steps = self.state.global_step - self._terms_since_step
             for name, total in sorted(self._terms.items()):
                 logs[name] = self.accelerator.gather(total).mean().item() / num_steps
+            if not all(math.isfinite(logs[name]) for name in self._terms):
+                self.require_finite()
             self._terms = {}
             logs |= {name: getattr(self._distiller.weights, name) for name in self._distiller.loss.schedules}
         super().log(logs, start_time)
+
+    def require_finite(self) -> None:
+        """Refuse to go on with weights that are not finite: nothing brings them back.
+
+        Raises:
+            NonFiniteError: A weight of student or projectors is a NaN or an infinity.
+        """
+        if name := first_non_finite(dict(self._distiller.named_parameters())):
+            raise NonFiniteError(
+                f"training has diverged: {name} is not finite at step {self.state.global_step}, and nothing is "
+                f"exported; lower train.learning_rate ({self.args.learning_rate:g}) or raise train.warmup_steps, and "
+                "begin anew: coldstill train --restart"
+            )
 
     def sums(self) -> dict[str, Any]:
         """Give the sums of the terms too."""

@@ -25,6 +25,7 @@ OWNED_KEYS: Mapping[str, str] = {
     "label_names": _BATCHES,
     "label_smoothing_factor": "the losses: the teacher's distribution is the soft target",
     "resume_from_checkpoint": "coldstill train, which continues what was interrupted",
+    "greater_is_better": "the losses, all of which are better where they are lower",
     "enable_jit_checkpoint": "coldstill train, which saves a checkpoint when it is interrupted",
     "do_train": "the command",
     "do_eval": "the command",

@@ -50,6 +50,8 @@ def parse_yaml(text: str, *, name: str, key: str = "") -> Any:
         raise
     except yaml.MarkedYAMLError as error:
         raise RecipeError(f"{name} is not YAML: {_one_line(error, text)}") from None
+    except RecursionError:
+        raise RecipeError(f"{name} is not YAML that can be read: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise RecipeError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
 

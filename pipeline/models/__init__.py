@@ -2,6 +2,7 @@
 
 from pipeline.models.loading import (
     KEPT_BLOCKS,
+    first_non_finite,
     identify,
     kept_blocks_of,
     kept_channels_of,
@@ -26,6 +27,7 @@ __all__ = [
     "check_vocabularies",
     "find_parts",
     "find_structure",
+    "first_non_finite",
     "head_problem",
     "identify",
     "kept_blocks_of",

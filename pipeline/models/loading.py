@@ -6,6 +6,7 @@ Knows transformers; knows nothing of stores, recipes or what is inside a model.
 import contextlib
 import logging
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -47,6 +49,8 @@ _LOADING_ERRORS = (
 # Of architectures whose body is a language model's, and whose output is none.
 _OTHER_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "RewardModel")
 _NAMED = 3  # weights that an error names
+# What a model is trained on, of one of many blocks: not the tables that older versions of transformers saved too.
+_OF_A_BLOCK = re.compile(r"\.\d+\..*(weight|bias)$")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -139,7 +143,8 @@ def load_model(folder: Path, *, dtype: str, trust_remote_code: bool = False) -> 
     """Load a causal language model from safetensors, all of its weights, on the CPU, in evaluation mode.
 
     Raises:
-        ModelError: The folder holds no such model, or not all of its weights: transformers would make up the others.
+        ModelError: The folder holds no such model, or not all of its weights: transformers would make up the others. Or
+            it holds blocks or parts of blocks that its config does not speak of, or numbers that are not finite.
     """
     load_config(folder, trust_remote_code=trust_remote_code)
     try:
@@ -153,9 +158,23 @@ def load_model(folder: Path, *, dtype: str, trust_remote_code: bool = False) -> 
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
     except _LOADING_ERRORS as error:
-        raise ModelError(f"{folder} holds no causal language model in safetensors: {_reason(error)}") from None
+        raise ModelError(f"{folder} cannot be loaded as a causal language model: {_reason(error)}") from None
     _check_whole(folder, type(model).__name__, loaded)
+    _check_tie(folder, model)
+    if name := first_non_finite(model.state_dict()):
+        raise ModelError(f"{folder} has numbers in {name} that are not finite: NaN or infinity; use another checkpoint")
     return model.eval()
+
+
+def first_non_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Name the first tensor that holds a NaN or an infinity; None where all are finite."""
+    for name, value in state.items():
+        if value.is_floating_point() and not value.is_meta:
+            # One pass that keeps nothing; a sum that overflows is looked at again.
+            total = value.sum(dtype=torch.float32)
+            if not bool(total.isfinite()) and not bool(value.isfinite().all()):
+                return name
+    return None
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -191,7 +210,7 @@ def _other_kind(config: PreTrainedConfig) -> str | None:
 @contextlib.contextmanager
 def _without_loading_report() -> Iterator[None]:
     """Keep transformers from printing a table of what it found and did not find; `_check_whole` says it in a line."""
-    logger = logging.getLogger("transformers.utils.loading_report")
+    logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -211,9 +230,24 @@ def _check_whole(folder: Path, name: str, loaded: Mapping[str, Any]) -> None:
                 f"{folder} {problem} for {name}: {_listed(weights)}; transformers would fill them with random numbers: "
                 "save or download the whole model again"
             )
-    if loaded["unexpected_keys"]:
-        warnings.warn(
-            f"{folder} has weights that {name} does not use: {_listed(loaded['unexpected_keys'])}", stacklevel=3
+    unused = loaded["unexpected_keys"]
+    if of_blocks := [key for key in unused if _OF_A_BLOCK.search(key)]:
+        raise ModelError(
+            f"{folder} has weights that {name} of its config has no place for: {_listed(of_blocks)}; they would be "
+            "left out without a word: mend its config.json (num_hidden_layers, biases), or save the model again"
+        )
+    if unused:
+        warnings.warn(f"{folder} has weights that {name} does not use: {_listed(unused)}", stacklevel=3)
+
+
+def _check_tie(folder: Path, model: PreTrainedModel) -> None:
+    """Refuse a model whose config ties the output head to the input embedding where its file has two."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    ties = getattr(text_config(model.config), "tie_word_embeddings", False)
+    if ties and head is not None and hasattr(head, "weight") and head.weight is not embedding.weight:
+        raise ModelError(
+            f"{folder} ties output head and input embedding by its config (tie_word_embeddings), but has two different "
+            "ones: set tie_word_embeddings to false in config.json if both are meant, or save the model again"
         )
 
 

@@ -177,7 +177,8 @@ def finished_summary(recipe: Recipe) -> dict[str, Any] | None:
 def read_metrics(recipe: Recipe) -> dict[str, Any] | None:
     """Give what `write_metrics` wrote of a run that is complete, None where it is not."""
     metrics = Path(recipe.output) / _METRICS_FILE
-    if not metrics.is_file() or not (trained_student(recipe) / "config.json").is_file():
+    student = trained_student(recipe)
+    if not metrics.is_file() or not (student / "config.json").is_file() or not any(student.glob("*.safetensors")):
         return None
     return dict(json.loads(metrics.read_text()))
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from training import train_and_die, without_times
 from transformers import AutoModelForCausalLM
 
-from cache.errors import ColdstillError, CorruptError, RecipeError
+from cache.errors import ColdstillError, CorruptError, NonFiniteError, RecipeError
 from pipeline.config import Recipe
+from pipeline.evaluate import evaluate
 from pipeline.precompute import precompute
 from pipeline.recipe_file import load_recipe
 from pipeline.train import train
@@ -253,13 +254,42 @@ def test_the_best_student_and_its_projectors_are_what_is_exported(recipes: Recip
     assert exported(recipe) == checkpointed(recipe, best)
 
 
-def test_a_score_may_be_asked_for_that_is_better_where_it_is_greater(recipes: Recipes):
-    recipe = recipes("worst", **{**WORSE_AND_WORSE, "max_steps": 3, "greater_is_better": True})
-    judged = train(recipe)
-    losses = {entry["step"]: entry["eval_loss"] for entry in record_of(recipe)["log"] if "eval_loss" in entry}
-    worst = max(losses, key=losses.__getitem__)
-    assert judged.exported_step == worst == 1
-    assert exported(recipe) == checkpointed(recipe, 1)
+def test_a_loss_is_never_better_where_it_is_greater(recipes: Recipes):
+    with pytest.raises(RecipeError, match=r"train\.greater_is_better is decided by the losses, all of which"):
+        recipes("worst", **WORSE_AND_WORSE, greater_is_better=True)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_a_run_that_diverges_ends_in_one_line_and_exports_nothing(recipes: Recipes, logging_steps: int):
+    recipe = recipes("diverged", max_steps=6, learning_rate=1e30, logging_steps=logging_steps)
+    precompute(recipe, show_progress=False)
+    with pytest.raises(NonFiniteError, match=r"^training has diverged: student\..* is not finite at step [2-6], and"):
+        train(recipe)
+    assert not (Path(recipe.output) / "student").exists()
+    assert not (Path(recipe.output) / "train.json").exists()
+
+
+def test_a_student_that_gives_no_finite_numbers_is_judged_in_one_line(recipes: Recipes):
+    recipe = recipes("judged", max_steps=2)
+    precompute(recipe, show_progress=False)
+    train(recipe)
+    file = Path(recipe.output) / "student/model.safetensors"
+    state = load_file(file)
+    # Finite numbers, of which the model makes none.
+    state["lm_head.weight"][:] = 3e38
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(NonFiniteError, match="^the recovered student in .* gives no finite numbers on eval row 0"):
+        evaluate(recipe, show_progress=False)
+
+
+def test_a_student_without_its_weights_is_exported_again(recipes: Recipes):
+    recipe = recipes("emptied", max_steps=4, save_steps=4)
+    precompute(recipe, show_progress=False)
+    train(recipe)
+    before = exported(recipe)
+    (Path(recipe.output) / "student/model.safetensors").unlink()
+    assert train(recipe).trained_steps == 0
+    assert exported(recipe) == before
 
 
 # PEFT asks for a property of models by a name that transformers calls deprecated.

@@ -264,6 +264,11 @@ def test_a_home_is_a_home_wherever_a_recipe_names_a_place(load: Callable[..., An
     assert load("cache=s3://bucket/~x").cache == "s3://bucket/~x"
 
 
+def test_the_home_of_nobody_is_no_folder_of_that_name(load: Callable[..., Any]):
+    with pytest.raises(RecipeError, match="cache .*: there is no user 'nobody-here' on this machine"):
+        load("cache=~nobody-here/x")
+
+
 FILES = {
     "empty": ("# nothing yet\n", "recipe .*r.yaml is empty"),
     "list": ("- a\n", "recipe .*r.yaml must be a map of sections, got list"),

@@ -70,10 +70,47 @@ def test_a_weight_of_another_shape_is_refused_with_both_shapes(change_weights: C
         load_model(folder, dtype="float32")
 
 
-def test_a_model_with_more_blocks_than_its_config_says_is_loaded_with_a_word(change_config: Callable[..., Path]):
+def test_a_model_with_more_blocks_than_its_config_says_is_refused(change_config: Callable[..., Path]):
     folder = change_config(num_hidden_layers=3)
-    with pytest.warns(UserWarning, match=r"has weights that LlamaForCausalLM does not use: model.layers.3.*and 6 more"):
+    with pytest.raises(ModelError, match=r"of its config has no place for: model.layers.3.* and 6 more; they would be"):
         load_model(folder, dtype="float32")
+
+
+def test_a_bias_that_its_config_does_not_speak_of_is_refused(change_weights: Callable[..., Path]):
+    folder = change_weights(model__layers__0__self_attn__q_proj__bias=torch.ones(32))
+    with pytest.raises(ModelError, match=r"has no place for: model\.layers\.0\.self_attn\.q_proj\.bias; they would"):
+        load_model(folder, dtype="float32")
+
+
+def test_a_head_of_another_kind_beside_the_model_is_left_out_with_a_word(change_weights: Callable[..., Path], capfd):
+    folder = change_weights(value_head__weight=torch.ones(1, 32))
+    with pytest.warns(UserWarning, match=r"has weights that LlamaForCausalLM does not use: value_head\.weight"):
+        load_model(folder, dtype="float32")
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_what_is_missing_is_said_once(change_weights: Callable[..., Path], capfd):
+    with pytest.raises(ModelError, match="lacks weights"):
+        load_model(change_weights(lm_head__weight=None), dtype="float32")
+    assert "MISSING" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_numbers_that_are_not_finite_are_named_by_their_weight(change_weights: Callable[..., Path], value: float):
+    weight = torch.ones(32)
+    weight[3] = value
+    folder = change_weights(model__layers__3__input_layernorm__weight=weight)
+    with pytest.raises(ModelError, match=r"numbers in model\.layers\.3\.input_layernorm\.weight that are not finite"):
+        load_model(folder, dtype="float32")
+
+
+def test_large_numbers_are_finite(change_weights: Callable[..., Path]):
+    load_model(change_weights(model__norm__weight=torch.full((32,), 3e38)), dtype="float32")
+
+
+def test_a_tie_that_the_files_do_not_keep_is_refused(change_config: Callable[..., Path]):
+    with pytest.raises(ModelError, match="ties output head and input embedding .*, but has two different ones"):
+        load_model(change_config(tie_word_embeddings=True), dtype="float32")
 
 
 def test_a_model_with_fewer_blocks_than_its_config_says_is_refused(change_config: Callable[..., Path]):
@@ -146,7 +183,7 @@ def test_a_file_that_was_cut_short_is_one_line(model_folders: dict[str, Path], t
     shutil.copytree(model_folders["teacher"], folder)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:2000])
-    with pytest.raises(ModelError, match=f"{folder} holds no causal language model in safetensors"):
+    with pytest.raises(ModelError, match=f"{folder} cannot be loaded as a causal language model"):
         load_model(folder, dtype="float32")
 
 

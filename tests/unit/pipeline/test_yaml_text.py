@@ -94,3 +94,8 @@ def test_what_is_no_yaml_is_one_line_with_the_line_of_the_file(text: str, messag
     with pytest.raises(RecipeError, match=message) as refused:
         parse_yaml(text, name="r")
     assert "\n" not in str(refused.value)
+
+
+def test_what_is_nested_without_end_is_one_line():
+    with pytest.raises(RecipeError, match="^run.yaml is not YAML that can be read: it is nested too deeply$"):
+        parse_yaml("output: " + "[" * 3000, name="run.yaml")
