@@ -211,12 +211,16 @@ def _other_kind(config: PreTrainedConfig) -> str | None:
 def _without_loading_report() -> Iterator[None]:
     """Keep transformers from printing a table of what it found and did not find; `_check_whole` says it in a line."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return record.funcName != "log_state_dict_report"
+
+    # A filter, and not a level: by its logger's level transformers decides what to look at, and says more.
+    logger.addFilter(is_other)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(is_other)
 
 
 def _check_whole(folder: Path, name: str, loaded: Mapping[str, Any]) -> None:
