@@ -125,9 +125,7 @@ def test_a_pickled_checkpoint_is_refused(build_model, tmp_path: Path):
     model = build_model()
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(
-        ModelError, match="as a causal language model: Error no file named model.safetensors"
-    ):
+    with pytest.raises(ModelError, match="as a causal language model: Error no file named model.safetensors"):
         load_model(tmp_path, dtype="float32")
 
 
