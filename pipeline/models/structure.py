@@ -5,7 +5,8 @@ embedding, and no position of it sees a later one.
 """
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +43,6 @@ class ModelParts:
         blocks: Its decoder blocks; block i of n, 0-based, is what index i means everywhere in Coldstill.
         structure: The names of blocks and body within the model.
         output_head: Post-norm state to logits.
-        final_norm: The norm that runs behind the last block; None where none does, and in a model without weights.
     """
 
     model: PreTrainedModel
@@ -50,7 +50,11 @@ class ModelParts:
     blocks: nn.ModuleList
     structure: Structure
     output_head: OutputHead
-    final_norm: nn.Module | None = None
+
+    @cached_property
+    def final_norm(self) -> nn.Module | None:
+        """The norm that runs behind the last block; None where none does. Found by running a few tokens, once."""
+        return _find_final_norm(self)
 
     @property
     def blocks_name(self) -> str:
@@ -103,11 +107,11 @@ def take_apart(model: PreTrainedModel) -> ModelParts:
     problem = head_problem(model, parts.structure) or _causality_problem(model)
     if problem is not None:
         raise ModelError(problem)
-    return replace(parts, final_norm=_find_final_norm(parts))
+    return parts
 
 
 def find_parts(model: PreTrainedModel) -> ModelParts:
-    """Find a model's parts by structure alone, which may be without weights; the final norm is found by running one.
+    """Find a model's parts by structure alone. It may be without weights, unless its final norm is asked for.
 
     Raises:
         ModelError: A part cannot be found.
