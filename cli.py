@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-
-from cache.errors import RecipeError
-from pipeline.commands.ablate import ablate
-from pipeline.commands.advise import advise
-from pipeline.commands.cache import cache_app
-from pipeline.commands.report import report
-from pipeline.commands.shared import (
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.commands.ablate import ablate
+from coldstill.pipeline.commands.advise import advise
+from coldstill.pipeline.commands.cache import cache_app
+from coldstill.pipeline.commands.report import report
+from coldstill.pipeline.commands.shared import (
     JsonOption,
     OverridesArgument,
     RecipeArgument,
@@ -31,7 +29,8 @@ from pipeline.commands.shared import (
     run_stage,
     speaks,
 )
-from pipeline.endings import one_line_errors
+from coldstill.pipeline.runtime.endings import one_line_errors
+from rich.console import Console
 
 app = typer.Typer(
     name="coldstill",
@@ -67,8 +66,8 @@ def demo(
     """Recover a small pruned model from start to end: no network, two cores, a few minutes."""
     with one_line_errors():
         quieten_libraries()
-        from pipeline.commands.evaluation_tables import print_evaluation
-        from pipeline.demo import run_demo
+        from coldstill.pipeline.commands.evaluation_tables import print_evaluation
+        from coldstill.pipeline.demo import run_demo
 
         with contextlib.redirect_stdout(sys.stderr):
             result = run_demo(folder.expanduser(), say=print)
@@ -96,7 +95,7 @@ def prune(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
         if as_json:
             print_json(result)
         else:
-            from pipeline.commands.summaries import prune_lines
+            from coldstill.pipeline.commands.summaries import prune_lines
 
             print_lines(prune_lines(result))
 
@@ -120,12 +119,12 @@ def precompute(
     Several recipes of one teacher are served by one pass.
     """
     with one_line_errors():
-        from pipeline.commands import summaries
-        from pipeline.stage_one.workers import parse_share
+        from coldstill.pipeline.commands import summaries
+        from coldstill.pipeline.stage_one.workers import parse_share
 
         recipes = load_recipes(arguments)
         if dry_run:
-            planned = call("dry_run", *recipes)
+            planned = call("stage_one.dry_run", *recipes)
             if as_json:
                 print_json(planned)
                 return
@@ -157,7 +156,7 @@ def plan(
     Bytes, room on the disk, hours of stage one, memory of stage two, and how faithful each kind of logits target is.
     """
     with one_line_errors():
-        from pipeline.planning.budget import parse_bytes
+        from coldstill.pipeline.estimates.budget import parse_bytes
 
         try:
             budget_bytes = None if budget is None else parse_bytes(budget)
@@ -167,7 +166,7 @@ def plan(
         if as_json:
             print_json(result)
         else:
-            from pipeline.commands.plan_tables import print_plan
+            from coldstill.pipeline.commands.plan_tables import print_plan
 
             print_plan(result)
 
@@ -206,7 +205,7 @@ def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None, as_jso
         if as_json:
             print_json(result)
         else:
-            from pipeline.commands.evaluation_tables import print_evaluation
+            from coldstill.pipeline.commands.evaluation_tables import print_evaluation
 
             print_evaluation(result)
 

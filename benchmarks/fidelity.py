@@ -23,25 +23,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coldstill.cache.manifest import Manifest
+from coldstill.pipeline.estimates.fidelity import FidelityJudge
+from coldstill.pipeline.losses.divergences import Events
+from coldstill.pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, StudentEvents
+from coldstill.pipeline.models import load_model
+from coldstill.pipeline.models.labels import counts_of
+from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import parse_recipe
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.stage_one.byte_estimates import measured_bytes
+from coldstill.pipeline.stage_one.capture import CaptureRequest, capture
+from coldstill.pipeline.stage_two.target_forms import read_batch, read_logits
+from coldstill.pipeline.students.folders import find_student
+from coldstill.pipeline.targets.columns import columns_of
 from recovery import teacher_and_source
 from torch import Tensor
-
-from cache.manifest import Manifest
-from pipeline.capture import CaptureRequest, capture
-from pipeline.config import Recipe
-from pipeline.labels import counts_of
-from pipeline.losses.divergences import Events
-from pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, StudentEvents
-from pipeline.models import load_model
-from pipeline.planning.fidelity import FidelityJudge
-from pipeline.precompute import precompute
-from pipeline.recipe_file import parse_recipe
-from pipeline.run_index import RunRows, find_run_rows
-from pipeline.stage_one.byte_estimates import measured_bytes
-from pipeline.students.folders import find_student
-from pipeline.target_forms import read_batch, read_logits
-from pipeline.targets.columns import columns_of
-from pipeline.teacher import Teacher
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 KINDS: dict[str, dict[str, Any]] = {

@@ -14,14 +14,13 @@ import sys
 import psutil
 import torch
 import torch.nn.functional as F
+from coldstill.pipeline.losses.chunked_loss import chunked_loss
+from coldstill.pipeline.losses.divergences import Divergence
+from coldstill.pipeline.losses.logits_targets import BucketedTopk, StudentEvents
+from coldstill.pipeline.losses.vocabulary_losses import vocabulary_losses
+from coldstill.pipeline.models.output_head import OutputHead
+from coldstill.pipeline.runtime.peak_memory import peak_memory_bytes
 from torch import Tensor
-
-from pipeline.losses.chunked_loss import chunked_loss
-from pipeline.losses.divergences import Divergence
-from pipeline.losses.logits_targets import BucketedTopk, StudentEvents
-from pipeline.losses.vocabulary_losses import vocabulary_losses
-from pipeline.output_head import OutputHead
-from pipeline.peak_memory import peak_memory_bytes
 
 POSITIONS, WIDTH, VOCABULARY, K, TEMPERATURE = 2_048, 896, 151_936, 64, 2.0
 KL = Divergence()

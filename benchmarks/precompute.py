@@ -82,8 +82,8 @@ def write_recipe(options: argparse.Namespace) -> Path:
 
 
 def run_arm(options: argparse.Namespace) -> None:
-    from pipeline.peak_memory import peak_memory_bytes
-    from pipeline.recipe_file import load_recipe
+    from coldstill.pipeline.recipe.file import load_recipe
+    from coldstill.pipeline.runtime.peak_memory import peak_memory_bytes
 
     report = reporting()
     recipe = load_recipe(options.recipe)
@@ -97,10 +97,9 @@ def run_arm(options: argparse.Namespace) -> None:
 
 def bare(recipe: Any) -> Any:
     import torch
-
-    from pipeline.forward import pad_rows
-    from pipeline.stage_one.requests import build_requested_rows
-    from pipeline.teacher import Teacher
+    from coldstill.pipeline.models.forward import pad_rows
+    from coldstill.pipeline.models.teacher import Teacher
+    from coldstill.pipeline.stage_one.requests import build_requested_rows
 
     teacher = Teacher.locate(recipe.teacher)
     tokens = build_requested_rows([recipe], teacher)[0]["train"].tokens
@@ -119,10 +118,10 @@ def bare(recipe: Any) -> Any:
 
 
 def precomputed(recipe: Any) -> Any:
-    import cache.rows
-    from pipeline.precompute import precompute
+    import coldstill.cache.rows
+    from coldstill.pipeline.precompute import precompute
 
-    cache.rows.SHARD_TOKENS = SHARD_TOKENS
+    coldstill.cache.rows.SHARD_TOKENS = SHARD_TOKENS
 
     def run() -> float:
         with tempfile.TemporaryDirectory(dir=Path(recipe.output).parent) as folder:

@@ -81,7 +81,9 @@ def teacher_and_source(options: argparse.Namespace) -> tuple[str, dict[str, Any]
         return options.teacher, source
     print("no --teacher: the teacher of coldstill demo stands in, its figures are not SmolLM2's", file=sys.stderr)
     subprocess.run(
-        [sys.executable, "-m", "cli", "demo", "--folder", options.workdir / "demo"], check=True, stdout=sys.stderr
+        [sys.executable, "-m", "coldstill.cli", "demo", "--folder", options.workdir / "demo"],
+        check=True,
+        stdout=sys.stderr,
     )
     return str(options.workdir / "demo/teacher"), source
 
@@ -123,7 +125,7 @@ def build_recipe(options: argparse.Namespace, teacher: str, source: dict[str, An
 
 def timed(command: str, *recipes: Path) -> dict[str, Any]:
     """Run one command in a process of its own; give its summary and the peak memory of that process in GB."""
-    arguments = [sys.executable, "-m", "cli", command, *map(str, recipes), "--json"]
+    arguments = [sys.executable, "-m", "coldstill.cli", command, *map(str, recipes), "--json"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
     output = process.stdout.read() if process.stdout else ""
     _, status, usage = os.wait4(process.pid, 0)

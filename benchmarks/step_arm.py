@@ -13,20 +13,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from coldstill.cache.tokens import TOKENS
+from coldstill.pipeline.models.forward import block_outputs
+from coldstill.pipeline.models.pairing import layer_map_of
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.peak_memory import peak_memory_bytes
+from coldstill.pipeline.stage_two.setup import create_trainer
+from coldstill.pipeline.students.folders import find_student
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from turns import reporting, wait_for_turn
-
-from cache.tokens import TOKENS
-from pipeline.config import Recipe
-from pipeline.forward import block_outputs
-from pipeline.pairing import layer_map_of
-from pipeline.peak_memory import peak_memory_bytes
-from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.students.folders import find_student
-from pipeline.trainer_setup import create_trainer
 
 _LARGEST = 16
 

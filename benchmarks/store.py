@@ -25,19 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from coldstill.cache.array_object import ZSTD_LEVEL
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.identity import row_id
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.reader import Reader
+from coldstill.cache.rows import find_rows, lay_rows, publish_rows, read_rows, split_shards
+from coldstill.cache.selections import Selection, read_selection, write_selection
+from coldstill.cache.store import Store, create_store, open_store
+from coldstill.cache.tokens import TOKENS, write_tokens
+from coldstill.cache.writer import write_column
 from numcodecs.zstd import Zstd
 from tqdm import tqdm
-
-from cache.array_object import ZSTD_LEVEL
-from cache.columns import ArraySpec, Column
-from cache.identity import row_id
-from cache.manifest import Manifest
-from cache.reader import Reader
-from cache.rows import find_rows, lay_rows, publish_rows, read_rows, split_shards
-from cache.selections import Selection, read_selection, write_selection
-from cache.store import Store, create_store, open_store
-from cache.tokens import TOKENS, write_tokens
-from cache.writer import write_column
 
 ROW_TOKENS = 512
 SHARD_TOKENS = 32_768
@@ -248,9 +247,9 @@ def make_short_rows(num_rows: int) -> Iterator[np.ndarray]:
 
 def write_large(root: Path, num_rows: int, num_shards: int) -> tuple[Store, str]:
     """Write a store of many short rows in many shards, every column really committed."""
-    import cache.rows
+    import coldstill.cache.rows
 
-    cache.rows.SHARD_TOKENS = 4 * -(-num_rows // num_shards)
+    coldstill.cache.rows.SHARD_TOKENS = 4 * -(-num_rows // num_shards)
     store = create_store(str(root), {"identity": {"weights": str(num_rows), "config": "c", "dtype": "float32"}})
     selection = register(store, list(make_short_rows(num_rows)))
     manifest = Manifest(store)

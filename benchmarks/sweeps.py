@@ -130,7 +130,7 @@ def task_file(options: argparse.Namespace) -> Path:
 
 
 def coldstill(*arguments: object) -> None:
-    if subprocess.run([sys.executable, "-m", "cli", *map(str, arguments)]).returncode:
+    if subprocess.run([sys.executable, "-m", "coldstill.cli", *map(str, arguments)]).returncode:
         raise SystemExit(f"coldstill {arguments[0]} failed")
 
 

@@ -51,7 +51,9 @@ def main() -> None:
         for precision in options.precision:
             subprocess.run(arm_command(options.profile, recipes, precision, "--profile"), check=True)
         return
-    subprocess.run([sys.executable, "-m", "cli", "precompute", *recipes.values()], check=True, stdout=sys.stderr)
+    subprocess.run(
+        [sys.executable, "-m", "coldstill.cli", "precompute", *recipes.values()], check=True, stdout=sys.stderr
+    )
     head = {arm: measure_head(arm) for arm in ("dense", "chunked")}
     print(json.dumps({"head": head}), flush=True)
     by_precision = {}

@@ -10,10 +10,9 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+from coldstill.cache.columns import ArraySpec
+from coldstill.cache.errors import CorruptError
 from numcodecs.zstd import Zstd
-
-from cache.columns import ArraySpec
-from cache.errors import CorruptError
 
 ZSTD_LEVEL = 3
 CRC_BYTES = 4

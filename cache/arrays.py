@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from cache.array_object import REPAIR_HINT, ArrayObject
-from cache.columns import Axis
-from cache.local_copy import LocalCopy, StoredObject
-from cache.manifest import CommitRecord
-from cache.store import Store
-from cache.writer import object_path
+from coldstill.cache.array_object import REPAIR_HINT, ArrayObject
+from coldstill.cache.columns import Axis
+from coldstill.cache.local_copy import LocalCopy, StoredObject
+from coldstill.cache.manifest import CommitRecord
+from coldstill.cache.store import Store
+from coldstill.cache.writer import object_path
 
 
 @dataclass(frozen=True)

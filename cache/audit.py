@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pyarrow as pa
-
-from cache.arrays import read_column
-from cache.errors import CorruptError
-from cache.manifest import COMMITS, CommitRecord, Manifest, parse_record_name
-from cache.rows import ROWS, read_rows, split_shards
-from cache.selections import list_selections, read_selection, selection_file
-from cache.store import (
+from coldstill.cache.arrays import read_column
+from coldstill.cache.errors import CorruptError
+from coldstill.cache.manifest import COMMITS, CommitRecord, Manifest, parse_record_name
+from coldstill.cache.rows import ROWS, read_rows, split_shards
+from coldstill.cache.selections import list_selections, read_selection, selection_file
+from coldstill.cache.store import (
     CONSTANTS,
     HIERARCHY,
     ROOT_METADATA,
@@ -25,9 +24,9 @@ from cache.store import (
     parent_groups,
     root_metadata,
 )
-from cache.tables import SUFFIX
-from cache.tokens import TOKENS, rows_of_tokens
-from cache.writer import column_metadata, object_path
+from coldstill.cache.tables import SUFFIX
+from coldstill.cache.tokens import TOKENS, rows_of_tokens
+from coldstill.cache.writer import column_metadata, object_path
 
 OnBytes = Callable[[int], None]
 Kind = Literal["store", "commits", "rows", "selection", "metadata", "array", "index", "student"]

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-
-from cache.errors import ModelError
+from coldstill.cache.errors import ModelError
 
 ROW_ID_BYTES = 16
 FINGERPRINT_CHARS = 16

@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cache.errors import CorruptError, StoreNotFoundError
-from cache.identity import FINGERPRINT_CHARS, digest_of
-from cache.objects import full_path, open_objects
+from coldstill.cache.errors import CorruptError, StoreNotFoundError
+from coldstill.cache.identity import FINGERPRINT_CHARS, digest_of
+from coldstill.cache.objects import full_path, open_objects
 
 INDEX = "index"
 # How many entries are looked through for the nearest one, and how many of its differences are said.

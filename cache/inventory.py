@@ -5,18 +5,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow.compute as pc
-
-from cache.errors import StoreNotFoundError
-from cache.index import INDEX, parse_entry
-from cache.leases import living_writers
-from cache.manifest import COMMITS, Manifest
-from cache.objects import full_path, open_objects
-from cache.processes import describe_process
-from cache.repair import alone, drop_columns, require_no_writer
-from cache.rows import ROWS, read_rows
-from cache.selections import list_selections, read_selection
-from cache.store import CONSTANTS, ROOT_METADATA, STORES, Store, open_store, store_path
-from cache.tokens import TOKENS
+from coldstill.cache.errors import StoreNotFoundError
+from coldstill.cache.index import INDEX, parse_entry
+from coldstill.cache.leases import living_writers
+from coldstill.cache.manifest import COMMITS, Manifest
+from coldstill.cache.objects import full_path, open_objects
+from coldstill.cache.processes import describe_process
+from coldstill.cache.repair import alone, drop_columns, require_no_writer
+from coldstill.cache.rows import ROWS, read_rows
+from coldstill.cache.selections import list_selections, read_selection
+from coldstill.cache.store import CONSTANTS, ROOT_METADATA, STORES, Store, open_store, store_path
+from coldstill.cache.tokens import TOKENS
 
 
 @dataclass(frozen=True)

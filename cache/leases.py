@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from cache.errors import InUseError
-from cache.objects import Objects
-from cache.processes import describe_process, is_dead, process_token
+from coldstill.cache.errors import InUseError
+from coldstill.cache.objects import Objects
+from coldstill.cache.processes import describe_process, is_dead, process_token
 
 LAYOUT = "rows"
 
@@ -34,7 +34,7 @@ class Writer:
 
     Attributes:
         file: The file's name.
-        process: Its token; see `cache.processes`.
+        process: Its token; see `coldstill.cache.processes`.
         shards: What it writes.
         beat: A number that grows while it lives.
     """

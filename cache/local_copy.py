@@ -7,8 +7,8 @@ stores and roots can share a folder. Nothing is evicted: the folder may be remov
 import hashlib
 from dataclasses import dataclass
 
-from cache.local_objects import LocalObjects
-from cache.objects import Objects
+from coldstill.cache.local_objects import LocalObjects
+from coldstill.cache.objects import Objects
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
-from cache.processes import is_dead, process_token
+from coldstill.cache.processes import is_dead, process_token
 
 PARTIAL_FOLDER = ".partial"
 
@@ -21,7 +21,7 @@ _CONCURRENT_SYNCS = 8
 
 
 class LocalObjects:
-    """Objects as files; see `cache.objects.Objects`."""
+    """Objects as files; see `coldstill.cache.objects.Objects`."""
 
     def __init__(self, root: str) -> None:
         self.root = str(Path(root).absolute())

@@ -13,11 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-
-from cache.columns import Column
-from cache.identity import digest_of
-from cache.store import Store
-from cache.tables import SUFFIX, fold, parse_table, read_folder
+from coldstill.cache.columns import Column
+from coldstill.cache.identity import digest_of
+from coldstill.cache.store import Store
+from coldstill.cache.tables import SUFFIX, fold, parse_table, read_folder
 
 COMMITS = "commits"
 
@@ -41,7 +40,7 @@ class CommitRecord:
     """One complete column of one shard.
 
     Attributes:
-        shard: The shard's name, or `cache.store.CONSTANTS`.
+        shard: The shard's name, or `coldstill.cache.store.CONSTANTS`.
         column: What was written.
         num_tokens: Tokens of the shard.
         num_rows: Rows of the shard.

@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from cache.local_objects import LocalObjects
-from cache.remote_objects import RemoteObjects
+from coldstill.cache.local_objects import LocalObjects
+from coldstill.cache.remote_objects import RemoteObjects
 
 
 class Objects(Protocol):

@@ -5,13 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from cache.arrays import ArraySource, OpenArray, decode_chunks, open_column, read_column, read_index
-from cache.errors import IncompleteError
-from cache.manifest import CommitRecord, Manifest
-from cache.selections import Selection
-from cache.store import CONSTANTS, Store
-from cache.tokens import LENGTHS, TOKENS
+from coldstill.cache.arrays import ArraySource, OpenArray, decode_chunks, open_column, read_column, read_index
+from coldstill.cache.errors import IncompleteError
+from coldstill.cache.manifest import CommitRecord, Manifest
+from coldstill.cache.selections import Selection
+from coldstill.cache.store import CONSTANTS, Store
+from coldstill.cache.tokens import LENGTHS, TOKENS
 
 RowArrays = dict[str, dict[str, np.ndarray]]
 

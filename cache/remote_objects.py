@@ -10,8 +10,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 import tenacity
-
-from cache.errors import RemoteError
+from coldstill.cache.errors import RemoteError
 
 _ATTEMPTS = 7
 _FIRST_PAUSE_S = 0.2
@@ -37,7 +36,7 @@ Result = TypeVar("Result")
 
 
 class RemoteObjects:
-    """Objects at an fsspec URL; see `cache.objects.Objects`."""
+    """Objects at an fsspec URL; see `coldstill.cache.objects.Objects`."""
 
     def __init__(self, root: str) -> None:
         import fsspec

@@ -8,15 +8,15 @@ import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from cache.arrays import read_column
-from cache.audit import Problem, StoreAudit, object_problem
-from cache.errors import InUseError
-from cache.identity import digest_of
-from cache.leases import LAYOUT, hold, living_writers
-from cache.manifest import CommitRecord, Manifest
-from cache.processes import describe_process
-from cache.rows import ROWS, publish_rows, read_rows, sorted_rows, split_shards
-from cache.store import (
+from coldstill.cache.arrays import read_column
+from coldstill.cache.audit import Problem, StoreAudit, object_problem
+from coldstill.cache.errors import InUseError
+from coldstill.cache.identity import digest_of
+from coldstill.cache.leases import LAYOUT, hold, living_writers
+from coldstill.cache.manifest import CommitRecord, Manifest
+from coldstill.cache.processes import describe_process
+from coldstill.cache.rows import ROWS, publish_rows, read_rows, sorted_rows, split_shards
+from coldstill.cache.store import (
     CONSTANTS,
     NAMESPACE,
     ROOT_METADATA,
@@ -27,8 +27,8 @@ from cache.store import (
     root_metadata,
     shard_folder,
 )
-from cache.tokens import TOKENS, rows_of_tokens
-from cache.writer import column_folder, column_metadata, object_path
+from coldstill.cache.tokens import TOKENS, rows_of_tokens
+from coldstill.cache.writer import column_folder, column_metadata, object_path
 
 _OWN_FILES = ("commits", "rows", "selection")
 

@@ -4,17 +4,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from coldstill.cache.audit import Problem, StoreAudit, audit_store, stored_bytes
+from coldstill.cache.errors import CorruptError, FormatError, StoreNotFoundError
+from coldstill.cache.index import INDEX, parse_entry
+from coldstill.cache.manifest import COMMITS
+from coldstill.cache.objects import Objects, full_path, open_objects
+from coldstill.cache.rows import ROWS
+from coldstill.cache.selections import selection_file
+from coldstill.cache.store import ROOT_METADATA, STORES, Store, open_store, store_path
+from coldstill.cache.student_files import CHECKSUMS, STUDENTS, find_damage
 from tqdm import tqdm
-
-from cache.audit import Problem, StoreAudit, audit_store, stored_bytes
-from cache.errors import CorruptError, FormatError, StoreNotFoundError
-from cache.index import INDEX, parse_entry
-from cache.manifest import COMMITS
-from cache.objects import Objects, full_path, open_objects
-from cache.rows import ROWS
-from cache.selections import selection_file
-from cache.store import ROOT_METADATA, STORES, Store, open_store, store_path
-from cache.student_files import CHECKSUMS, STUDENTS, find_damage
 
 
 @dataclass

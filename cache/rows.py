@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-
-from cache.errors import StoreNotFoundError
-from cache.identity import ROW_ID_BYTES, shard_id
-from cache.store import Store
-from cache.tables import fold, parse_table, read_folder, write_table
+from coldstill.cache.errors import StoreNotFoundError
+from coldstill.cache.identity import ROW_ID_BYTES, shard_id
+from coldstill.cache.store import Store
+from coldstill.cache.tables import fold, parse_table, read_folder, write_table
 
 ROWS = "rows"
 SHARD_TOKENS = 32_768
@@ -52,7 +51,7 @@ def lay_rows(known: pa.Table, shards: Collection[str], row_ids: Sequence[bytes],
     Args:
         known: What `read_rows` gave.
         shards: The shards whose tokens are committed.
-        row_ids: What `cache.identity.row_id` gave, in the order of the run; a row may occur more than once.
+        row_ids: What `coldstill.cache.identity.row_id` gave, in the order of the run; a row may occur more than once.
         lengths: The number of tokens of each.
 
     Returns:

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-
-from cache.array_object import REPAIR_HINT
-from cache.errors import CorruptError, StoreNotFoundError
-from cache.identity import FINGERPRINT_CHARS
-from cache.rows import ROW_SCHEMA
-from cache.store import Store
-from cache.tables import SUFFIX, parquet_bytes, parquet_table
+from coldstill.cache.array_object import REPAIR_HINT
+from coldstill.cache.errors import CorruptError, StoreNotFoundError
+from coldstill.cache.identity import FINGERPRINT_CHARS
+from coldstill.cache.rows import ROW_SCHEMA
+from coldstill.cache.store import Store
+from coldstill.cache.tables import SUFFIX, parquet_bytes, parquet_table
 
 SELECTIONS = "selections"
 
@@ -56,7 +55,7 @@ class Selection:
 
 
 def make_selection(found: pa.Table, loss_starts: Sequence[int], provenance: Mapping[str, Any]) -> tuple[str, pa.Table]:
-    """Give the name and table of a selection of rows, as `cache.rows.find_rows` found them; nothing is written."""
+    """Name a selection of rows, as `coldstill.cache.rows.find_rows` found them, and lay its table; writes nothing."""
     shards = found["shard"].cast(pa.string()).combine_chunks().dictionary_encode()
     table = found.set_column(1, _SCHEMA.field("shard"), shards)
     table = table.append_column(_SCHEMA.field("loss_start"), pa.array(loss_starts, pa.int32())).combine_chunks()
@@ -67,7 +66,7 @@ def make_selection(found: pa.Table, loss_starts: Sequence[int], provenance: Mapp
 def write_selection(
     store: Store, found: pa.Table, loss_starts: Sequence[int], provenance: Mapping[str, Any]
 ) -> Selection:
-    """Publish the rows of one run, as `cache.rows.find_rows` found them, and give the selection."""
+    """Publish the rows of one run, as `coldstill.cache.rows.find_rows` found them, and give the selection."""
     name, table = make_selection(found, loss_starts, provenance)
     file = selection_file(name)
     if not store.objects.exists(file):

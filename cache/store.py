@@ -7,8 +7,8 @@
             constants/<column>/<array>/             what holds for the whole store, such as the output head
         rows/*.parquet                              which shard holds which row
         selections/<selection>.parquet              the rows of a run, in order
-        commits/*                                   what is complete: see `cache.manifest`
-        writers/*                                   who writes what at the moment: see `cache.leases`
+        commits/*                                   what is complete: see `coldstill.cache.manifest`
+        writers/*                                   who writes what at the moment: see `coldstill.cache.leases`
 
 A root (`caches/`) holds any number of stores, the index that leads from a recipe to its store, and pruned students.
 The whole format is specified in docs/format.md.
@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cache.array_object import REPAIR_HINT
-from cache.errors import CorruptError, FormatError, StoreNotFoundError
-from cache.identity import digest_of, fingerprint
-from cache.objects import Objects, full_path, open_objects
+from coldstill.cache.array_object import REPAIR_HINT
+from coldstill.cache.errors import CorruptError, FormatError, StoreNotFoundError
+from coldstill.cache.identity import digest_of, fingerprint
+from coldstill.cache.objects import Objects, full_path, open_objects
 
 FORMAT_VERSION = 3
 CONSTANTS = "constants"
@@ -68,7 +68,7 @@ def create_store(root: str, teacher: Mapping[str, Any]) -> Store:
 
     Args:
         root: A folder or an fsspec URL.
-        teacher: JSON-able facts with at least `identity`, what `cache.identity.teacher_identity` gave.
+        teacher: JSON-able facts with at least `identity`, what `coldstill.cache.identity.teacher_identity` gave.
     """
     path = store_path(root, fingerprint(teacher["identity"]))
     objects = open_objects(path)

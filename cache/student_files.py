@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from cache.objects import Objects
+from coldstill.cache.objects import Objects
 
 STUDENTS = "students"
 CHECKSUMS = "checksums.json"

@@ -11,11 +11,10 @@ from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from cache.array_object import REPAIR_HINT
-from cache.errors import CorruptError
-from cache.identity import FINGERPRINT_CHARS
-from cache.objects import Objects
+from coldstill.cache.array_object import REPAIR_HINT
+from coldstill.cache.errors import CorruptError
+from coldstill.cache.identity import FINGERPRINT_CHARS
+from coldstill.cache.objects import Objects
 
 SUFFIX = ".parquet"
 

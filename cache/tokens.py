@@ -7,13 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
-
-from cache.columns import ArraySpec, Column
-from cache.identity import row_id
-from cache.manifest import CommitRecord, Manifest
-from cache.rows import rows_table, split_shards
-from cache.store import Store
-from cache.writer import write_column
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.identity import row_id
+from coldstill.cache.manifest import CommitRecord, Manifest
+from coldstill.cache.rows import rows_table, split_shards
+from coldstill.cache.store import Store
+from coldstill.cache.writer import write_column
 
 TOKENS = "tokens"
 LENGTHS = "lengths"
@@ -35,8 +34,8 @@ def write_tokens(
     Args:
         store: The store.
         manifest: Its manifest.
-        laid: What `cache.rows.lay_rows` gave.
-        tokens: The token ids of each row, [T] of any integer dtype, by `cache.identity.row_id`.
+        laid: What `coldstill.cache.rows.lay_rows` gave.
+        tokens: The token ids of each row, [T] of any integer dtype, by `coldstill.cache.identity.row_id`.
         vocab_size: Entries of the teacher's vocabulary.
     """
     column = token_column(vocab_size=vocab_size)

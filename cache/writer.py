@@ -4,12 +4,19 @@ import hashlib
 from collections.abc import Mapping
 
 import numpy as np
-
-from cache.array_object import encode, object_name, zarr_metadata
-from cache.columns import ArraySpec, Column
-from cache.identity import digest_of
-from cache.manifest import CommitRecord, Manifest
-from cache.store import NAMESPACE, Store, group_metadata, metadata_name, missing_groups, parent_groups, shard_folder
+from coldstill.cache.array_object import encode, object_name, zarr_metadata
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.identity import digest_of
+from coldstill.cache.manifest import CommitRecord, Manifest
+from coldstill.cache.store import (
+    NAMESPACE,
+    Store,
+    group_metadata,
+    metadata_name,
+    missing_groups,
+    parent_groups,
+    shard_folder,
+)
 
 
 def write_column(
@@ -29,7 +36,7 @@ def write_column(
     Args:
         store: The store.
         manifest: Its manifest, which gains the record.
-        shard: The shard's name, or `cache.store.CONSTANTS`.
+        shard: The shard's name, or `coldstill.cache.store.CONSTANTS`.
         column: What to write.
         arrays: One for each array of the column, of its dtype and of its full shape in this shard.
         num_tokens: Tokens of the shard.

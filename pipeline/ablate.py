@@ -11,26 +11,32 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import ColdstillError, RecipeError, StoreError
-from cache.identity import digest_of
-from pipeline.config import Recipe
-from pipeline.interruptions import what_stays
-from pipeline.machine import check_device, machine_notes
-from pipeline.places import check_writable
-from pipeline.preflight import check_widths
-from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE
-from pipeline.recipe_file import dump_recipe, load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.runs.folder import check_claim, claimed_run, decisive_sections, finished_summary, run_key
-from pipeline.runs.results import EVALUATION, read_evaluation, read_results
-from pipeline.stage_one.requests import locate_teacher
-from pipeline.sweeps.file import Sweep, load_sweep
-from pipeline.sweeps.keys import canonical, sweep_key
-from pipeline.sweeps.processes import Outcome, run_command
-from pipeline.sweeps.results import SweepResult, measures_of, output_of, read_state, read_sweep
-from pipeline.sweeps.state import SweepState, hold_sweep
-from pipeline.units import format_duration
-from pipeline.whole import write_whole
+from coldstill.cache.errors import ColdstillError, RecipeError, StoreError
+from coldstill.cache.identity import digest_of
+from coldstill.pipeline.judging.results import EVALUATION, read_evaluation, read_results
+from coldstill.pipeline.models.machine import check_device, machine_notes
+from coldstill.pipeline.outputs.places import check_writable
+from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, RECIPE_FILE
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.recipe.file import dump_recipe, load_recipe
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.interruptions import what_stays
+from coldstill.pipeline.runtime.units import format_duration
+from coldstill.pipeline.runtime.whole import write_whole
+from coldstill.pipeline.stage_one.preflight import check_widths
+from coldstill.pipeline.stage_one.requests import locate_teacher
+from coldstill.pipeline.stage_two.run_folder import (
+    check_claim,
+    claimed_run,
+    decisive_sections,
+    finished_summary,
+    run_key,
+)
+from coldstill.pipeline.sweeps.file import Sweep, load_sweep
+from coldstill.pipeline.sweeps.keys import canonical, sweep_key
+from coldstill.pipeline.sweeps.processes import Outcome, run_command
+from coldstill.pipeline.sweeps.results import SweepResult, measures_of, output_of, read_state, read_sweep
+from coldstill.pipeline.sweeps.state import SweepState, hold_sweep
 
 # Of `evaluate`, what changes nothing but how fast models are judged.
 _IDLE_EVALUATE_KEYS = {"batch_size", "device"}

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache.errors import ModelError, RecipeError, StoreNotFoundError
-from pipeline.advice import MODEST, Advice, Measured, Settings, advise_next, as_override
-from pipeline.config import Recipe
-from pipeline.models import load_config, resolve_folder, text_config
-from pipeline.presets import Cut, cut_of, preset_values
-from pipeline.runs.folder import check_run, claimed_run, read_metrics, what_is_untrained
-from pipeline.runs.results import Retention, describe_results, read_evaluation, retention_of, what_is_worse
-from pipeline.students.folders import find_student
-from pipeline.students.pruning_record import describe_cut, read_pruning, was_cut
+from coldstill.cache.errors import ModelError, RecipeError, StoreNotFoundError
+from coldstill.pipeline.judging.results import Retention, describe_results, read_evaluation, retention_of, what_is_worse
+from coldstill.pipeline.judging.suggestions import MODEST, Advice, Measured, Settings, advise_next, as_override
+from coldstill.pipeline.models import load_config, resolve_folder, text_config
+from coldstill.pipeline.recipe.presets import Cut, cut_of, preset_values
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.stage_two.run_folder import check_run, claimed_run, read_metrics, what_is_untrained
+from coldstill.pipeline.students.folders import find_student
+from coldstill.pipeline.students.pruning_record import describe_cut, read_pruning, was_cut
 
 # Below this share of the teacher's parameters a cut is called aggressive: a rule of thumb.
 _AGGRESSIVE_SHARE = 0.6
@@ -40,7 +40,7 @@ class NextStep:
         cut: What was cut of the student.
         read: What the advice goes by: `student` and, where there are any, `results`.
         retention: None where there are no results.
-        step: `start`, `train`, `evaluate`, or a step of `pipeline.advice`.
+        step: `start`, `train`, `evaluate`, or a step of `coldstill.pipeline.judging.suggestions`.
         reason: Why.
         changes: Keys of the recipe, with their new values.
         notes: What else there is to know.

@@ -13,21 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coldstill.pipeline.evaluate import Evaluation, evaluate
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import dump_recipe, parse_recipe
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.recipe.yaml_text import parse_yaml
+from coldstill.pipeline.rows.building import build_rows
+from coldstill.pipeline.rows.builtin_corpus import documents
+from coldstill.pipeline.runtime.interruptions import signals_wait, what_stays
+from coldstill.pipeline.runtime.whole import whole_folder, write_whole
+from coldstill.pipeline.stage_two.resumable_trainer import (
+    ResumableTrainer,
+    newest_checkpoint,
+    sweep_checkpoints,
+    where_it_stands,
+)
+from coldstill.pipeline.train import train
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
-
-from pipeline.builtin_corpus import documents
-from pipeline.config import Recipe
-from pipeline.data import build_rows
-from pipeline.evaluate import Evaluation, evaluate
-from pipeline.interruptions import signals_wait, what_stays
-from pipeline.precompute import precompute
-from pipeline.recipe_file import dump_recipe, parse_recipe
-from pipeline.resumable_trainer import ResumableTrainer, newest_checkpoint, sweep_checkpoints, where_it_stands
-from pipeline.train import train
-from pipeline.whole import whole_folder, write_whole
-from pipeline.yaml_text import parse_yaml
 
 _VOCAB_SIZE = 1024
 _END_OF_TEXT = "<|endoftext|>"
@@ -85,7 +89,7 @@ def run_demo(folder: Path, *, say: Callable[[str], None]) -> DemoResult:
 
 def demo_recipe(folder: Path) -> Recipe:
     """Give the shipped demo recipe with all of its paths below a folder."""
-    data = parse_yaml(files("configs").joinpath("demo.yaml").read_text(), name="configs/demo.yaml")
+    data = parse_yaml(files("coldstill.configs").joinpath("demo.yaml").read_text(), name="configs/demo.yaml")
     data["teacher"]["path"] = str(folder / "teacher")
     data["output"] = str(folder / "run")
     data["cache"] = str(folder / "caches")

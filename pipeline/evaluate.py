@@ -12,32 +12,31 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from coldstill.cache.errors import NonFiniteError
+from coldstill.cache.index import kept_entry, write_entry
+from coldstill.cache.reader import Reader
+from coldstill.cache.tokens import TOKENS
+from coldstill.pipeline.judging.held_out import Quality, RowSums, differences, quality_of
+from coldstill.pipeline.judging.results import write_evaluation
+from coldstill.pipeline.judging.task_scores import TaskAverage, TaskComparison, compare_on_tasks
+from coldstill.pipeline.judging.tasks import load_tasks
+from coldstill.pipeline.models import check_vocabularies, identify, load_config, load_model, resolve_device
+from coldstill.pipeline.models.forward import pad_rows
+from coldstill.pipeline.models.machine import check_device
+from coldstill.pipeline.models.student_forward import StudentForward
+from coldstill.pipeline.outputs.places import check_writable
+from coldstill.pipeline.outputs.retention import Estimate
+from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained_student
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.interruptions import what_stays
+from coldstill.pipeline.stage_two.model_card import update_card
+from coldstill.pipeline.stage_two.run_folder import check_run, claimed_run, what_is_untrained
+from coldstill.pipeline.students.folders import find_student
+from coldstill.pipeline.targets.columns import EVAL_FORM, LABEL_LOGIT, LOSS_TEMPERATURE, final_name, logsumexp_name
+from coldstill.pipeline.targets.encodings import decode_state
+from coldstill.pipeline.targets.stored_head import load_head
 from torch import Tensor
 from tqdm import tqdm
-
-from cache.errors import NonFiniteError
-from cache.index import kept_entry, write_entry
-from cache.reader import Reader
-from cache.tokens import TOKENS
-from pipeline.config import Recipe
-from pipeline.forward import pad_rows
-from pipeline.held_out import Quality, RowSums, differences, quality_of
-from pipeline.interruptions import what_stays
-from pipeline.machine import check_device
-from pipeline.models import check_vocabularies, identify, load_config, load_model, resolve_device
-from pipeline.places import check_writable
-from pipeline.retention import Estimate
-from pipeline.run_index import RunRows, find_run_rows, trained_student
-from pipeline.runs.folder import check_run, claimed_run, what_is_untrained
-from pipeline.runs.model_card import update_card
-from pipeline.runs.results import write_evaluation
-from pipeline.student_forward import StudentForward
-from pipeline.students.folders import find_student
-from pipeline.targets.columns import EVAL_FORM, LABEL_LOGIT, LOSS_TEMPERATURE, final_name, logsumexp_name
-from pipeline.targets.encodings import decode_state
-from pipeline.targets.stored_head import load_head
-from pipeline.task_scores import TaskAverage, TaskComparison, compare_on_tasks
-from pipeline.tasks import load_tasks
 
 _CHUNK_POSITIONS = 256
 _DTYPE = "float32"
@@ -52,7 +51,7 @@ class Evaluation:
 
     Attributes:
         models: `teacher`, `pruned` and, once it is trained, `recovered`.
-        gaps: By measure, how much worse the pruned student is than the teacher; see `pipeline.held_out`.
+        gaps: By measure, how much worse the pruned student is than the teacher.
         gains: By measure, how much better the recovered student is than the pruned one; empty before training.
         gap_closed: By measure, (recovered - pruned) / (teacher - pruned); None where there is no gap.
         num_tokens: Positions that counted.

@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cache.manifest import Manifest
-from cache.objects import open_objects
-from cache.store import CONSTANTS, ROOT_METADATA, open_store, store_path
-from cache.tokens import TOKENS
-from pipeline.config import Recipe
-from pipeline.dry_run import ColumnCost, dry_run
-from pipeline.planning.budget import LogitsOption, Proposal, proposals
-from pipeline.planning.target_options import KindPlan, measure_hidden, measure_kinds
-from pipeline.planning.trial import Trial, trial_of
-from pipeline.targets.columns import HIDDEN_PREFIX, LABEL_LOGIT
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.objects import open_objects
+from coldstill.cache.store import CONSTANTS, ROOT_METADATA, open_store, store_path
+from coldstill.cache.tokens import TOKENS
+from coldstill.pipeline.estimates.budget import LogitsOption, Proposal, proposals
+from coldstill.pipeline.estimates.target_options import KindPlan, measure_hidden, measure_kinds
+from coldstill.pipeline.estimates.trial import Trial, trial_of
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.stage_one.dry_run import ColumnCost, dry_run
+from coldstill.pipeline.targets.columns import HIDDEN_PREFIX, LABEL_LOGIT
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,21 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from cache.leases import LAYOUT, Lease, hold, living_writers
-from cache.manifest import Manifest
-from cache.objects import open_objects
-from cache.rows import compact_rows
-from cache.selections import Selection
-from cache.store import CONSTANTS, Store, create_store
-from pipeline.config import Recipe
-from pipeline.data import tokenizer_digest
-from pipeline.interruptions import what_stays
-from pipeline.models import text_config
-from pipeline.provenance import PROVENANCE_FILE, write_record
-from pipeline.prune import PreparedStudent, prepare_student
-from pipeline.run_index import RunRows, publish_run_rows
-from pipeline.stage_one.calibrate import calibrate, missing_calibrations
-from pipeline.stage_one.requests import (
+from coldstill.cache.leases import LAYOUT, Lease, hold, living_writers
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.objects import open_objects
+from coldstill.cache.rows import compact_rows
+from coldstill.cache.selections import Selection
+from coldstill.cache.store import CONSTANTS, Store, create_store
+from coldstill.pipeline.models import text_config
+from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, write_record
+from coldstill.pipeline.outputs.run_index import RunRows, publish_run_rows
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.rows.building import tokenizer_digest
+from coldstill.pipeline.runtime.interruptions import what_stays
+from coldstill.pipeline.stage_one.calibrate import calibrate, missing_calibrations
+from coldstill.pipeline.stage_one.requests import (
     SPLITS,
     Demand,
     Request,
@@ -35,14 +33,21 @@ from pipeline.stage_one.requests import (
     needed_columns,
     row_names,
 )
-from pipeline.stage_one.room import require_room
-from pipeline.stage_one.shard_jobs import ShardComputer, ShardJob
-from pipeline.stage_one.workers import Share, first_process_first, launched_share, sum_over_processes, wait_for_everyone
-from pipeline.stage_one.write_behind import WriteBehind
-from pipeline.targets.calibrations import read_codes
-from pipeline.targets.columns import OUTPUT_HEAD
-from pipeline.targets.stored_head import write_head
-from pipeline.teacher import Teacher
+from coldstill.pipeline.stage_one.room import require_room
+from coldstill.pipeline.stage_one.shard_jobs import ShardComputer, ShardJob
+from coldstill.pipeline.stage_one.workers import (
+    Share,
+    first_process_first,
+    launched_share,
+    sum_over_processes,
+    wait_for_everyone,
+)
+from coldstill.pipeline.stage_one.write_behind import WriteBehind
+from coldstill.pipeline.students.preparing import PreparedStudent, prepare_student
+from coldstill.pipeline.targets.calibrations import read_codes
+from coldstill.pipeline.targets.columns import OUTPUT_HEAD
+from coldstill.pipeline.targets.stored_head import write_head
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)

@@ -1,56 +1,11 @@
-"""The stage `prune`: make a recipe's student from its teacher, once, and keep it beside the stores by content."""
+"""The stage `prune`: make a recipe's student from its teacher, once."""
 
-import json
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-
-from cache.identity import FINGERPRINT_CHARS, digest_of, row_id
-from pipeline.config import Recipe
-from pipeline.data import Rows, build_rows
-from pipeline.interruptions import what_stays
-from pipeline.models import check_length, check_tokenizers, check_vocabularies, load_config
-from pipeline.preflight import check_before_teacher
-from pipeline.provenance import write_record
-from pipeline.student_config import InitConfig, PruneConfig
-from pipeline.students.folders import (
-    check_student_files,
-    find_student,
-    has_student,
-    publish_student,
-    students_folder,
-    write_checksums,
-)
-from pipeline.students.making import check_student_section, make_student
-from pipeline.students.pruning_record import PRUNING_FILE, read_pruning, write_kept_channels
-from pipeline.students.pruning_report import JudgedRows
-from pipeline.teacher import Teacher
-from pipeline.whole import whole_folder, write_whole
-
-# Part of a student's name: a change of how students are made makes those that are kept stale.
-_VERSION = 3
-
-
-@dataclass(frozen=True)
-class PreparedStudent:
-    """A student that is ready to be trained.
-
-    Attributes:
-        folder: Where it is.
-        was_made: Whether it was made of the teacher just now.
-        report: What was cut and what that cost; None where the student was not made here.
-        seconds: What making it took.
-    """
-
-    folder: Path
-    was_made: bool
-    report: dict[str, Any] | None
-    seconds: float
+from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.rows.building import build_rows
+from coldstill.pipeline.runtime.interruptions import what_stays
+from coldstill.pipeline.stage_one.preflight import check_before_teacher
+from coldstill.pipeline.students.preparing import PreparedStudent, check_student, prepare_student
 
 
 def prune(recipe: Recipe) -> PreparedStudent:
@@ -65,83 +20,3 @@ def prune(recipe: Recipe) -> PreparedStudent:
         check_before_teacher(recipe, teacher)
         train_rows, _ = build_rows(recipe.data, teacher.tokenizer)
         return prepare_student(recipe, teacher, train_rows)
-
-
-def check_student(recipe: Recipe, teacher: Teacher) -> None:
-    """Refuse, before any work, a student that cannot learn from the teacher.
-
-    Raises:
-        ModelError: Vocabularies differ, or the student's folder holds no model.
-        RecipeError: What is to be cut is not there.
-    """
-    section = recipe.student.made_from_teacher
-    if section is not None:
-        check_student_section(section, teacher.config)
-        return
-    folder = find_student(recipe)
-    config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
-    check_vocabularies(teacher.config, config)
-    check_length(config, recipe.data.sequence_length, who="student")
-    check_tokenizers(teacher.tokenizer, folder, trust_remote_code=recipe.student.trust_remote_code)
-
-
-def prepare_student(recipe: Recipe, teacher: Teacher, train_rows: Rows) -> PreparedStudent:
-    """Find the recipe's student, or make it of the teacher; the teacher is loaded only for that."""
-    section = recipe.student.made_from_teacher
-    if section is None:
-        return PreparedStudent(find_student(recipe), was_made=False, report=None, seconds=0.0)
-    started = time.monotonic()
-    calibration = calibration_rows(section, train_rows)
-    folder = students_folder(recipe) / student_name(section, teacher, calibration)
-    was_made = not has_student(recipe, folder)
-    if was_made:
-        _make(recipe, section, teacher, train_rows, folder)
-    else:
-        check_student_files(folder)
-    publish_student(recipe, folder)
-    return PreparedStudent(folder, was_made, read_pruning(folder), time.monotonic() - started)
-
-
-def calibration_rows(section: PruneConfig | InitConfig, train_rows: Rows) -> list[np.ndarray]:
-    """Give the rows that decide what goes, and that what stays is fitted to."""
-    return train_rows.tokens[: section.calibration_rows]
-
-
-def student_name(section: PruneConfig | InitConfig, teacher: Teacher, calibration: Sequence[np.ndarray]) -> str:
-    """Name a student by all that decides it."""
-    how = section.model_dump(exclude={"calibration_rows", "reconstruct"}, exclude_none=True)
-    if isinstance(section, PruneConfig):
-        how["reconstruct"] = section.wants_reconstruction
-    rows = [row_id(tokens).hex() for tokens in calibration] if section.needs_calibration else []
-    facts = {"version": _VERSION, "teacher": teacher.fingerprint, type(section).__name__: how, "calibration": rows}
-    return digest_of(facts)[:FINGERPRINT_CHARS]
-
-
-def _make(
-    recipe: Recipe,
-    section: PruneConfig | InitConfig,
-    teacher: Teacher,
-    train_rows: Rows,
-    folder: Path,
-) -> None:
-    calibration = calibration_rows(section, train_rows)
-    # As many rows behind those that it is fitted to; where there are none, these.
-    judged = train_rows.tokens[len(calibration) : len(calibration) + section.calibration_rows] or calibration
-    student = make_student(
-        section,
-        teacher.parts,
-        [torch.from_numpy(tokens) for tokens in calibration],
-        JudgedRows(
-            [torch.from_numpy(tokens) for tokens in judged],
-            are_calibration=judged is calibration,
-            teacher_loss=teacher.loss_on(judged),
-        ),
-    )
-    with whole_folder(folder) as partial:
-        student.model.save_pretrained(partial)
-        teacher.tokenizer.save_pretrained(partial)
-        write_record(partial, recipe, {"teacher": teacher.fingerprint})
-        write_whole(partial / PRUNING_FILE, json.dumps(student.report, indent=1) + "\n")
-        if student.kept_channels is not None:
-            write_kept_channels(partial, student.kept_channels)
-        write_checksums(partial)

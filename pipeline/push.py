@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from coldstill.cache.errors import HubError, RecipeError, StoreNotFoundError
+from coldstill.pipeline.outputs.run_index import STUDENT
+from coldstill.pipeline.stage_two.model_card import has_numbers
+from coldstill.pipeline.stage_two.run_folder import folder_named
+from coldstill.pipeline.sweeps.results import is_sweep
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-from cache.errors import HubError, RecipeError, StoreNotFoundError
-from pipeline.run_index import STUDENT
-from pipeline.runs.folder import folder_named
-from pipeline.runs.model_card import has_numbers
-from pipeline.sweeps.results import is_sweep
 
 _LOGIN = "run: hf auth login, or set HF_TOKEN"
 

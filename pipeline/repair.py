@@ -2,17 +2,16 @@
 
 from dataclasses import dataclass
 
+from coldstill.cache.audit import audit_store, stored_bytes
+from coldstill.cache.errors import CorruptError, StoreNotFoundError
+from coldstill.cache.objects import open_objects
+from coldstill.cache.repair import Mended, mend_store
+from coldstill.cache.root_audit import holds_data, index_problems, student_problems
+from coldstill.cache.store import ROOT_METADATA, Store, create_store, open_store, store_path
+from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.precompute import PrecomputeSummary, precompute
+from coldstill.pipeline.recipe.sections import Recipe
 from tqdm import tqdm
-
-from cache.audit import audit_store, stored_bytes
-from cache.errors import CorruptError, StoreNotFoundError
-from cache.objects import open_objects
-from cache.repair import Mended, mend_store
-from cache.root_audit import holds_data, index_problems, student_problems
-from cache.store import ROOT_METADATA, Store, create_store, open_store, store_path
-from pipeline.config import Recipe
-from pipeline.precompute import PrecomputeSummary, precompute
-from pipeline.teacher import Teacher
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from cache.errors import ColdstillError, RecipeError
-from pipeline.figures.sheet import drawing_style
-from pipeline.reports.blocks import layers_section, projectors_section, similarity_section
-from pipeline.reports.data import RunRecord, is_run, read_run
-from pipeline.reports.page import Page, render
-from pipeline.reports.record import cost_section, record_section
-from pipeline.reports.recovery import recovery_section, recovery_tiles, run_subtitle
-from pipeline.reports.sweep import sweep_page
-from pipeline.reports.training import epochs_section, loss_section
-from pipeline.reports.variants import first_complete
-from pipeline.runs.folder import folder_named
-from pipeline.similarity import BlockSimilarity, block_similarity
-from pipeline.sweeps.results import SweepResult, is_sweep, read_sweep
-from pipeline.whole import whole_file, write_whole
+from coldstill.cache.errors import ColdstillError, RecipeError
+from coldstill.pipeline.figures.sheet import drawing_style
+from coldstill.pipeline.judging.similarity import BlockSimilarity, block_similarity
+from coldstill.pipeline.pages.blocks import layers_section, projectors_section, similarity_section
+from coldstill.pipeline.pages.data import RunRecord, is_run, read_run
+from coldstill.pipeline.pages.page import Page, render
+from coldstill.pipeline.pages.record import cost_section, record_section
+from coldstill.pipeline.pages.recovery import recovery_section, recovery_tiles, run_subtitle
+from coldstill.pipeline.pages.sweep import sweep_page
+from coldstill.pipeline.pages.training import epochs_section, loss_section
+from coldstill.pipeline.pages.variants import first_complete
+from coldstill.pipeline.runtime.whole import whole_file, write_whole
+from coldstill.pipeline.stage_two.run_folder import folder_named
+from coldstill.pipeline.sweeps.results import SweepResult, is_sweep, read_sweep
 
 REPORT = "report"
 

@@ -5,21 +5,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState, TrainingArguments
-
-from cache.errors import IdentityError, ModelError
-from pipeline.config import Recipe
-from pipeline.interruptions import signals_wait, what_stays
-from pipeline.models import (
+from coldstill.cache.errors import IdentityError, ModelError
+from coldstill.pipeline.models import (
     identify,
     load_config,
     resolve_dtype,
     resolve_folder,
 )
-from pipeline.places import check_places
-from pipeline.resumable_trainer import newest_checkpoint, sweep_checkpoints, where_it_stands
-from pipeline.run_index import RunRows, find_run_rows, trained_student
-from pipeline.runs.folder import (
+from coldstill.pipeline.outputs.places import check_places
+from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained_student
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.interruptions import signals_wait, what_stays
+from coldstill.pipeline.stage_two.model_card import model_card
+from coldstill.pipeline.stage_two.resumable_trainer import newest_checkpoint, sweep_checkpoints, where_it_stands
+from coldstill.pipeline.stage_two.run_folder import (
     check_claim,
     checkpoints_folder,
     claim,
@@ -30,10 +29,10 @@ from pipeline.runs.folder import (
     run_key,
     write_metrics,
 )
-from pipeline.runs.model_card import model_card
-from pipeline.students.folders import find_student
-from pipeline.trainer import UniversalDistillationTrainer
-from pipeline.trainer_setup import create_trainer
+from coldstill.pipeline.stage_two.setup import create_trainer
+from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
+from coldstill.pipeline.students.folders import find_student
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 
 @dataclass(frozen=True)

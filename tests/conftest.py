@@ -102,10 +102,10 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str,
             "save_strategy": "no",
         },
     }
-    from pipeline.evaluate import evaluate
-    from pipeline.precompute import precompute
-    from pipeline.recipe_file import load_recipe
-    from pipeline.train import train
+    from coldstill.pipeline.evaluate import evaluate
+    from coldstill.pipeline.precompute import precompute
+    from coldstill.pipeline.recipe.file import load_recipe
+    from coldstill.pipeline.train import train
 
     (root / "recipe.yaml").write_text(yaml.safe_dump(data))
     recipe = load_recipe(root / "recipe.yaml")
@@ -167,7 +167,7 @@ def write_recipe(workplace: Path, recipe_data: dict[str, Any]) -> Callable[..., 
 @pytest.fixture
 def coldstill() -> Callable[..., Result]:
     """Run the command line in this process."""
-    from cli import app
+    from coldstill.cli import app
 
     def run(*arguments: Any, expect: int = 0) -> Result:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coldstill.pipeline.losses.divergences import Divergence
+from coldstill.pipeline.models.projectors import create_projectors
+from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights
 from transformers import TrainingArguments
-
-from pipeline.distiller import Distiller, Loss, LossWeights
-from pipeline.losses.divergences import Divergence
-from pipeline.projectors import create_projectors
 
 NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 LAYER_MAP = {0: 1, 1: 3}

@@ -9,17 +9,16 @@ import sys
 
 import torch
 import torch.distributed as dist
+from coldstill.pipeline.losses.divergences import Divergence
+from coldstill.pipeline.losses.hidden_terms import HiddenForm
+from coldstill.pipeline.losses.logits_targets import FINAL, FinalForm
+from coldstill.pipeline.models.output_head import OutputHead
+from coldstill.pipeline.models.projectors import create_projectors
+from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights, TargetForms
+from coldstill.pipeline.targets.encodings import StateForm
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from pipeline.distiller import Distiller, Loss, LossWeights, TargetForms
-from pipeline.losses.divergences import Divergence
-from pipeline.losses.hidden_terms import HiddenForm
-from pipeline.losses.logits_targets import FINAL, FinalForm
-from pipeline.output_head import OutputHead
-from pipeline.projectors import create_projectors
-from pipeline.targets.encodings import StateForm
 
 WIDTH, TEACHER_WIDTH, VOCAB, LENGTH = 32, 48, 384, 16
 LAYER_MAP = {0: 1, 2: 3}

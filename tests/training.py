@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-
-from pipeline.config import Recipe
-from pipeline.run_index import find_run_rows
-from pipeline.students.folders import find_student
-from pipeline.train import train
-from pipeline.trainer import UniversalDistillationTrainer
-from pipeline.trainer_setup import create_trainer
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.stage_two.setup import create_trainer
+from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
+from coldstill.pipeline.students.folders import find_student
+from coldstill.pipeline.train import train
 
 
 def trainer_of(recipe: Recipe) -> Any:

@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from pipeline.commands.shared import (
+from coldstill.pipeline.commands.shared import (
     JsonOption,
     OverridesArgument,
     call,
@@ -14,7 +13,7 @@ from pipeline.commands.shared import (
     print_lines,
     quieten_libraries,
 )
-from pipeline.endings import UNFINISHED, one_line_errors
+from coldstill.pipeline.runtime.endings import UNFINISHED, one_line_errors
 
 SweepArgument = Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep, a YAML file.", show_default=False)]
 
@@ -36,8 +35,8 @@ def ablate(
         if as_json:
             print_json(result)
         else:
-            from pipeline.commands.summaries import console
-            from pipeline.commands.sweep_tables import sweep_lines, sweep_tables
+            from coldstill.pipeline.commands.summaries import console
+            from coldstill.pipeline.commands.sweep_tables import sweep_lines, sweep_tables
 
             for table in sweep_tables(result):
                 console().print(table)

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from pipeline.commands.shared import (
+from coldstill.pipeline.commands.shared import (
     JsonOption,
     OverridesArgument,
     RecipeArgument,
@@ -14,10 +13,10 @@ from pipeline.commands.shared import (
     print_lines,
     run_stage,
 )
-from pipeline.endings import one_line_errors
+from coldstill.pipeline.runtime.endings import one_line_errors
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
-    from pipeline.advise import NextStep
+    from coldstill.pipeline.advise import NextStep
 
 
 def advise(

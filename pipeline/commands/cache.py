@@ -5,9 +5,8 @@ import dataclasses
 from typing import Annotated
 
 import typer
-
-from cache.errors import ColdstillError, RecipeError, StoreError
-from pipeline.commands.shared import (
+from coldstill.cache.errors import ColdstillError, RecipeError, StoreError
+from coldstill.pipeline.commands.shared import (
     JsonOption,
     OverridesArgument,
     RecipeArgument,
@@ -17,7 +16,7 @@ from pipeline.commands.shared import (
     quieten_libraries,
     run_stage,
 )
-from pipeline.endings import DAMAGED, one_line_errors
+from coldstill.pipeline.runtime.endings import DAMAGED, one_line_errors
 
 cache_app = typer.Typer(name="cache", no_args_is_help=True, help="List, check, repair and remove stores.")
 
@@ -32,8 +31,8 @@ StoreOption = Annotated[
 def list_stores(root: RootArgument = "caches", as_json: JsonOption = False) -> None:
     """List the stores of a root."""
     with one_line_errors():
-        from cache.inventory import describe_store, list_stores
-        from pipeline.commands import summaries
+        from coldstill.cache.inventory import describe_store, list_stores
+        from coldstill.pipeline.commands import summaries
 
         stores, damaged = [], []
         for name in list_stores(root):
@@ -55,8 +54,8 @@ def list_stores(root: RootArgument = "caches", as_json: JsonOption = False) -> N
 def show_store(root: RootArgument = "caches", store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Show columns, share complete, size, age, teacher and selections of a store, or of all in a root."""
     with one_line_errors():
-        from cache.inventory import choose_stores, describe_store
-        from pipeline.commands import summaries
+        from coldstill.cache.inventory import choose_stores, describe_store
+        from coldstill.pipeline.commands import summaries
 
         described = [describe_store(root, name) for name in choose_stores(root, store)]
         if as_json:
@@ -93,8 +92,8 @@ def verify_root(
 ) -> None:
     """Read every byte of a root and hold it against its checksum; exit code 1 where anything is wrong."""
     with one_line_errors():
-        from cache.root_audit import verify
-        from pipeline.commands import summaries
+        from coldstill.cache.root_audit import verify
+        from coldstill.pipeline.commands import summaries
 
         if live is None and (store or teacher):
             raise RecipeError("--store and --teacher belong to --live N; without it all stores are read, by no teacher")
@@ -120,7 +119,7 @@ def verify_root(
 def repair_store(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
     """Drop exactly what is damaged in the store of a recipe's teacher, and compute it again."""
     with one_line_errors():
-        from pipeline.commands import summaries
+        from coldstill.pipeline.commands import summaries
 
         result = run_stage("repair", recipe, overrides)
         if as_json:
@@ -139,9 +138,9 @@ def remove(
 ) -> None:
     """Remove a store, or one column of it."""
     with one_line_errors():
-        from cache.inventory import choose_stores, describe_store, remove_column, remove_store
-        from cache.store import open_store, store_path
-        from pipeline.commands import summaries
+        from coldstill.cache.inventory import choose_stores, describe_store, remove_column, remove_store
+        from coldstill.cache.store import open_store, store_path
+        from coldstill.pipeline.commands import summaries
 
         (name,) = choose_stores(root, store, just_one=True)
         path = store_path(root, name)

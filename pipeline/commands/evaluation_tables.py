@@ -4,15 +4,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from coldstill.pipeline.commands.summaries import console
+from coldstill.pipeline.outputs.retention import NO_GAP, NO_GAP_REASON
 from rich.table import Table
 
-from pipeline.commands.summaries import console
-from pipeline.retention import NO_GAP, NO_GAP_REASON
-
 if TYPE_CHECKING:  # a table does not wait for torch
-    from pipeline.evaluate import Evaluation
-    from pipeline.retention import Estimate
-    from pipeline.task_scores import TaskAverage, TaskComparison
+    from coldstill.pipeline.evaluate import Evaluation
+    from coldstill.pipeline.judging.task_scores import TaskAverage, TaskComparison
+    from coldstill.pipeline.outputs.retention import Estimate
 
 _MEASURES = {
     "loss": "loss (nats)",

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from coldstill.pipeline.commands.summaries import console
+from coldstill.pipeline.runtime.units import format_size
 from rich.table import Table
 
-from pipeline.commands.summaries import console
-from pipeline.units import format_size
-
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
+    from coldstill.pipeline.plan import Plan
 
 
 def print_plan(result: "Plan") -> None:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from cache.errors import RecipeError
-from pipeline.commands.shared import JsonOption, call, print_json, quieten_libraries
-from pipeline.endings import one_line_errors
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.commands.shared import JsonOption, call, print_json, quieten_libraries
+from coldstill.pipeline.runtime.endings import one_line_errors
 
 
 def report(

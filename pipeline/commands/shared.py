@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from cache.errors import RecipeError
+from coldstill.cache.errors import RecipeError
 
 RecipesArgument = Annotated[
     list[str],
@@ -33,7 +32,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as J
 def run_stage(name: str, recipe: Path, overrides: list[str] | None, **options: Any) -> Any:
     """Load the recipe and call the stage's function."""
     quieten_libraries()
-    from pipeline.recipe_file import load_recipe
+    from coldstill.pipeline.recipe.file import load_recipe
 
     file, changes = one_file(recipe, overrides)
     loaded = load_recipe(file, changes)
@@ -44,7 +43,8 @@ def run_stage(name: str, recipe: Path, overrides: list[str] | None, **options: A
 def call(name: str, *arguments: Any, **options: Any) -> Any:
     """Call a stage; what libraries print meanwhile goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr):  # while they are imported, too: transformers speaks of WANDB_MODE then
-        stage = getattr(importlib.import_module(f"pipeline.{name}"), name)
+        module = importlib.import_module(f"coldstill.pipeline.{name}")
+        stage = getattr(module, name.rpartition(".")[2])
         return stage(*arguments, **options)
 
 
@@ -74,7 +74,7 @@ def _files_and_overrides(arguments: list[str], what: str) -> tuple[list[str], li
 def load_recipes(arguments: list[str]) -> list[Any]:
     """Load recipes, each with all the overrides."""
     quieten_libraries()
-    from pipeline.recipe_file import load_recipe
+    from coldstill.pipeline.recipe.file import load_recipe
 
     files, overrides = _files_and_overrides(arguments, "recipe")
     recipes = [load_recipe(Path(file), overrides) for file in files]
@@ -93,7 +93,7 @@ def _notes(recipe: Any, stage: str) -> list[str]:
     if not speaks():
         return []
     with contextlib.redirect_stdout(sys.stderr):
-        from pipeline.machine import machine_notes
+        from coldstill.pipeline.models.machine import machine_notes
 
         return [*recipe.idle_keys(), *machine_notes(recipe, stage)]
 

@@ -3,19 +3,18 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from coldstill.pipeline.runtime.units import format_size
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.units import format_size
-
 if TYPE_CHECKING:  # a listing does not wait for torch
-    from cache.inventory import StoreSummary
-    from cache.root_audit import RootAudit
-    from pipeline.dry_run import DryRun
-    from pipeline.live_check import LiveCheck
-    from pipeline.precompute import PrecomputeSummary
-    from pipeline.prune import PreparedStudent
-    from pipeline.repair import RepairSummary
+    from coldstill.cache.inventory import StoreSummary
+    from coldstill.cache.root_audit import RootAudit
+    from coldstill.pipeline.precompute import PrecomputeSummary
+    from coldstill.pipeline.repair import RepairSummary
+    from coldstill.pipeline.stage_one.dry_run import DryRun
+    from coldstill.pipeline.stage_one.live_check import LiveCheck
+    from coldstill.pipeline.students.preparing import PreparedStudent
 
 _SHOWN_PROBLEMS = 50
 _FILE_WIDTH = 160

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.figures.sheet import INK, LIGHT, MARKERS, Figure, Sheet
+from coldstill.pipeline.figures.sheet import INK, LIGHT, MARKERS, Figure, Sheet
 
 
 def heatmap_figure(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.figures.sheet import DASHES, INK, LIGHT, MARKERS, Figure, Sheet, legend_columns, legend_label
+from coldstill.pipeline.figures.sheet import DASHES, INK, LIGHT, MARKERS, Figure, Sheet, legend_columns, legend_label
 
 Points = Sequence[tuple[float, float]]
 

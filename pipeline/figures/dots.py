@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.figures.sheet import INK, LIGHT, Figure, Sheet
+from coldstill.pipeline.figures.sheet import INK, LIGHT, Figure, Sheet
 
 _ROW = 30.0
 _LEVEL = 13.0

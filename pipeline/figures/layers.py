@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.figures.sheet import INK, LIGHT, Figure, Sheet
+from coldstill.pipeline.figures.sheet import INK, LIGHT, Figure, Sheet
 
 _STUDENT, _TEACHER, _BOX = 0.0, 0.62, 0.38
 

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from coldstill.pipeline.losses.terms import HIDDEN_LOSSES
+from coldstill.pipeline.targets.encodings import STORED, StateForm, decode_state
+from coldstill.pipeline.targets.transform_coding import TransformCode
 from torch import Tensor, nn
-
-from pipeline.losses.terms import HIDDEN_LOSSES
-from pipeline.targets.encodings import STORED, StateForm, decode_state
-from pipeline.targets.transform_coding import TransformCode
 
 StoredStates = Mapping[str, Mapping[str, Tensor]]
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import torch
+from coldstill.pipeline.losses.divergences import Events
+from coldstill.pipeline.models.output_head import OutputHead
+from coldstill.pipeline.targets.encodings import StateForm, decode_state
+from coldstill.pipeline.targets.token_encodings import decode_tail, decode_topk
+from coldstill.pipeline.targets.transform_coding import TransformCode
 from torch import Tensor
-
-from pipeline.losses.divergences import Events
-from pipeline.output_head import OutputHead
-from pipeline.targets.encodings import StateForm, decode_state
-from pipeline.targets.token_encodings import decode_tail, decode_topk
-from pipeline.targets.transform_coding import TransformCode
 
 # What a batch calls the columns of the logits.
 TOPK, NORMALISER, TAIL, FINAL = "topk", "logsumexp", "tail", "final"

@@ -6,12 +6,11 @@ Shapes: C positions of a chunk, E events, V vocabulary.
 from dataclasses import replace
 
 import torch
+from coldstill.pipeline.losses.divergences import Divergence, Events
+from coldstill.pipeline.losses.logits_statistics import LogitsStatistics, Sought, logits_statistics
+from coldstill.pipeline.losses.logits_targets import FullDistribution, LogitsTarget, StudentEvents
+from coldstill.pipeline.losses.terms import cross_entropy
 from torch import Tensor
-
-from pipeline.losses.divergences import Divergence, Events
-from pipeline.losses.logits_statistics import LogitsStatistics, Sought, logits_statistics
-from pipeline.losses.logits_targets import FullDistribution, LogitsTarget, StudentEvents
-from pipeline.losses.terms import cross_entropy
 
 
 def vocabulary_losses(

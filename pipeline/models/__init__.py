@@ -1,6 +1,6 @@
 """Models: found, loaded whole, taken apart by structure, and held against each other's vocabulary."""
 
-from pipeline.models.loading import (
+from coldstill.pipeline.models.loading import (
     KEPT_BLOCKS,
     first_non_finite,
     identify,
@@ -14,9 +14,16 @@ from pipeline.models.loading import (
     resolve_folder,
     text_config,
 )
-from pipeline.models.positions import check_length, rope_switches, rows_by_side, sides
-from pipeline.models.structure import ModelParts, Structure, find_parts, find_structure, head_problem, take_apart
-from pipeline.models.vocabularies import check_tokenizers, check_vocabularies
+from coldstill.pipeline.models.positions import check_length, rope_switches, rows_by_side, sides
+from coldstill.pipeline.models.structure import (
+    ModelParts,
+    Structure,
+    find_parts,
+    find_structure,
+    head_problem,
+    take_apart,
+)
+from coldstill.pipeline.models.vocabularies import check_tokenizers, check_vocabularies
 
 __all__ = [
     "KEPT_BLOCKS",

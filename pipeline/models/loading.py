@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coldstill.cache.errors import ModelError
+from coldstill.cache.identity import teacher_identity, weights_digest
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -24,9 +26,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-
-from cache.errors import ModelError
-from cache.identity import teacher_identity, weights_digest
 
 # In a pruned student's config: the teacher block that each of its blocks was cut from.
 KEPT_BLOCKS = "kept_blocks"

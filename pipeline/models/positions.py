@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.models.loading import text_config
 from torch import Tensor
 from transformers import PreTrainedConfig
-
-from cache.errors import RecipeError
-from pipeline.models.loading import text_config
 
 
 def check_length(config: PreTrainedConfig, sequence_length: int, *, who: str) -> None:

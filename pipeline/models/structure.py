@@ -10,12 +10,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from coldstill.cache.errors import ModelError
+from coldstill.pipeline.models.loading import text_config
+from coldstill.pipeline.models.output_head import OutputHead
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from cache.errors import ModelError
-from pipeline.models.loading import text_config
-from pipeline.output_head import OutputHead
 
 _PROBE_TOKENS = 8
 

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from coldstill.cache.errors import ModelError
+from coldstill.pipeline.models.loading import load_tokenizer, text_config
 from transformers import PreTrainedConfig
-
-from cache.errors import ModelError
-from pipeline.models.loading import load_tokenizer, text_config
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "*.tiktoken")
 # What tokenizers of one vocabulary may do in different ways: case, digits, white space, accents, scripts, code.

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
-
-from cache.errors import DataError
-from pipeline.config import SourceConfig
+from coldstill.cache.errors import DataError
+from coldstill.pipeline.recipe.sections import SourceConfig
 
 # The readers of `datasets` that take files, by name.
 FILE_READERS = frozenset({"text", "json", "csv", "parquet", "arrow"})

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.rows.sources import Document
+from coldstill.pipeline.rows.sources import Document
 
 _PROBE = "a b"
 

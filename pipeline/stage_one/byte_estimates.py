@@ -3,13 +3,12 @@
 from collections.abc import Collection
 
 import numpy as np
-
-from cache.manifest import Manifest
-from pipeline.models import text_config
-from pipeline.targets.column_specs import describe_column
-from pipeline.targets.columns import state_form
-from pipeline.targets.encodings import CODED
-from pipeline.teacher import Teacher
+from coldstill.cache.manifest import Manifest
+from coldstill.pipeline.models import text_config
+from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.targets.column_specs import describe_column
+from coldstill.pipeline.targets.columns import state_form
+from coldstill.pipeline.targets.encodings import CODED
 
 # Arrays that are zero nearly everywhere, and hardly take a byte once they are compressed.
 _SPARSE_ARRAYS = ("overflow", "gaps_1")

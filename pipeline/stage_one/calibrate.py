@@ -4,18 +4,17 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from coldstill.cache.errors import DataError
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.store import CONSTANTS, Store
+from coldstill.pipeline.models import ModelParts
+from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.stage_one.capture import CaptureRequest, capture
+from coldstill.pipeline.targets.calibrations import write_calibration
+from coldstill.pipeline.targets.columns import FINAL_PREFIX, calibration_name, hidden_block
+from coldstill.pipeline.targets.encodings import ordinary_positions
+from coldstill.pipeline.targets.transform_coding import TransformCode, fisher_information, fit_code
 from torch import Tensor
-
-from cache.errors import DataError
-from cache.manifest import Manifest
-from cache.store import CONSTANTS, Store
-from pipeline.capture import CaptureRequest, capture
-from pipeline.models import ModelParts
-from pipeline.targets.calibrations import write_calibration
-from pipeline.targets.columns import FINAL_PREFIX, calibration_name, hidden_block
-from pipeline.targets.encodings import ordinary_positions
-from pipeline.targets.transform_coding import TransformCode, fisher_information, fit_code
-from pipeline.teacher import Teacher
 
 # Many times the width of a small model; a basis of a few thousand dimensions asks for more than its own number.
 _POSITIONS_PER_CHANNEL = 8

@@ -6,24 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-
-from cache.errors import DataError, RecipeError
-from cache.identity import row_id
-from cache.manifest import Manifest
-from cache.rows import find_rows, lay_rows, publish_rows, read_rows, shard_rows, sorted_rows
-from cache.selections import Selection, make_selection, to_selection, write_selection
-from cache.store import Store
-from cache.tokens import TOKENS, write_tokens
-from pipeline.config import DataConfig, Recipe
-from pipeline.data import Rows, build_rows
-from pipeline.models import check_length, load_config, text_config
-from pipeline.pairing import check_layer_map, layer_map_of
-from pipeline.preflight import check_before_teacher
-from pipeline.prune import check_student
-from pipeline.stage_one.shard_jobs import ShardJob
-from pipeline.targets.columns import TargetColumns, columns_of
-from pipeline.teacher import Teacher
-from pipeline.training_arguments import check_row_count
+from coldstill.cache.errors import DataError, RecipeError
+from coldstill.cache.identity import row_id
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.rows import find_rows, lay_rows, publish_rows, read_rows, shard_rows, sorted_rows
+from coldstill.cache.selections import Selection, make_selection, to_selection, write_selection
+from coldstill.cache.store import Store
+from coldstill.cache.tokens import TOKENS, write_tokens
+from coldstill.pipeline.models import check_length, load_config, text_config
+from coldstill.pipeline.models.pairing import check_layer_map, layer_map_of
+from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.recipe.sections import DataConfig, Recipe
+from coldstill.pipeline.rows.building import Rows, build_rows
+from coldstill.pipeline.stage_one.preflight import check_before_teacher
+from coldstill.pipeline.stage_one.shard_jobs import ShardJob
+from coldstill.pipeline.stage_two.arguments import check_row_count
+from coldstill.pipeline.students.preparing import check_student
+from coldstill.pipeline.targets.columns import TargetColumns, columns_of
 
 SPLITS = ("eval", "train")
 

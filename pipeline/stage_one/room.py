@@ -6,12 +6,12 @@ that compression makes of them. After the first shard every column is known.
 
 from collections.abc import Sequence
 
-from cache.errors import NoRoomError
-from cache.manifest import Manifest
-from cache.store import Store
-from pipeline.stage_one.byte_estimates import measured_bytes, raw_bytes
-from pipeline.stage_one.shard_jobs import ShardJob
-from pipeline.teacher import Teacher
+from coldstill.cache.errors import NoRoomError
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.store import Store
+from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.stage_one.byte_estimates import measured_bytes, raw_bytes
+from coldstill.pipeline.stage_one.shard_jobs import ShardJob
 
 # What entropy coding leaves of a column at best: measured forms keep between 0.4 and 0.95 of their raw bytes.
 _BEST_COMPRESSION = 0.25

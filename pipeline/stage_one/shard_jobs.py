@@ -11,19 +11,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
-
-from cache.arrays import read_column
-from cache.columns import Column
-from cache.errors import RecipeError
-from cache.manifest import Manifest
-from cache.store import Store
-from cache.tokens import TOKENS
-from pipeline.capture import Captured, CaptureRequest, capture, join_parts
-from pipeline.models import ModelParts
-from pipeline.stage_one.write_behind import WriteBehind
-from pipeline.targets.column_specs import describe_column
-from pipeline.targets.columns import (
+from coldstill.cache.arrays import read_column
+from coldstill.cache.columns import Column
+from coldstill.cache.errors import RecipeError
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.store import Store
+from coldstill.cache.tokens import TOKENS
+from coldstill.pipeline.models import ModelParts
+from coldstill.pipeline.stage_one.capture import Captured, CaptureRequest, capture, join_parts
+from coldstill.pipeline.stage_one.write_behind import WriteBehind
+from coldstill.pipeline.targets.column_specs import describe_column
+from coldstill.pipeline.targets.columns import (
     FINAL_PREFIX,
     LABEL_LOGIT,
     TAIL_PREFIX,
@@ -34,9 +32,10 @@ from pipeline.targets.columns import (
     state_form,
     topk_size,
 )
-from pipeline.targets.encodings import encode_state, to_numpy
-from pipeline.targets.token_encodings import encode_tail, encode_topk
-from pipeline.targets.transform_coding import TransformCode
+from coldstill.pipeline.targets.encodings import encode_state, to_numpy
+from coldstill.pipeline.targets.token_encodings import encode_tail, encode_topk
+from coldstill.pipeline.targets.transform_coding import TransformCode
+from torch import Tensor
 
 OnTokens = Callable[[int], None]
 
@@ -51,7 +50,7 @@ class ShardJob:
 
     Attributes:
         shard: Its name.
-        rows: Its rows as `cache.rows.shard_rows` gives them.
+        rows: Its rows as `coldstill.cache.rows.shard_rows` gives them.
         columns: The names of what is missing.
     """
 

@@ -7,11 +7,10 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-
-from cache.columns import Column
-from cache.manifest import Manifest
-from cache.store import Store
-from cache.writer import write_column
+from coldstill.cache.columns import Column
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.store import Store
+from coldstill.cache.writer import write_column
 
 
 class WriteBehind:

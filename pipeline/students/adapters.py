@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coldstill.cache.errors import ModelError, RecipeError
 from transformers import PreTrainedModel
-
-from cache.errors import ModelError, RecipeError
 
 try:
     import peft

@@ -6,10 +6,9 @@ Only what is known by name is cut: a wrong guess would give a model that runs an
 from collections.abc import Mapping
 from typing import Literal
 
+from coldstill.cache.errors import ModelError
+from coldstill.pipeline.models import ModelParts, text_config
 from torch import Tensor, nn
-
-from cache.errors import ModelError
-from pipeline.models import ModelParts, text_config
 
 Axis = Literal["channels", "neurons"] | None
 

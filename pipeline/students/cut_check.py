@@ -13,14 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from coldstill.cache.errors import ModelError
+from coldstill.pipeline.models import ModelParts, text_config
+from coldstill.pipeline.models.forward import block_input
+from coldstill.pipeline.students.layer_patterns import period_keys
+from coldstill.pipeline.students.model_copies import load_state
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from cache.errors import ModelError
-from pipeline.forward import block_input
-from pipeline.models import ModelParts, text_config
-from pipeline.students.layer_patterns import period_keys
-from pipeline.students.model_copies import load_state
 
 _PROBE_TOKENS = 24
 # Of what a block adds to the stream, in steps of the dtype: how far one that does the same may be from it.

@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from coldstill.cache.errors import ModelError, RecipeError
+from coldstill.pipeline.models import KEPT_BLOCKS, ModelParts, text_config
+from coldstill.pipeline.models.forward import block_input, block_output, padded_batches
+from coldstill.pipeline.recipe.student import PruneLayersConfig
+from coldstill.pipeline.students.cut_check import OTHER_CUTS, check_cut, load_weights, warn_without_cache
+from coldstill.pipeline.students.cut_weights import cut_weights
+from coldstill.pipeline.students.layer_patterns import cut_patterns
+from coldstill.pipeline.students.model_copies import changed_config, empty_model, reread_config
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-
-from cache.errors import ModelError, RecipeError
-from pipeline.forward import block_input, block_output, padded_batches
-from pipeline.models import KEPT_BLOCKS, ModelParts, text_config
-from pipeline.student_config import PruneLayersConfig
-from pipeline.students.cut_check import OTHER_CUTS, check_cut, load_weights, warn_without_cache
-from pipeline.students.cut_weights import cut_weights
-from pipeline.students.layer_patterns import cut_patterns
-from pipeline.students.model_copies import changed_config, empty_model, reread_config
 
 
 def check_prune(layers: PruneLayersConfig, *, num_blocks: int) -> None:

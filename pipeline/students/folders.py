@@ -11,16 +11,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cache.array_object import REPAIR_HINT
-from cache.errors import CorruptError, StoreNotFoundError
-from cache.index import read_entry, write_entry
-from cache.objects import Objects, full_path, open_objects
-from cache.student_files import CHECKSUMS, STUDENTS, find_damage
-from pipeline.config import Recipe
-from pipeline.models import resolve_folder
-from pipeline.provenance import PROVENANCE_FILE, RECIPE_FILE
-from pipeline.run_index import rows_key
-from pipeline.whole import whole_folder
+from coldstill.cache.array_object import REPAIR_HINT
+from coldstill.cache.errors import CorruptError, StoreNotFoundError
+from coldstill.cache.index import read_entry, write_entry
+from coldstill.cache.objects import Objects, full_path, open_objects
+from coldstill.cache.student_files import CHECKSUMS, STUDENTS, find_damage
+from coldstill.pipeline.models import resolve_folder
+from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, RECIPE_FILE
+from coldstill.pipeline.outputs.run_index import rows_key
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.whole import whole_folder
 
 _RECORD = (PROVENANCE_FILE, RECIPE_FILE)
 

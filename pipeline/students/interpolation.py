@@ -1,21 +1,20 @@
 """A smaller model whose weights lie between a larger one's: linearly interpolated along depth and width.
 
-Shapes: as `pipeline.students.axes` names a weight's axes.
+Shapes: as `coldstill.pipeline.students.axes` names a weight's axes.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
+from coldstill.pipeline.models import KEPT_BLOCKS, ModelParts
+from coldstill.pipeline.students.axes import Axis, parameter_axes
+from coldstill.pipeline.students.depth import deep_config
+from coldstill.pipeline.students.designs import Design, block_positions
+from coldstill.pipeline.students.model_copies import changed_config, model_from_state
+from coldstill.pipeline.students.width import restore_embedding_scale
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-
-from pipeline.models import KEPT_BLOCKS, ModelParts
-from pipeline.students.axes import Axis, parameter_axes
-from pipeline.students.depth import deep_config
-from pipeline.students.designs import Design, block_positions
-from pipeline.students.model_copies import changed_config, model_from_state
-from pipeline.students.width import restore_embedding_scale
 
 
 @torch.no_grad()
@@ -26,7 +25,8 @@ def interpolate(parts: ModelParts, design: Design) -> PreTrainedModel:
     spaced among the original's, ends on ends.
 
     Raises:
-        ModelError: The model is not built as `pipeline.students.axes` knows it, or does not allow the design's width.
+        ModelError: The model is not built as `coldstill.pipeline.students.axes` knows it, or does not allow the
+            design's width.
     """
     axes = parameter_axes(parts)
     positions = block_positions(len(parts.blocks), design.num_blocks)

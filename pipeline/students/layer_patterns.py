@@ -2,7 +2,7 @@
 
 Configs tell the kinds of blocks by lists with an entry for each block, lists of block indices, numbers of first or last
 blocks, and periods with an offset. Their keys are listed here by name; whether the model that comes of them is the
-right one is not decided here, but by comparing it with the original (`pipeline.students.cut_check`).
+right one is not decided here, but by comparing it with the original (`coldstill.pipeline.students.cut_check`).
 """
 
 import math

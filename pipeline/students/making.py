@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-
-from cache.errors import ModelError, RecipeError
-from pipeline.models import ModelParts, kept_blocks_of, take_apart, text_config
-from pipeline.student_config import InitConfig, PruneConfig, PruneMlpConfig, Reconstruct
-from pipeline.students.axes import mlp_size
-from pipeline.students.depth import block_importances, check_prune, choose_kept_blocks, cut_blocks, num_removed
-from pipeline.students.designs import Design, block_positions, design_student
-from pipeline.students.interpolation import interpolate
-from pipeline.students.pruning_report import JudgedRows, pruning_report
-from pipeline.students.reconstruction import reconstruct, why_no_reconstruction
-from pipeline.students.width import (
+from coldstill.cache.errors import ModelError, RecipeError
+from coldstill.pipeline.models import ModelParts, kept_blocks_of, take_apart, text_config
+from coldstill.pipeline.recipe.student import InitConfig, PruneConfig, PruneMlpConfig, Reconstruct
+from coldstill.pipeline.students.axes import mlp_size
+from coldstill.pipeline.students.depth import (
+    block_importances,
+    check_prune,
+    choose_kept_blocks,
+    cut_blocks,
+    num_removed,
+)
+from coldstill.pipeline.students.designs import Design, block_positions, design_student
+from coldstill.pipeline.students.interpolation import interpolate
+from coldstill.pipeline.students.pruning_report import JudgedRows, pruning_report
+from coldstill.pipeline.students.reconstruction import reconstruct, why_no_reconstruction
+from coldstill.pipeline.students.width import (
     channel_importances,
     most_important,
     narrow_mlps,
@@ -28,6 +31,8 @@ from pipeline.students.width import (
     neuron_importances,
     neurons_kept,
 )
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 _DIGITS = 6  # of importances, as a record keeps them
 
@@ -38,7 +43,7 @@ class MadeStudent:
 
     Attributes:
         model: The student.
-        report: What was cut and what that cost (`pipeline.students.pruning_report`).
+        report: What was cut and what that cost (`coldstill.pipeline.students.pruning_report`).
         kept_channels: The teacher's channel of each of its own; None where none were chosen.
     """
 

@@ -7,12 +7,11 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from coldstill.cache.errors import ModelError
+from coldstill.pipeline.models import text_config
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel
-
-from cache.errors import ModelError
-from pipeline.models import text_config
 
 
 def changed_config(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:

@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from coldstill.pipeline.models import ModelParts
+from coldstill.pipeline.models.forward import block_output, padded_batches
+from coldstill.pipeline.students.axes import WRITERS
+from coldstill.pipeline.students.ridge import solve_towards
 from torch import Tensor, nn
-
-from pipeline.forward import block_output, padded_batches
-from pipeline.models import ModelParts
-from pipeline.students.axes import WRITERS
-from pipeline.students.ridge import solve_towards
 
 # Of the mean of the Gram matrix's diagonal: what few rows do not tell stays as the cut left it.
 _RIDGE = 0.3

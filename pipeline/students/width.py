@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from pipeline.forward import block_outputs, padded_batches
-from pipeline.models import ModelParts, take_apart
-from pipeline.students.axes import (
+from coldstill.pipeline.models import ModelParts, take_apart
+from coldstill.pipeline.models.forward import block_outputs, padded_batches
+from coldstill.pipeline.students.axes import (
     MLP_OUTPUT,
     Axis,
     embedding_name,
@@ -22,9 +19,11 @@ from pipeline.students.axes import (
     parameter_axes,
     weight_of,
 )
-from pipeline.students.model_copies import changed_config, model_from_state
-from pipeline.students.norms import scaled_weight
-from pipeline.students.read_correction import ReadCorrections, fit_read_corrections
+from coldstill.pipeline.students.model_copies import changed_config, model_from_state
+from coldstill.pipeline.students.norms import scaled_weight
+from coldstill.pipeline.students.read_correction import ReadCorrections, fit_read_corrections
+from torch import Tensor
+from transformers import PreTrainedModel
 
 # Numbers of neurons are multiples of this: hardware multiplies such matrices fastest.
 NEURON_MULTIPLE = 8
@@ -102,7 +101,7 @@ def narrow_mlps(parts: ModelParts, neurons: Sequence[Tensor]) -> PreTrainedModel
     """Make the model whose blocks keep only some neurons, as many in each; the original is left as it was.
 
     Raises:
-        ModelError: The model is not built as `pipeline.students.axes` knows it.
+        ModelError: The model is not built as `coldstill.pipeline.students.axes` knows it.
     """
     mlp_size(parts)
     prefix = f"{parts.blocks_name}."
@@ -120,10 +119,10 @@ def narrow_stream(parts: ModelParts, channels_K: Tensor, rows: Sequence[Tensor])
     """Make the model whose residual stream has only some channels; the original is left as it was.
 
     Every matrix that touches the stream is sliced, and what reads it is corrected over the rows
-    (`pipeline.students.read_correction`). Heads keep their number and width.
+    (`coldstill.pipeline.students.read_correction`). Heads keep their number and width.
 
     Raises:
-        ModelError: The model is not built as `pipeline.students.axes` knows it, or does not allow the width.
+        ModelError: The model is not built as `coldstill.pipeline.students.axes` knows it, or does not allow the width.
     """
     axes = parameter_axes(parts)
     config = changed_config(parts.model.config, hidden_size=len(channels_K), head_dim=parts.head_dim)

@@ -1,6 +1,6 @@
 """A sweep as a YAML file: a base recipe, what its variants change of it, and the seeds; resolved before anything runs.
 
-Knows nothing of runs and folders but their place; `pipeline.ablate` carries a sweep out.
+Knows nothing of runs and folders but their place; `coldstill.pipeline.ablate` carries a sweep out.
 """
 
 import copy
@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, field_validator, model_validator
-
-from cache.errors import RecipeError
-from pipeline.config import Recipe
-from pipeline.recipe_file import (
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.recipe.fields import Place, Section
+from coldstill.pipeline.recipe.file import (
     apply_changes,
     apply_overrides,
     parse_model,
@@ -24,7 +22,8 @@ from pipeline.recipe_file import (
     read_sweep_map,
     set_key,
 )
-from pipeline.recipe_types import Place, Section
+from coldstill.pipeline.recipe.sections import Recipe
+from pydantic import Field, field_validator, model_validator
 
 _DEFAULT_SEED = 42
 # What no variant may change, and what decides it.

@@ -12,11 +12,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cache.identity import digest_of
-from pipeline.config import HiddenTargetConfig, LogitsTargetConfig, MappingConfig, ProjectorConfig, Recipe
-from pipeline.loss_config import LossConfig
-from pipeline.run_index import rows_key
-from pipeline.runs.folder import decisive_sections
+from coldstill.cache.identity import digest_of
+from coldstill.pipeline.outputs.run_index import rows_key
+from coldstill.pipeline.recipe.loss import LossConfig
+from coldstill.pipeline.recipe.sections import (
+    HiddenTargetConfig,
+    LogitsTargetConfig,
+    MappingConfig,
+    ProjectorConfig,
+    Recipe,
+)
+from coldstill.pipeline.stage_two.run_folder import decisive_sections
 
 _KEY_CHARS = 12
 _LOCAL_KEYS = ("path", "data_dir", "data_files")

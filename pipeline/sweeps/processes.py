@@ -14,13 +14,13 @@ import tempfile
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
-from cache.processes import process_token
-from pipeline.endings import USER_ERROR
+from coldstill.cache.processes import process_token
+from coldstill.pipeline.runtime.endings import USER_ERROR
 
-_PROGRAM = Path(__file__).parents[2] / "cli.py"
+# Without the working folder on the path, where a file of the user's could bear the name of a library.
+_PROGRAM = ("-P", "-m", "coldstill.cli")
 _ERROR_PREFIX = "coldstill: "
 _KEPT_LINES = 200
 _READ_BYTES = 1 << 16
@@ -49,13 +49,13 @@ def run_command(*arguments: str, on_start: Callable[[str], None]) -> Outcome:
 
     Args:
         arguments: Of `coldstill`; `--json` is added.
-        on_start: Called with the process's token; see `cache.processes`.
+        on_start: Called with the process's token; see `coldstill.cache.processes`.
     """
     # Bars are as wide as the terminal that they are passed on to.
     environment = {**os.environ, "COLUMNS": str(shutil.get_terminal_size().columns)}
     with tempfile.TemporaryFile() as printed:
         child = subprocess.Popen(  # noqa: S603 - this program itself
-            [sys.executable, str(_PROGRAM), *arguments, "--json"],
+            [sys.executable, *_PROGRAM, *arguments, "--json"],
             stdout=printed,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cache.errors import InUseError
-from cache.leases import hold, living_writers
-from cache.objects import open_objects
-from cache.processes import describe_process, is_dead
-from pipeline.sweeps.file import Sweep
-from pipeline.sweeps.results import FORMAT, SWEEP_FILE, Status, read_state
-from pipeline.whole import write_whole
+from coldstill.cache.errors import InUseError
+from coldstill.cache.leases import hold, living_writers
+from coldstill.cache.objects import open_objects
+from coldstill.cache.processes import describe_process, is_dead
+from coldstill.pipeline.runtime.whole import write_whole
+from coldstill.pipeline.sweeps.file import Sweep
+from coldstill.pipeline.sweeps.results import FORMAT, SWEEP_FILE, Status, read_state
 
 _LEASE = "sweep"
 _POLL_S = 0.5

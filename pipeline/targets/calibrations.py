@@ -1,6 +1,6 @@
 """Calibrations of a store: the transform code of each coded column, committed once, before the column's first shard.
 
-Both stages read them here; `pipeline.stage_one.calibrate` makes them. A coded column names the digest of its
+Both stages read them here; `coldstill.pipeline.stage_one.calibrate` makes them. A coded column names the digest of its
 calibration, so that none is ever decoded with another.
 """
 
@@ -8,16 +8,15 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-
-from cache.arrays import read_column
-from cache.columns import ArraySpec, Column
-from cache.errors import IdentityError, IncompleteError
-from cache.manifest import Manifest
-from cache.store import CONSTANTS, Store
-from cache.writer import write_column
-from pipeline.targets.columns import calibration_name
-from pipeline.targets.encodings import CALIBRATION, to_numpy
-from pipeline.targets.transform_coding import TransformCode
+from coldstill.cache.arrays import read_column
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.errors import IdentityError, IncompleteError
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.store import CONSTANTS, Store
+from coldstill.cache.writer import write_column
+from coldstill.pipeline.targets.columns import calibration_name
+from coldstill.pipeline.targets.encodings import CALIBRATION, to_numpy
+from coldstill.pipeline.targets.transform_coding import TransformCode
 
 _ARRAYS = {"centre": "centre_D", "analysis": "analysis_DD", "synthesis": "synthesis_DD", "spread": "spread_D"}
 
@@ -30,7 +29,7 @@ def write_calibration(
     Args:
         store: The store.
         manifest: Its manifest.
-        name: As `pipeline.targets.columns.calibration_name` gives it.
+        name: As `coldstill.pipeline.targets.columns.calibration_name` gives it.
         code: What was fitted.
         num_positions: How many positions it was fitted to.
         metric: Which errors it weighs alike, for a person.

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
-from cache.columns import ArraySpec, Column
-from cache.tokens import TOKENS, token_column
-from pipeline.targets.calibrations import code_digest
-from pipeline.targets.columns import TAIL_PREFIX, Tail, state_form, topk_size
-from pipeline.targets.encodings import CALIBRATION, state_column
-from pipeline.targets.token_encodings import tail_column, topk_column
-from pipeline.targets.transform_coding import TransformCode
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.tokens import TOKENS, token_column
+from coldstill.pipeline.targets.calibrations import code_digest
+from coldstill.pipeline.targets.columns import TAIL_PREFIX, Tail, state_form, topk_size
+from coldstill.pipeline.targets.encodings import CALIBRATION, state_column
+from coldstill.pipeline.targets.token_encodings import tail_column, topk_column
+from coldstill.pipeline.targets.transform_coding import TransformCode
 
 
 def describe_column(name: str, *, width: int, vocab_size: int, codes: Mapping[str, TransformCode]) -> Column:

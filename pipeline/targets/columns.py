@@ -6,10 +6,10 @@ Both stages ask here, so that what stage one writes under a name is what stage t
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cache.manifest import Manifest
-from cache.tokens import TOKENS
-from pipeline.config import HiddenTargetConfig, LogitsTargetConfig, TargetsConfig
-from pipeline.targets.encodings import CODED, StateForm
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.tokens import TOKENS
+from coldstill.pipeline.recipe.sections import HiddenTargetConfig, LogitsTargetConfig, TargetsConfig
+from coldstill.pipeline.targets.encodings import CODED, StateForm
 
 LABEL_LOGIT = "label_logit"
 FINAL_PREFIX = "logits/final/"

@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.pipeline.targets.transform_coding import (
+    TransformCode,
+    code_arrays,
+    decode_coefficients,
+    encode_coefficients,
+)
 from torch import Tensor
-
-from cache.columns import ArraySpec, Column
-from pipeline.targets.transform_coding import TransformCode, code_arrays, decode_coefficients, encode_coefficients
 
 Arrays = dict[str, Tensor]
 

@@ -1,15 +1,14 @@
 """The teacher's output head as a store keeps it: written once by stage one, read wherever logits are rebuilt."""
 
 import torch
-
-from cache.columns import ArraySpec, Column
-from cache.manifest import Manifest
-from cache.reader import read_constants
-from cache.store import CONSTANTS, Store
-from cache.writer import write_column
-from pipeline.output_head import OutputHead
-from pipeline.targets.columns import OUTPUT_HEAD
-from pipeline.targets.encodings import float_bits, from_float_bits, to_numpy
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.reader import read_constants
+from coldstill.cache.store import CONSTANTS, Store
+from coldstill.cache.writer import write_column
+from coldstill.pipeline.models.output_head import OutputHead
+from coldstill.pipeline.targets.columns import OUTPUT_HEAD
+from coldstill.pipeline.targets.encodings import float_bits, from_float_bits, to_numpy
 
 
 def write_head(store: Store, manifest: Manifest, head: OutputHead) -> None:

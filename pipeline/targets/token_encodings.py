@@ -8,9 +8,8 @@ Shapes: N positions, K stored tokens, M draws, V vocabulary.
 from collections.abc import Mapping
 
 import torch
+from coldstill.cache.columns import ArraySpec, Column
 from torch import Tensor
-
-from cache.columns import ArraySpec, Column
 
 Arrays = dict[str, Tensor]
 

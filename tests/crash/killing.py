@@ -61,11 +61,10 @@ class Run:
 
 def serve() -> None:
     """Read runs as lines of JSON, fork a child for each, and answer with its exit code and number of calls."""
+    import coldstill.cli
+    import coldstill.pipeline.repair  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 - what a child would import otherwise
-
-    import cli  # noqa: F401
-    import pipeline.repair  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -99,12 +98,12 @@ def _work(run: Run, writing: int) -> None:
 
 
 def _run_command(run: Run) -> tuple[dict[str, int], int]:
-    import cache.rows
-    from cache.root_audit import verify
-    from cli import app
+    import coldstill.cache.rows
+    from coldstill.cache.root_audit import verify
+    from coldstill.cli import app
 
     os.fsync = lambda _descriptor: None  # a kill loses nothing that the kernel was given
-    cache.rows.SHARD_TOKENS = SHARD_TOKENS
+    coldstill.cache.rows.SHARD_TOKENS = SHARD_TOKENS
     if run.verify:
         audit = verify(run.verify, show_progress=False)
         assert audit.is_clean, audit

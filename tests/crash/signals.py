@@ -17,7 +17,7 @@ CHILD_TIMEOUT_S = 120
 def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Run the command line in a process of its own, which hears SIGINT as at a terminal."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "cli", *arguments]
+    command = [sys.executable, "-m", "coldstill.cli", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # A shell lets what it starts in the background ignore SIGINT, and the tests may have been started so.
     heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from coldstill.cache.errors import StoreError
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.reader import Reader, read_constants
+from coldstill.cache.root_audit import RootAudit, verify
+from coldstill.cache.selections import list_selections, read_selection
+from coldstill.cache.store import CONSTANTS, Store, open_store
 from crash.trees import difference, files_below, lasting, small_recipe
-
-from cache.errors import StoreError
-from cache.manifest import Manifest
-from cache.reader import Reader, read_constants
-from cache.root_audit import RootAudit, verify
-from cache.selections import list_selections, read_selection
-from cache.store import CONSTANTS, Store, open_store
 
 NUM_DAMAGES = 200
 WAYS = ("flip", "cut", "empty", "delete")
@@ -149,7 +148,7 @@ def _small_and_fast() -> Iterator[None]:
     """Make shards small; leave out syncs, as no test here outlives its machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
-        patch.setattr("cache.rows.SHARD_TOKENS", 96)
+        patch.setattr("coldstill.cache.rows.SHARD_TOKENS", 96)
         yield
 
 
@@ -174,9 +173,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pat
 
 
 def command_line(*arguments: Any) -> None:
+    from coldstill.cli import app
     from typer.testing import CliRunner
-
-    from cli import app
 
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -197,9 +195,9 @@ def read_all(store: Store, columns: dict[str, list[str]]) -> dict[str, Any]:
 
 def readings(place: Place) -> dict[str, Callable[[], Any]]:
     """Give what can be read of a root: the rows of each selection, the output head, and what leads there."""
-    from pipeline.recipe_file import load_recipe
-    from pipeline.run_index import find_run_rows
-    from pipeline.students.folders import find_student
+    from coldstill.pipeline.outputs.run_index import find_run_rows
+    from coldstill.pipeline.recipe.file import load_recipe
+    from coldstill.pipeline.students.folders import find_student
 
     recipe = load_recipe(place.recipe)
     path = str(place.store)

@@ -17,11 +17,10 @@ from typing import Any
 
 import pytest
 import yaml
+from coldstill.cache.root_audit import verify
 from crash.trees import difference, lasting_files_below, small_recipe
 from safetensors import SafetensorError
 from typer.testing import CliRunner, Result
-
-from cache.root_audit import verify
 
 ROOT = Path(__file__).parents[2]
 # What stays of `precompute`, by how far it had come.
@@ -46,7 +45,7 @@ class Place:
         return self.folder / "caches"
 
     def precompute(self) -> Result:
-        from cli import app
+        from coldstill.cli import app
 
         result = CliRunner().invoke(app, ["precompute", str(self.recipe)])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -87,7 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pat
 def _small_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make shards small; leave out syncs, as no test here outlives its machine."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    monkeypatch.setattr("cache.rows.SHARD_TOKENS", 96)
+    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 96)
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ class Whole:
 def whole(place: Place) -> Iterator[Whole]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
-        patch.setattr("cache.rows.SHARD_TOKENS", 96)
+        patch.setattr("coldstill.cache.rows.SHARD_TOKENS", 96)
         place.precompute()  # makes the copy of the text that `datasets` keeps
         place.clear()
         disk = Disk(place.folder)
@@ -337,7 +336,7 @@ def long_run(
     place = make_place(folder, model_folders["teacher"], corpus, **sizes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
-        patch.setattr("cache.rows.SHARD_TOKENS", 32_768)
+        patch.setattr("coldstill.cache.rows.SHARD_TOKENS", 32_768)
         assert place.precompute().exit_code == 0
     return place, lasting_files_below(place.root)
 
@@ -345,7 +344,7 @@ def long_run(
 def stopped(place: Place, number: int, stop: Stop) -> subprocess.CompletedProcess[str]:
     """Run `precompute` in a process of its own, and send it a signal when it has come so far."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "cli", "precompute", str(place.recipe)]
+    command = [sys.executable, "-m", "coldstill.cli", "precompute", str(place.recipe)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # A shell lets what it starts in the background ignore SIGINT, and the tests may have been started so.
     heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
@@ -362,7 +361,7 @@ def stopped(place: Place, number: int, stop: Stop) -> subprocess.CompletedProces
 def check_stop(long_run: tuple[Place, dict[str, bytes]], number: int, stop: Stop, patch: pytest.MonkeyPatch) -> None:
     place, whole = long_run
     place.clear()
-    patch.setattr("cache.rows.SHARD_TOKENS", 32_768)
+    patch.setattr("coldstill.cache.rows.SHARD_TOKENS", 32_768)
     ended = stopped(place, number, stop)
     if stop.delay_s and not difference(lasting_files_below(place.root), whole):
         return  # it had come to its end before the signal

@@ -9,19 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from cache.arrays import read_column
-from cache.columns import ArraySpec, Column
-from cache.errors import StoreNotFoundError
-from cache.identity import fingerprint, row_id, shard_id
-from cache.local_objects import PARTIAL_FOLDER
-from cache.manifest import Manifest
-from cache.reader import Reader
-from cache.rows import compact_rows, find_rows, lay_rows, publish_rows, read_rows
-from cache.selections import Selection, write_selection
-from cache.store import Store, create_store, open_store, store_path
-from cache.tokens import TOKENS, rows_of_tokens, token_column, write_tokens
-from cache.writer import write_column
+from coldstill.cache.arrays import read_column
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.errors import StoreNotFoundError
+from coldstill.cache.identity import fingerprint, row_id, shard_id
+from coldstill.cache.local_objects import PARTIAL_FOLDER
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.reader import Reader
+from coldstill.cache.rows import compact_rows, find_rows, lay_rows, publish_rows, read_rows
+from coldstill.cache.selections import Selection, write_selection
+from coldstill.cache.store import Store, create_store, open_store, store_path
+from coldstill.cache.tokens import TOKENS, rows_of_tokens, token_column, write_tokens
+from coldstill.cache.writer import write_column
 
 TEACHER = {"identity": {"config": "c0", "weights": "w0", "dtype": "float32"}}
 ROWS = [np.arange(length, dtype=np.int64) + 100 * length for length in (4, 5, 7, 2)]
@@ -48,9 +47,9 @@ def _imported_before_forks() -> None:
 def _small_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make shards and chunks small; leave out syncs, as a kill loses nothing that the kernel was given."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    monkeypatch.setattr("cache.rows.SHARD_TOKENS", 10)
-    monkeypatch.setattr("cache.columns._CHUNK_TARGET_BYTES", 16)
-    monkeypatch.setattr("cache.manifest._FOLD_EVERY", 3)
+    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 10)
+    monkeypatch.setattr("coldstill.cache.columns._CHUNK_TARGET_BYTES", 16)
+    monkeypatch.setattr("coldstill.cache.manifest._FOLD_EVERY", 3)
 
 
 def values_of(column: Column, rows: list[np.ndarray]) -> dict[str, np.ndarray]:

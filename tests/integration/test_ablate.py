@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from coldstill.cache.processes import is_dead
 from typer.testing import Result
-
-from cache.processes import is_dead
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 300
@@ -45,7 +44,7 @@ def sweep(write_recipe: Callable[..., Path], workplace: Path, monkeypatch: pytes
 def started(sweep: Path) -> Iterator[subprocess.Popen[str]]:
     """Run the sweep in a process of its own, which hears an interruption however the tests were started."""
     with subprocess.Popen(
-        [sys.executable, "-m", "cli", "ablate", str(sweep)],
+        [sys.executable, "-m", "coldstill.cli", "ablate", str(sweep)],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-
-from pipeline.evaluate import evaluate
-from pipeline.precompute import precompute
-from pipeline.provenance import PROVENANCE_FILE
-from pipeline.recipe_file import load_recipe
-from pipeline.runs.results import RESULTS_FILE
-from pipeline.train import train
+from coldstill.pipeline.evaluate import evaluate
+from coldstill.pipeline.judging.results import RESULTS_FILE
+from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.train import train
 
 
 @pytest.fixture

@@ -6,21 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.reader import Reader
+from coldstill.pipeline.models import take_apart
+from coldstill.pipeline.models.forward import pad_rows
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.stage_one.capture import CaptureRequest, capture
+from coldstill.pipeline.targets.calibrations import read_codes
+from coldstill.pipeline.targets.encodings import StateForm, decode_state
+from coldstill.pipeline.targets.token_encodings import decode_tail, decode_topk
+from coldstill.pipeline.targets.transform_coding import TransformCode
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from cache.manifest import Manifest
-from cache.reader import Reader
-from pipeline.capture import CaptureRequest, capture
-from pipeline.forward import pad_rows
-from pipeline.models import take_apart
-from pipeline.precompute import precompute
-from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.targets.calibrations import read_codes
-from pipeline.targets.encodings import StateForm, decode_state
-from pipeline.targets.token_encodings import decode_tail, decode_topk
-from pipeline.targets.transform_coding import TransformCode
 
 ARCHITECTURES = {
     "llama": {},

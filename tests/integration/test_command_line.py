@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+from coldstill.cli import app
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
-
-from cli import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,11 +83,17 @@ def test_a_new_block_and_more_rows_cost_only_what_is_new(
 
 PROBE = """
 import json, sys
-from cli import app
+from coldstill.cli import app
 from typer.testing import CliRunner
 result = CliRunner().invoke(app, ["train", sys.argv[1]])
 print(result.output, file=sys.stderr)
-watched = ("pipeline.teacher", "pipeline.capture", "pipeline.data", "pipeline.students.making", "pipeline.precompute")
+watched = (
+    "coldstill.pipeline.models.teacher",
+    "coldstill.pipeline.stage_one.capture",
+    "coldstill.pipeline.rows.building",
+    "coldstill.pipeline.students.making",
+    "coldstill.pipeline.precompute",
+)
 print(json.dumps({"exit": result.exit_code, "imported": [name for name in watched if name in sys.modules]}))
 """
 
@@ -118,7 +123,7 @@ def test_help_answers_without_torch():
     script = """
 import json, sys
 from typer.testing import CliRunner
-from cli import app
+from coldstill.cli import app
 outputs = [CliRunner().invoke(app, [*command, "--help"]).output for command in ([], ["train"], ["precompute"])]
 print(json.dumps({"torch": "torch" in sys.modules, "said": all("Usage" in output for output in outputs)}))
 """
@@ -331,7 +336,7 @@ def test_a_teacher_that_overflows_is_named_by_row_block_and_position(
 def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(
     coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from cache.objects import LocalObjects
+    from coldstill.cache.objects import LocalObjects
 
     recipe = write_recipe()
     write_all = LocalObjects.write_all
@@ -358,7 +363,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(
 
 
 def test_the_installed_command_finds_its_recipes_from_any_folder(tmp_path: Path):
-    script = "from pathlib import Path; from pipeline.demo import demo_recipe; print(demo_recipe(Path('here')).output)"
+    script = "import pathlib; from coldstill.pipeline.demo import demo_recipe; print(demo_recipe(pathlib.Path('here')).output)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from coldstill.cache.reader import Reader
+from coldstill.pipeline.evaluate import evaluate
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.students.folders import find_student
 from transformers import AutoModelForCausalLM
-
-from cache.reader import Reader
-from pipeline.evaluate import evaluate
-from pipeline.precompute import precompute
-from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.students.folders import find_student
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -49,16 +48,16 @@ def test_loss_kl_and_agreement_are_those_of_the_live_teacher(write_recipe: Calla
 def test_a_student_is_judged_once_for_all_runs_that_share_it(
     coldstill: Callable[..., Any], write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
-    import pipeline.evaluate
+    import coldstill.pipeline.evaluate
 
     loaded: list[str] = []
-    load = pipeline.evaluate.load_model
+    load = coldstill.pipeline.evaluate.load_model
 
     def counting(folder: Path, **options: Any) -> Any:
         loaded.append(folder.name)
         return load(folder, **options)
 
-    monkeypatch.setattr(pipeline.evaluate, "load_model", counting)
+    monkeypatch.setattr(coldstill.pipeline.evaluate, "load_model", counting)
     recipe = write_recipe()
     coldstill("precompute", recipe)
     coldstill("train", recipe)

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-
-from cache.errors import RecipeError
-from pipeline.recipe_file import load_recipe
-from pipeline.report import report
-from pipeline.runs.results import read_evaluation, read_results
-from pipeline.similarity import block_similarity
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.judging.results import read_evaluation, read_results
+from coldstill.pipeline.judging.similarity import block_similarity
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.report import report
 
 Coldstill = Callable[..., Any]
 

@@ -12,15 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
-
-from cache.manifest import Manifest
-from cache.reader import Reader
-from cache.store import open_store
-from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.targets.calibrations import read_codes
-from pipeline.targets.encodings import StateForm, decode_state
-from pipeline.targets.token_encodings import decode_tail, decode_topk
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.reader import Reader
+from coldstill.cache.store import open_store
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.targets.calibrations import read_codes
+from coldstill.pipeline.targets.encodings import StateForm, decode_state
+from coldstill.pipeline.targets.token_encodings import decode_tail, decode_topk
 
 
 def canonical(value: Any) -> bytes:
@@ -47,7 +46,7 @@ def planes(group: zarr.Group, name: str) -> np.ndarray:
 
 @pytest.fixture
 def folder(coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path, monkeypatch) -> Path:
-    monkeypatch.setattr("cache.rows.SHARD_TOKENS", 240)
+    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 240)
     coldstill("precompute", write_recipe())
     (folder,) = (workplace / "caches/stores").iterdir()
     return folder

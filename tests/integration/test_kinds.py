@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from cache.errors import IdentityError
-from cache.inventory import remove_column
-from cache.manifest import Manifest
-from cache.reader import read_constants
-from cache.store import CONSTANTS, Store
-from pipeline.config import Recipe
-from pipeline.precompute import precompute
-from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.targets.calibrations import read_codes, write_calibration
-from pipeline.targets.transform_coding import TransformCode
-from pipeline.train import train
+from coldstill.cache.errors import IdentityError
+from coldstill.cache.inventory import remove_column
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.reader import read_constants
+from coldstill.cache.store import CONSTANTS, Store
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.targets.calibrations import read_codes, write_calibration
+from coldstill.pipeline.targets.transform_coding import TransformCode
+from coldstill.pipeline.train import train
 
 LOGITS = {
     "topk": {"kind": "topk", "k": 16, "temperatures": [1, 2]},
@@ -48,7 +47,7 @@ def coded(write_recipe: Callable[..., Path]) -> tuple[Recipe, Store]:
     """A recipe of coded columns, and the store that holds them in three shards or so."""
     recipe = load_recipe(write_recipe(targets=CODED))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cache.rows.SHARD_TOKENS", 240)
+        patch.setattr("coldstill.cache.rows.SHARD_TOKENS", 240)
         precompute(recipe, show_progress=False)
     return recipe, find_run_rows(recipe).store
 

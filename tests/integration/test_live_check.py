@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from cache.arrays import read_column
-from cache.inventory import list_stores, remove_column
-from cache.manifest import Manifest
-from cache.store import Store, open_store, store_path
-from cache.writer import write_column
+from coldstill.cache.arrays import read_column
+from coldstill.cache.inventory import list_stores, remove_column
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.store import Store, open_store, store_path
+from coldstill.cache.writer import write_column
 
 TOPK, TAIL, FINAL = "logits/topk/16/delta", "logits/tail/16_8/1_2", "logits/final/coded_0.03"
 SAMPLED = {"kind": "topk_sampled", "k": 16, "samples": 8, "temperatures": [1, 2]}

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from coldstill.cache.student_files import CHECKSUMS
+from coldstill.pipeline.judging.results import RESULTS_FILE
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.stage_two.model_card import has_numbers, update_card
+from coldstill.pipeline.students.folders import find_student, write_checksums
+from coldstill.pipeline.students.pruning_record import PRUNING_FILE
 from hub import Hub
 from huggingface_hub import ModelCard
-
-from cache.student_files import CHECKSUMS
-from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.runs.model_card import has_numbers, update_card
-from pipeline.runs.results import RESULTS_FILE
-from pipeline.students.folders import find_student, write_checksums
-from pipeline.students.pruning_record import PRUNING_FILE
 
 CUT = {
     "parameters": {"teacher": 56000, "student": 44800},

@@ -27,13 +27,12 @@ import boto3
 import pytest
 import s3fs
 import yaml
+from coldstill.cache import remote_objects
+from coldstill.cache.objects import open_objects
+from coldstill.cache.reader import Reader
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.recipe.file import load_recipe
 from crash.trees import difference, files_below
-
-from cache import remote_objects
-from cache.objects import open_objects
-from cache.reader import Reader
-from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
 
 REGION = "us-east-1"
 # Six rows of 24 tokens in each shard.
@@ -264,14 +263,13 @@ class Place:
 
 @pytest.fixture(autouse=True)
 def _short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cache.rows.SHARD_TOKENS", SHARD_TOKENS)
+    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", SHARD_TOKENS)
 
 
 def in_this_process(*arguments: Any, expect: int = 0) -> Any:
     """Run the command line in this process."""
+    from coldstill.cli import app
     from typer.testing import CliRunner
-
-    from cli import app
 
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -295,7 +293,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pat
     cache = folder / "local/caches"
     recipe = made.recipe(folder / "local/recipe.yaml", str(cache))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cache.rows.SHARD_TOKENS", SHARD_TOKENS)
+        patch.setattr("coldstill.cache.rows.SHARD_TOKENS", SHARD_TOKENS)
         in_this_process("precompute", recipe)
         made.tree = local_tree(cache)
         in_this_process("train", recipe)
@@ -314,10 +312,10 @@ os.environ.update(environment)
 file = os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
 os.dup2(file, 1)
 os.dup2(file, 2)
-import cache.rows, cli, s3fs, torch
-from cache import remote_objects
+import coldstill.cache.rows, coldstill.cli, s3fs, torch
+from coldstill.cache import remote_objects
 torch.set_num_threads(1)
-cache.rows.SHARD_TOKENS = shard_tokens
+coldstill.cache.rows.SHARD_TOKENS = shard_tokens
 s3fs.S3FileSystem.retries = 1
 remote_objects._FIRST_PAUSE_S, remote_objects._LONGEST_PAUSE_S = 0.01, 0.05
 write = remote_objects.RemoteObjects.write
@@ -330,10 +328,16 @@ def write_or_die(self, name, data):
     write(self, name, data)
 remote_objects.RemoteObjects.write = write_or_die
 sys.argv = ["coldstill", *arguments]
-cli.main()
+coldstill.cli.main()
 """
 # What these processes need, imported once in a process that they are forked from.
-PRELOADED = ["cli", "pipeline.precompute", "pipeline.train", "transformers.models.llama.modeling_llama", "s3fs"]
+PRELOADED = [
+    "coldstill.cli",
+    "coldstill.pipeline.precompute",
+    "coldstill.pipeline.train",
+    "transformers.models.llama.modeling_llama",
+    "s3fs",
+]
 
 
 def in_another_process(url: str, folder: Path, *arguments: Any, kill_at: int | None = None) -> tuple[int, str]:
@@ -390,7 +394,7 @@ def test_another_machine_trains_from_the_bucket_alone(
     endpoint: Endpoint, use: Use, place: Place, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     use(endpoint.url)
-    monkeypatch.setattr("pipeline.teacher.Teacher.locate", None)
+    monkeypatch.setattr("coldstill.pipeline.models.teacher.Teacher.locate", None)
     in_this_process("train", place.recipe(tmp_path / "recipe.yaml", f"s3://{kept}/caches"))
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == place.weights
     (copy,) = (tmp_path / "home/coldstill/students").iterdir()

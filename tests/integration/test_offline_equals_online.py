@@ -8,19 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.losses.divergences import DIVERGENCES
+from coldstill.pipeline.models.labels import counts_of
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.stage_two.distiller import Distiller
+from coldstill.pipeline.stage_two.live_targets import LiveTargets
+from coldstill.pipeline.targets.encodings import decode_state
 from torch import Tensor
 from training import trainer_of
 from transformers import AutoModelForCausalLM
-
-from cache.errors import RecipeError
-from pipeline.config import Recipe
-from pipeline.distiller import Distiller
-from pipeline.labels import counts_of
-from pipeline.live_targets import LiveTargets
-from pipeline.losses.divergences import DIVERGENCES
-from pipeline.precompute import precompute
-from pipeline.recipe_file import load_recipe
-from pipeline.targets.encodings import decode_state
 
 TERMS = {
     "task": {"alpha": 1.0, "beta": 0.0, "gamma": 0.0},

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from cache.local_objects import LocalObjects
-from cache.manifest import Manifest
-from cache.store import CONSTANTS
-from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
+from coldstill.cache.local_objects import LocalObjects
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.store import CONSTANTS
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.recipe.file import load_recipe
 
 FINAL = {"logits": {"kind": "final"}, "hidden": {"encoding": "coded"}}
 
@@ -64,7 +63,7 @@ def check_proposals(plan: dict[str, Any]) -> None:
 
 def trained_in_a_process(recipe: Path) -> dict[str, Any]:
     """Train as a person does: the memory of this test's own process would count otherwise."""
-    command = [sys.executable, "-m", "cli", "train", str(recipe), "--json"]
+    command = [sys.executable, "-m", "coldstill.cli", "train", str(recipe), "--json"]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

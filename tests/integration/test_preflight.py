@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.stage_two.run_folder import claimed_run
+from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
+from coldstill.pipeline.train import train
 from training import gradients, trainer_of
-
-from cache.errors import RecipeError
-from pipeline.precompute import precompute
-from pipeline.recipe_file import load_recipe
-from pipeline.runs.folder import claimed_run
-from pipeline.train import train
-from pipeline.trainer import UniversalDistillationTrainer
 
 LORA = {"r": 4, "target_modules": ["q_proj"]}
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def launched(num_processes: int, *arguments: object) -> Any:
     """Run the command line under torchrun, and give the JSON that it prints."""
-    return json.loads(torchrun(num_processes, "-m", "cli", *arguments, "--json"))
+    return json.loads(torchrun(num_processes, "-m", "coldstill.cli", *arguments, "--json"))
 
 
 def torchrun(num_processes: int, *arguments: object) -> str:
@@ -90,10 +90,10 @@ def test_two_processes_fill_one_store_each_shard_once(
 TRACING = """
 import os, sys
 if os.environ.get("COLDSTILL_TEST_TRACE"):
-    import cache.rows
-    from cache.local_objects import LocalObjects
+    import coldstill.cache.rows
+    from coldstill.cache.local_objects import LocalObjects
 
-    cache.rows.SHARD_TOKENS = 128
+    coldstill.cache.rows.SHARD_TOKENS = 128
     publish = LocalObjects.write_all
 
     def traced(self, objects):

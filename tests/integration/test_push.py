@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from coldstill.cache.errors import HubError, RecipeError, StoreNotFoundError
+from coldstill.pipeline.push import push_student
 from hub import READ_TOKEN, TOKEN, Hub
 from huggingface_hub import constants
-
-from cache.errors import HubError, RecipeError, StoreNotFoundError
-from pipeline.push import push_student
 
 REPO = "someone/student"
 

@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from cache.manifest import Manifest
-from cache.reader import Reader
-from cache.store import Store, open_store
-from pipeline.precompute import precompute
-from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.students.folders import find_student
-from pipeline.train import train
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.reader import Reader
+from coldstill.cache.store import Store, open_store
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.students.folders import find_student
+from coldstill.pipeline.train import train
 
 PROBE_TOKENS = 24  # one row of them; no batch of rows has so few
 ROOT = Path(__file__).parents[2]
@@ -42,10 +41,10 @@ class Work:
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     """Count, from outside, every load of a teacher and every token that one reads."""
-    import pipeline.teacher
+    import coldstill.pipeline.models.teacher
 
     counted = Work()
-    load = pipeline.teacher.load_model
+    load = coldstill.pipeline.models.teacher.load_model
 
     def counting(*arguments: Any, **options: Any) -> torch.nn.Module:
         counted.loads += 1
@@ -57,7 +56,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
         if kwargs.get("input_ids") is not None:
             counted.tokens.append(kwargs["input_ids"].numel())
 
-    monkeypatch.setattr(pipeline.teacher, "load_model", counting)
+    monkeypatch.setattr(coldstill.pipeline.models.teacher, "load_model", counting)
     return counted
 
 
@@ -224,7 +223,7 @@ def test_workers_that_run_one_after_another_fill_the_store_together(
     write_recipe: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("cache.rows.SHARD_TOKENS", 48)
+    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 48)
     recipe = write_recipe()
     read = []
     for number in order:
@@ -255,7 +254,7 @@ def test_rows_are_read_while_the_store_is_being_extended(
 
     right, rounds = read(), 0
     extension = [f"output={workplace}/extended", "data.train.max_rows=null", "targets.hidden.blocks=[0,1,2,3]"]
-    command = [sys.executable, "-m", "cli", "precompute", str(recipe), *extension, "--json"]
+    command = [sys.executable, "-m", "coldstill.cli", "precompute", str(recipe), *extension, "--json"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as extending:
         while extending.poll() is None:
             np.testing.assert_equal(read(), right)

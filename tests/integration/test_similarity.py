@@ -8,19 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from coldstill.cache.errors import IncompleteError, StoreError
+from coldstill.cache.reader import Reader
+from coldstill.pipeline.judging.similarity import BlockSimilarity, block_similarity
+from coldstill.pipeline.models.forward import block_outputs
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.students.folders import find_student
+from coldstill.pipeline.train import train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-from cache.errors import IncompleteError, StoreError
-from cache.reader import Reader
-from pipeline.config import Recipe
-from pipeline.forward import block_outputs
-from pipeline.precompute import precompute
-from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
-from pipeline.similarity import BlockSimilarity, block_similarity
-from pipeline.students.folders import find_student
-from pipeline.train import train
 
 WriteRecipe = Callable[..., Path]
 EXACT: dict[str, Any] = {
@@ -118,7 +117,7 @@ def test_it_is_computed_once_needs_no_teacher_and_outlives_the_store(
     layer_map = make(recipe)
     shutil.rmtree(workplace / "teacher")
     first = compare(recipe, layer_map)
-    monkeypatch.setattr("pipeline.similarity.load_model", _refuse)
+    monkeypatch.setattr("coldstill.pipeline.judging.similarity.load_model", _refuse)
     assert compare(recipe, layer_map) == first
     shutil.rmtree(workplace / "caches")
     assert compare(recipe, layer_map) == first

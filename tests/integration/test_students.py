@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from coldstill.cache.reader import Reader
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.recipe.file import load_recipe
 from transformers import AutoModelForCausalLM
-
-from cache.reader import Reader
-from pipeline.recipe_file import load_recipe
-from pipeline.run_index import find_run_rows
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "depth": {"prune": {"layers": {"remove": 1, "method": "importance"}}},

@@ -13,19 +13,18 @@ import datasets
 import pytest
 import torch
 import yaml
+from coldstill.cache.index import INDEX
+from coldstill.cache.root_audit import verify
+from coldstill.pipeline.commands.evaluation_tables import task_table
+from coldstill.pipeline.evaluate import Evaluation, evaluate
+from coldstill.pipeline.judging import task_scores, tasks
+from coldstill.pipeline.judging.task_scores import TaskAverage, TaskComparison
+from coldstill.pipeline.judging.tasks import load_tasks
+from coldstill.pipeline.outputs.retention import Estimate
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.recipe.sections import EvaluateConfig
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from cache.index import INDEX
-from cache.root_audit import verify
-from pipeline import task_scores, tasks
-from pipeline.commands.evaluation_tables import task_table
-from pipeline.config import EvaluateConfig
-from pipeline.evaluate import Evaluation, evaluate
-from pipeline.recipe_file import load_recipe
-from pipeline.retention import Estimate
-from pipeline.task_scores import TaskAverage, TaskComparison
-from pipeline.tasks import load_tasks
 
 QUESTIONS = [
     {"ask": f"{a} and {b} make", "options": ["one", "a long answer", f"{a + b}", "many more"], "right": (a * b) % 4}

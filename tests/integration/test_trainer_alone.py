@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from coldstill.pipeline.models.layer_map import create_layer_map
+from coldstill.pipeline.models.projectors import create_projectors
+from coldstill.pipeline.stage_two.live_targets import LiveTargets
+from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from datasets import Dataset
 from live_pair import CPU, LAYER_MAP, LENGTHS, NARROW, arguments, distiller_of, padded_batch, rows, uneven_rows
 from safetensors.torch import load_file
@@ -19,11 +23,6 @@ from transformers import (
     Trainer,
     default_data_collator,
 )
-
-from pipeline.layer_map import create_layer_map
-from pipeline.live_targets import LiveTargets
-from pipeline.projectors import create_projectors
-from pipeline.trainer import UniversalDistillationTrainer
 
 
 @pytest.fixture

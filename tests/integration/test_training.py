@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.students.folders import find_student
+from coldstill.pipeline.train import train
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from training import gradients, train_and_die, trainer_of, without_times
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from cache.errors import RecipeError
-from pipeline.precompute import precompute
-from pipeline.recipe_file import load_recipe
-from pipeline.students.folders import find_student
-from pipeline.train import train
 
 
 def weights(folder: Path) -> dict[str, bytes]:

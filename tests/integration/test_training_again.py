@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from coldstill.cache.errors import ColdstillError, CorruptError, NonFiniteError, RecipeError
+from coldstill.pipeline.evaluate import evaluate
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.train import train
 from safetensors.torch import load_file, save_file
 from training import train_and_die, without_times
 from transformers import AutoModelForCausalLM
-
-from cache.errors import ColdstillError, CorruptError, NonFiniteError, RecipeError
-from pipeline.config import Recipe
-from pipeline.evaluate import evaluate
-from pipeline.precompute import precompute
-from pipeline.recipe_file import load_recipe
-from pipeline.train import train
 
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
 # The rate rises with each step, so that a student which gets better at first gets worse in the end.

@@ -9,22 +9,21 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from coldstill.cache.array_object import ArrayObject, encode
+from coldstill.cache.arrays import read_column
+from coldstill.cache.columns import DTYPES, ArraySpec, Column
+from coldstill.cache.errors import CorruptError
+from coldstill.cache.identity import row_id
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.reader import Reader
+from coldstill.cache.rows import compact_rows, find_rows, lay_rows, publish_rows, read_rows, shard_rows, split_shards
+from coldstill.cache.selections import read_selection, write_selection
+from coldstill.cache.store import Store, create_store, open_store
+from coldstill.cache.tokens import TOKENS, rows_of_tokens, write_tokens
+from coldstill.cache.writer import write_column
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
-
-from cache.array_object import ArrayObject, encode
-from cache.arrays import read_column
-from cache.columns import DTYPES, ArraySpec, Column
-from cache.errors import CorruptError
-from cache.identity import row_id
-from cache.manifest import Manifest
-from cache.reader import Reader
-from cache.rows import compact_rows, find_rows, lay_rows, publish_rows, read_rows, shard_rows, split_shards
-from cache.selections import read_selection, write_selection
-from cache.store import Store, create_store, open_store
-from cache.tokens import TOKENS, rows_of_tokens, write_tokens
-from cache.writer import write_column
 
 TEACHER = {"identity": {"config": "c0", "weights": "w0", "dtype": "float32"}}
 ARRAYS = {
@@ -54,10 +53,10 @@ def new_store(
     """Create a store in memory with shards, chunks, small objects and folds of those sizes."""
     root = f"memory://{uuid4().hex}"
     with (
-        mock.patch("cache.rows.SHARD_TOKENS", shard_tokens),
-        mock.patch("cache.columns._CHUNK_TARGET_BYTES", chunk_bytes),
-        mock.patch("cache.array_object._SMALL_OBJECT_BYTES", small_objects),
-        mock.patch("cache.manifest._FOLD_EVERY", fold_every),
+        mock.patch("coldstill.cache.rows.SHARD_TOKENS", shard_tokens),
+        mock.patch("coldstill.cache.columns._CHUNK_TARGET_BYTES", chunk_bytes),
+        mock.patch("coldstill.cache.array_object._SMALL_OBJECT_BYTES", small_objects),
+        mock.patch("coldstill.cache.manifest._FOLD_EVERY", fold_every),
     ):
         yield create_store(root, TEACHER)
     fsspec.filesystem("memory").rm(root, recursive=True)
@@ -267,8 +266,8 @@ def read_all(data: bytes, spec: ArraySpec, shape: tuple[int, ...], *, num_bytes:
 @contextmanager
 def array_sizes(chunk_bytes: int, small_objects: int) -> Iterator[None]:
     with (
-        mock.patch("cache.columns._CHUNK_TARGET_BYTES", chunk_bytes),
-        mock.patch("cache.array_object._SMALL_OBJECT_BYTES", small_objects),
+        mock.patch("coldstill.cache.columns._CHUNK_TARGET_BYTES", chunk_bytes),
+        mock.patch("coldstill.cache.array_object._SMALL_OBJECT_BYTES", small_objects),
     ):
         yield
 

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import typer
-
-from cache.errors import RecipeError
-from pipeline.endings import one_line_errors
-from pipeline.interruptions import signals_wait, what_stays
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.runtime.endings import one_line_errors
+from coldstill.pipeline.runtime.interruptions import signals_wait, what_stays
 
 
 def said_by(work: Callable[[], None], capsys: pytest.CaptureFixture[str], *, exit_code: int) -> str:

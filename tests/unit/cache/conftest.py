@@ -5,15 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from cache.columns import ArraySpec, Column
-from cache.identity import row_id
-from cache.manifest import Manifest
-from cache.rows import find_rows, lay_rows, publish_rows, read_rows, shard_rows
-from cache.selections import Selection, write_selection
-from cache.store import Store, create_store
-from cache.tokens import TOKENS, write_tokens
-from cache.writer import write_column
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.identity import row_id
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.rows import find_rows, lay_rows, publish_rows, read_rows, shard_rows
+from coldstill.cache.selections import Selection, write_selection
+from coldstill.cache.store import Store, create_store
+from coldstill.cache.tokens import TOKENS, write_tokens
+from coldstill.cache.writer import write_column
 
 VOCAB_SIZE = 65_536
 TEACHER = {"identity": {"config": "c0", "weights": "w0", "dtype": "float32"}, "model": "some/teacher"}
@@ -40,13 +39,13 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make chunks so short that a few tokens fill several."""
-    monkeypatch.setattr("cache.columns._CHUNK_TARGET_BYTES", 64)
+    monkeypatch.setattr("coldstill.cache.columns._CHUNK_TARGET_BYTES", 64)
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a shard hold ten tokens."""
-    monkeypatch.setattr("cache.rows.SHARD_TOKENS", 10)
+    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 10)
 
 
 @pytest.fixture

@@ -8,15 +8,14 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from coldstill.cache.array_object import CRC_BYTES, INDEX_ENTRY_BYTES, ArrayObject, encode
+from coldstill.cache.arrays import read_column
+from coldstill.cache.columns import DTYPES, ArraySpec, Column
+from coldstill.cache.errors import CorruptError
+from coldstill.cache.manifest import CommitRecord, Manifest
+from coldstill.cache.store import Store
+from coldstill.cache.writer import write_column
 from numcodecs.zstd import Zstd
-
-from cache.array_object import CRC_BYTES, INDEX_ENTRY_BYTES, ArrayObject, encode
-from cache.arrays import read_column
-from cache.columns import DTYPES, ArraySpec, Column
-from cache.errors import CorruptError
-from cache.manifest import CommitRecord, Manifest
-from cache.store import Store
-from cache.writer import write_column
 
 SIZE = {"num_tokens": 37, "num_rows": 5}
 DAMAGE = r"column logits/topk, array values, shard s0, in .* is corrupt: .*; run: coldstill cache repair"
@@ -72,7 +71,7 @@ def decode(data: bytes, spec: ArraySpec, shape: tuple[int, ...]) -> np.ndarray:
 def _small_and_large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let objects be read both as small ones and as large ones."""
     if request.param == "by index and chunks":
-        monkeypatch.setattr("cache.array_object._SMALL_OBJECT_BYTES", 0)
+        monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
 
 
 @dataclass(frozen=True)
@@ -160,9 +159,9 @@ def test_a_small_object_is_read_at_once_and_a_large_one_by_parts(monkeypatch: py
     assert all(before[0] + before[1] == after[0] for before, after in itertools.pairwise(ranges))
     assert sum(num_bytes for _, num_bytes in ranges) == len(data) - index_bytes
     # One byte decides: an object of exactly the limit is still small.
-    monkeypatch.setattr("cache.array_object._SMALL_OBJECT_BYTES", len(data) - 1)
+    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", len(data) - 1)
     assert opened(data, spec, values.shape).index_range == large.index_range
-    monkeypatch.setattr("cache.array_object._SMALL_OBJECT_BYTES", len(data))
+    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", len(data))
     small = opened(data, spec, values.shape)
     assert small.index_range == (0, len(data))
     assert {small.chunk_range(number) for number in range(small.num_chunks)} == {(0, 0)}

@@ -10,17 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from cache.audit import audit_store, stored_bytes
-from cache.columns import ArraySpec, Column
-from cache.errors import StoreNotFoundError
-from cache.index import write_entry
-from cache.manifest import Manifest
-from cache.root_audit import verify
-from cache.rows import publish_rows, read_rows, rows_table
-from cache.selections import Selection
-from cache.store import CONSTANTS, Store
-from cache.writer import write_column
+from coldstill.cache.audit import audit_store, stored_bytes
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.errors import StoreNotFoundError
+from coldstill.cache.index import write_entry
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.root_audit import verify
+from coldstill.cache.rows import publish_rows, read_rows, rows_table
+from coldstill.cache.selections import Selection
+from coldstill.cache.store import CONSTANTS, Store
+from coldstill.cache.writer import write_column
 
 HEAD = Column("output_head", {"weight": ArraySpec("float32", (3, 2), axis="shard")})
 MIXED = "hidden/12/mixed"

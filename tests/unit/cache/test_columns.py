@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
-
-from cache.columns import DTYPES, ArraySpec, Column
+from coldstill.cache.columns import DTYPES, ArraySpec, Column
 
 
 def test_a_dtype_that_zarr_has_not_is_refused():

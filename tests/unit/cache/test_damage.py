@@ -9,17 +9,16 @@ from unittest import mock
 
 import numpy as np
 import pytest
-
-from cache.arrays import read_column
-from cache.columns import ArraySpec, Column
-from cache.errors import CorruptError, ModelError, StoreError
-from cache.identity import row_id, weights_digest
-from cache.manifest import Manifest
-from cache.rows import find_rows, read_rows
-from cache.selections import read_selection, write_selection
-from cache.store import open_store
-from cache.tokens import TOKENS
-from cache.writer import write_column
+from coldstill.cache.arrays import read_column
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.errors import CorruptError, ModelError, StoreError
+from coldstill.cache.identity import row_id, weights_digest
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.rows import find_rows, read_rows
+from coldstill.cache.selections import read_selection, write_selection
+from coldstill.cache.store import open_store
+from coldstill.cache.tokens import TOKENS
+from coldstill.cache.writer import write_column
 
 COLUMN = Column("hidden/1", {"values": ArraySpec("float32", (2,))})
 ARRAYS = {"values": np.ones((4, 2), "f4")}
@@ -57,14 +56,14 @@ def test_publishing_that_raises_after_the_record_is_out_leaves_the_arrays_it_nam
 @pytest.mark.parametrize("step", ["write_table", "remove"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_fold_that_fails_leaves_the_column_that_was_committed_before_it(store, monkeypatch, error, step):
-    monkeypatch.setattr("cache.manifest._FOLD_EVERY", 1)
+    monkeypatch.setattr("coldstill.cache.manifest._FOLD_EVERY", 1)
 
     def fails(*_: Any) -> None:
         raise error
 
     with monkeypatch.context() as patch:
         if step == "write_table":
-            patch.setattr("cache.tables.write_table", fails)
+            patch.setattr("coldstill.cache.tables.write_table", fails)
         else:
             patch.setattr(type(store.objects), "remove", fails)
         with pytest.raises(error):

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from coldstill.cache.errors import ModelError
+from coldstill.cache.identity import digest_of, fingerprint, row_id, shard_id, teacher_identity, weights_digest
 from safetensors.numpy import save_file
-
-from cache.errors import ModelError
-from cache.identity import digest_of, fingerprint, row_id, shard_id, teacher_identity, weights_digest
 
 CONFIG = {"hidden_size": 64, "num_hidden_layers": 4, "rope": {"theta": 1e4}}
 TENSORS = {

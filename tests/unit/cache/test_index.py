@@ -2,12 +2,11 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-
-from cache.errors import CorruptError, StoreNotFoundError
-from cache.index import read_entry, write_entry
-from cache.inventory import list_stores
-from cache.root_audit import verify
-from cache.store import open_store
+from coldstill.cache.errors import CorruptError, StoreNotFoundError
+from coldstill.cache.index import read_entry, write_entry
+from coldstill.cache.inventory import list_stores
+from coldstill.cache.root_audit import verify
+from coldstill.cache.store import open_store
 
 KEY = {"teacher": "some/teacher", "data": {"rows": 100}}
 

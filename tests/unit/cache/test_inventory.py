@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from coldstill.cache.audit import audit_store
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.errors import CorruptError, InUseError, StoreNotFoundError
+from coldstill.cache.index import read_entry, write_entry
+from coldstill.cache.inventory import choose_stores, describe_store, list_stores, remove_column, remove_store
+from coldstill.cache.leases import hold
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.selections import Selection
+from coldstill.cache.store import CONSTANTS, Store, create_store
+from coldstill.cache.tokens import TOKENS
+from coldstill.cache.writer import write_column
+from coldstill.cli import app
 from typer.testing import CliRunner
-
-from cache.audit import audit_store
-from cache.columns import ArraySpec, Column
-from cache.errors import CorruptError, InUseError, StoreNotFoundError
-from cache.index import read_entry, write_entry
-from cache.inventory import choose_stores, describe_store, list_stores, remove_column, remove_store
-from cache.leases import hold
-from cache.manifest import Manifest
-from cache.selections import Selection
-from cache.store import CONSTANTS, Store, create_store
-from cache.tokens import TOKENS
-from cache.writer import write_column
-from cli import app
 
 HEAD = Column("output_head", {"weight": ArraySpec("float32", (3, 2), axis="shard")})
 MIXED = "hidden/12/mixed"

@@ -18,12 +18,11 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-
-from cache import leases
-from cache.errors import InUseError
-from cache.leases import LAYOUT, Lease, hold, living_writers
-from cache.objects import Objects, open_objects
-from cache.processes import process_token
+from coldstill.cache import leases
+from coldstill.cache.errors import InUseError
+from coldstill.cache.leases import LAYOUT, Lease, hold, living_writers
+from coldstill.cache.objects import Objects, open_objects
+from coldstill.cache.processes import process_token
 
 ROOT = Path(__file__).parents[3]
 ELSEWHERE = "0123456789ab-77-1795341849970"
@@ -32,9 +31,9 @@ ELSEWHERE = "0123456789ab-77-1795341849970"
 # that it is sent.
 CHILD = """
 import sys
-from cache import leases
-from cache.errors import InUseError
-from cache.objects import open_objects
+from coldstill.cache import leases
+from coldstill.cache.errors import InUseError
+from coldstill.cache.objects import open_objects
 root, token, beat_s, *shards = sys.argv[1:]
 leases._BEAT_S = float(beat_s)
 if token:
@@ -187,7 +186,7 @@ def test_nothing_stays_of_a_writer_that_is_interrupted_while_it_waits(
 
     with hold(objects, ["a"]) as first:
         with monkeypatch.context() as patch:
-            patch.setattr("cache.leases.time.sleep", interrupted)
+            patch.setattr("coldstill.cache.leases.time.sleep", interrupted)
             with pytest.raises(KeyboardInterrupt), hold(objects, ["a"], wait=True):
                 pytest.fail("two hold the same shards")
         assert writers(objects) == [first.file]
@@ -348,9 +347,9 @@ def test_a_damaged_file_blocks_nobody_and_is_removed(objects: Objects, case: str
 RACER = """
 import os, random, sys, time
 from pathlib import Path
-from cache import leases
-from cache.errors import InUseError
-from cache.objects import open_objects
+from coldstill.cache import leases
+from coldstill.cache.errors import InUseError
+from coldstill.cache.objects import open_objects
 root, marks, number = sys.argv[1:]
 leases._POLL_S = 0.01
 chance = random.Random(int(number))
@@ -458,13 +457,13 @@ def test_of_many_that_find_a_dead_writer_only_one_takes_over(local: Objects, sta
 # list of what it commits.
 COMMAND = """
 import os, sys, time
-import cache.rows, cli, torch
-from cache.manifest import Manifest
+import coldstill.cache.rows, coldstill.cli, torch
+from coldstill.cache.manifest import Manifest
 output, errors = (os.open(f"{folder}/{kind}{number}", os.O_CREAT | os.O_WRONLY) for kind in ("output", "errors"))
 os.dup2(output, 1)
 os.dup2(errors, 2)
 torch.set_num_threads(1)
-cache.rows.SHARD_TOKENS = 72
+coldstill.cache.rows.SHARD_TOKENS = 72
 commit = Manifest.commit
 def commit_and_tell(self, record):
     commit(self, record)
@@ -475,10 +474,16 @@ os.close(os.open(f"{folder}/ready{number}", os.O_CREAT))
 while not all(os.path.exists(f"{folder}/ready{other}") for other in range(num_processes)):
     time.sleep(0.001)
 sys.argv = ["coldstill", *arguments]
-cli.main()
+coldstill.cli.main()
 """
 # What these processes need, imported once in a process that they are forked from.
-PRELOADED = ["cli", "pipeline.precompute", "pipeline.train", "transformers.models.llama.modeling_llama", "s3fs"]
+PRELOADED = [
+    "coldstill.cli",
+    "coldstill.pipeline.precompute",
+    "coldstill.pipeline.train",
+    "transformers.models.llama.modeling_llama",
+    "s3fs",
+]
 
 
 @dataclass(frozen=True)
@@ -525,7 +530,7 @@ def stores(root: Path) -> dict[str, bytes]:
 @pytest.fixture
 def short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lay three rows of 24 tokens into each shard."""
-    monkeypatch.setattr("cache.rows.SHARD_TOKENS", 72)
+    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 72)
 
 
 @pytest.fixture
@@ -601,7 +606,7 @@ def test_a_worker_that_begins_when_another_is_half_done_is_not_refused(
     monkeypatch: pytest.MonkeyPatch,
     short_shards: None,
 ):
-    from pipeline.stage_one.shard_jobs import ShardComputer
+    from coldstill.pipeline.stage_one.shard_jobs import ShardComputer
 
     recipe = write_recipe()
     run = ShardComputer.run

@@ -7,17 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from cache.columns import Column
-from cache.errors import CorruptError
-from cache.local_copy import LocalCopy, StoredObject
-from cache.local_objects import LocalObjects
-from cache.manifest import CommitRecord, Manifest
-from cache.reader import Reader
-from cache.repair import drop_columns
-from cache.selections import Selection
-from cache.store import Store
-from cache.writer import write_column
+from coldstill.cache.columns import Column
+from coldstill.cache.errors import CorruptError
+from coldstill.cache.local_copy import LocalCopy, StoredObject
+from coldstill.cache.local_objects import LocalObjects
+from coldstill.cache.manifest import CommitRecord, Manifest
+from coldstill.cache.reader import Reader
+from coldstill.cache.repair import drop_columns
+from coldstill.cache.selections import Selection
+from coldstill.cache.store import Store
+from coldstill.cache.writer import write_column
 
 LENGTHS = [4, 6, 9, 23, 2]
 
@@ -180,9 +179,9 @@ def test_two_objects_of_the_same_bytes_share_a_copy(tmp_path: Path, copies: Path
 
 
 def test_the_copies_may_be_removed_while_a_reader_uses_them(store, selection, copies, every_axis, monkeypatch):
-    monkeypatch.setattr("cache.reader._CHUNK_CACHE_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.reader._CHUNK_CACHE_BYTES", 0)
     # Large objects: their chunks are read apart from their index.
-    monkeypatch.setattr("cache.array_object._SMALL_OBJECT_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
     reader = Reader(store, selection, [every_axis.name], local_copy=str(copies))
     reader.rows(range(len(reader)))
     shutil.rmtree(copies)

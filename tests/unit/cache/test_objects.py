@@ -6,11 +6,10 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-
-from cache.local_objects import PARTIAL_FOLDER, LocalObjects
-from cache.objects import Objects, open_objects
-from cache.processes import process_token
-from cache.remote_objects import RemoteObjects
+from coldstill.cache.local_objects import PARTIAL_FOLDER, LocalObjects
+from coldstill.cache.objects import Objects, open_objects
+from coldstill.cache.processes import process_token
+from coldstill.cache.remote_objects import RemoteObjects
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -243,7 +242,7 @@ def test_a_killed_writers_partial_file_is_no_object(tmp_path: Path):
 
 def dead_token() -> str:
     """Give the token of a process that has ended."""
-    code = "from cache.processes import process_token; print(process_token())"
+    code = "from coldstill.cache.processes import process_token; print(process_token())"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return finished.stdout.strip()
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-from cache import processes
-from cache.processes import describe_process, is_dead, process_token
+from coldstill.cache import processes
+from coldstill.cache.processes import describe_process, is_dead, process_token
 
 ROOT = Path(__file__).parents[3]
 CHILD = """
 import sys
-from cache.processes import is_dead, process_token
+from coldstill.cache.processes import is_dead, process_token
 print(process_token(), is_dead(sys.argv[1]), flush=True)
 sys.stdin.read()
 """

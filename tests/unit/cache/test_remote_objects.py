@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from coldstill.cache import remote_objects
+from coldstill.cache.errors import RemoteError
+from coldstill.cache.objects import open_objects
+from coldstill.cache.remote_objects import RemoteObjects
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
-
-from cache import remote_objects
-from cache.errors import RemoteError
-from cache.objects import open_objects
-from cache.remote_objects import RemoteObjects
 
 URL = "faulty://bucket/caches"
 ATTEMPTS = 7

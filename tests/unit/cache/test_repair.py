@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from cache.arrays import read_column
-from cache.audit import StoreAudit, audit_store
-from cache.columns import ArraySpec, Column
-from cache.errors import InUseError
-from cache.identity import row_id
-from cache.leases import hold
-from cache.manifest import Manifest
-from cache.repair import Mended, mend_store
-from cache.rows import compact_rows, lay_rows, publish_rows, read_rows, rows_table, sorted_rows, split_shards
-from cache.selections import Selection
-from cache.store import CONSTANTS, Store
-from cache.tokens import TOKENS, write_tokens
-from cache.writer import write_column
+from coldstill.cache.arrays import read_column
+from coldstill.cache.audit import StoreAudit, audit_store
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.errors import InUseError
+from coldstill.cache.identity import row_id
+from coldstill.cache.leases import hold
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.repair import Mended, mend_store
+from coldstill.cache.rows import compact_rows, lay_rows, publish_rows, read_rows, rows_table, sorted_rows, split_shards
+from coldstill.cache.selections import Selection
+from coldstill.cache.store import CONSTANTS, Store
+from coldstill.cache.tokens import TOKENS, write_tokens
+from coldstill.cache.writer import write_column
 
 HEAD = Column("output_head", {"weight": ArraySpec("float32", (3, 2), axis="shard")})
 MIXED = "hidden/12/mixed"
@@ -280,7 +279,7 @@ def test_nothing_is_changed_while_somebody_writes(
 
 
 def test_the_file_of_a_dead_writer_is_in_nobodys_way(store: Store, selection: Selection, tree: Callable[..., Any]):
-    from cache.processes import process_token
+    from coldstill.cache.processes import process_token
 
     before = tree(store.path)
     machine, process_id, _ = process_token().split("-")

@@ -4,11 +4,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-
-from cache.errors import CorruptError, StoreNotFoundError
-from cache.identity import row_id, shard_id
-from cache.manifest import Manifest
-from cache.rows import (
+from coldstill.cache.errors import CorruptError, StoreNotFoundError
+from coldstill.cache.identity import row_id, shard_id
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.rows import (
     ROW_SCHEMA,
     SHARD_TOKENS,
     compact_rows,
@@ -20,8 +19,8 @@ from cache.rows import (
     sorted_rows,
     split_shards,
 )
-from cache.store import Store
-from cache.tokens import TOKENS
+from coldstill.cache.store import Store
+from coldstill.cache.tokens import TOKENS
 
 
 def ids_of(rows: list[np.ndarray]) -> list[bytes]:

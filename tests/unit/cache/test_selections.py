@@ -5,12 +5,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-from cache.errors import CorruptError, StoreNotFoundError
-from cache.identity import row_id
-from cache.manifest import Manifest
-from cache.rows import find_rows, read_rows
-from cache.selections import (
+from coldstill.cache.errors import CorruptError, StoreNotFoundError
+from coldstill.cache.identity import row_id
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.rows import find_rows, read_rows
+from coldstill.cache.selections import (
     Selection,
     list_selections,
     make_selection,
@@ -19,8 +18,8 @@ from cache.selections import (
     to_selection,
     write_selection,
 )
-from cache.store import Store
-from cache.tokens import TOKENS
+from coldstill.cache.store import Store
+from coldstill.cache.tokens import TOKENS
 
 LENGTHS = [4, 5, 6, 8, 2]
 LOSS_STARTS = [1, 0, 5, 2, 0]

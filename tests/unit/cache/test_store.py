@@ -5,11 +5,10 @@ from uuid import uuid4
 
 import pytest
 import zarr
-
-from cache.errors import CorruptError, FormatError, StoreNotFoundError
-from cache.identity import digest_of
-from cache.objects import open_objects
-from cache.store import (
+from coldstill.cache.errors import CorruptError, FormatError, StoreNotFoundError
+from coldstill.cache.identity import digest_of
+from coldstill.cache.objects import open_objects
+from coldstill.cache.store import (
     CONSTANTS,
     FORMAT_VERSION,
     Store,

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-
-from cache.errors import CorruptError
-from cache.local_objects import LocalObjects
-from cache.tables import fold, parquet_table, parse_table, read_folder, write_table
+from coldstill.cache.errors import CorruptError
+from coldstill.cache.local_objects import LocalObjects
+from coldstill.cache.tables import fold, parquet_table, parse_table, read_folder, write_table
 
 SCHEMA = pa.schema([("name", pa.dictionary(pa.int32(), pa.string())), ("number", pa.int32())])
 

@@ -1,13 +1,12 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-
-from cache.arrays import read_column
-from cache.identity import row_id, shard_id
-from cache.manifest import Manifest
-from cache.rows import lay_rows, read_rows, shard_rows, sorted_rows
-from cache.store import Store
-from cache.tokens import LENGTHS, TOKENS, rows_of_tokens, token_column, write_tokens
+from coldstill.cache.arrays import read_column
+from coldstill.cache.identity import row_id, shard_id
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.rows import lay_rows, read_rows, shard_rows, sorted_rows
+from coldstill.cache.store import Store
+from coldstill.cache.tokens import LENGTHS, TOKENS, rows_of_tokens, token_column, write_tokens
 
 pytestmark = pytest.mark.usefixtures("small_shards")
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from cache.arrays import read_column
-from cache.columns import Column
-from cache.local_objects import PARTIAL_FOLDER, LocalObjects
-from cache.manifest import CommitRecord, Manifest
-from cache.processes import process_token
-from cache.store import CONSTANTS, Store, create_store
-from cache.writer import column_folder, column_metadata, object_path, write_column
+from coldstill.cache.arrays import read_column
+from coldstill.cache.columns import Column
+from coldstill.cache.local_objects import PARTIAL_FOLDER, LocalObjects
+from coldstill.cache.manifest import CommitRecord, Manifest
+from coldstill.cache.processes import process_token
+from coldstill.cache.store import CONSTANTS, Store, create_store
+from coldstill.cache.writer import column_folder, column_metadata, object_path, write_column
 
 SIZE = {"num_tokens": 20, "num_rows": 3}
 FOLDER = "arrays.zarr/shards/s0/hidden/12/mixed"

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from coldstill.cache.errors import ColdstillError, DataError, ModelError, NonFiniteError, RecipeError, TargetError
+from coldstill.pipeline.models.layer_map import create_layer_map
+from coldstill.pipeline.models.projectors import create_projectors
+from coldstill.pipeline.stage_two.distiller import Distiller
+from coldstill.pipeline.stage_two.live_targets import LiveTargets
+from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from live_pair import CPU, LAYER_MAP, NARROW, arguments, distiller_of, ids_of, rows
 from torch import nn
 from transformers import default_data_collator
-
-from cache.errors import ColdstillError, DataError, ModelError, NonFiniteError, RecipeError, TargetError
-from pipeline.distiller import Distiller
-from pipeline.layer_map import create_layer_map
-from pipeline.live_targets import LiveTargets
-from pipeline.projectors import create_projectors
-from pipeline.trainer import UniversalDistillationTrainer
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from coldstill.pipeline.losses.chunked_loss import chunked_loss
+from coldstill.pipeline.models.output_head import OutputHead
 from torch import Tensor
-
-from pipeline.losses.chunked_loss import chunked_loss
-from pipeline.output_head import OutputHead
 
 N, D, V = 13, 8, 30
 WEIGHTS = torch.tensor([0.7, 0.2])
@@ -34,7 +33,7 @@ each_chunk_length = pytest.mark.parametrize("chunk_length", [100, 7, 4, 1])
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch):
     """Make chunks so many positions long."""
-    return lambda length: monkeypatch.setattr("pipeline.output_head._chunk_rows", lambda *_: length)
+    return lambda length: monkeypatch.setattr("coldstill.pipeline.models.output_head._chunk_rows", lambda *_: length)
 
 
 def terms(logits: Tensor, chunk: slice) -> Tensor:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
-
-from cache.errors import RecipeError
-from pipeline.recipe_file import dump_recipe, load_recipe, parse_recipe
-from pipeline.yaml_text import parse_yaml
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.recipe.file import dump_recipe, load_recipe, parse_recipe
+from coldstill.pipeline.recipe.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from coldstill.cache.errors import ModelError
+from coldstill.pipeline.models import find_parts, load_model, take_apart
+from coldstill.pipeline.students.cut_check import check_cut
+from coldstill.pipeline.students.depth import block_importances, cut_blocks
+from coldstill.pipeline.students.layer_patterns import cut_patterns
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from cache.errors import ModelError
-from pipeline.models import find_parts, load_model, take_apart
-from pipeline.students.cut_check import check_cut
-from pipeline.students.depth import block_importances, cut_blocks
-from pipeline.students.layer_patterns import cut_patterns
 
 CUTS = ([1, 3], [0, 1])
 SMALL = {"num_hidden_layers": 6, "vocab_size": 96}

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from coldstill.cache.errors import DataError
+from coldstill.pipeline.recipe.sections import DataConfig
+from coldstill.pipeline.rows.building import build_rows, tokenizer_digest
+from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, EpochOrder, StoredRow
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
-
-from cache.errors import DataError
-from pipeline.batches import BatchCollator, BatchColumns, EpochOrder, StoredRow
-from pipeline.config import DataConfig
-from pipeline.data import build_rows, tokenizer_digest
 
 
 def data_config(train: dict[str, Any], held_out: dict[str, Any], **changes: Any) -> DataConfig:
@@ -302,7 +301,7 @@ def test_a_split_without_a_row_says_what_became_of_its_documents(tokenizer, corp
 
 
 def test_the_built_in_corpus_is_large_shuffled_and_the_same_each_time():
-    from pipeline.builtin_corpus import documents
+    from coldstill.pipeline.rows.builtin_corpus import documents
 
     first, second = documents(), documents()
     assert first == second

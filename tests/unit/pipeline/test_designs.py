@@ -2,16 +2,21 @@
 
 import pytest
 import torch
+from coldstill.cache.errors import ModelError, RecipeError
+from coldstill.pipeline.models import take_apart
+from coldstill.pipeline.models.forward import mean_loss
+from coldstill.pipeline.recipe.student import (
+    InitConfig,
+    PruneConfig,
+    PruneHiddenConfig,
+    PruneLayersConfig,
+    PruneMlpConfig,
+)
+from coldstill.pipeline.students import making
+from coldstill.pipeline.students.designs import block_positions, design_student
+from coldstill.pipeline.students.making import kept_blocks_before_measuring, num_student_blocks
+from coldstill.pipeline.students.pruning_report import JudgedRows
 from transformers import AutoModelForCausalLM
-
-from cache.errors import ModelError, RecipeError
-from pipeline.forward import mean_loss
-from pipeline.models import take_apart
-from pipeline.student_config import InitConfig, PruneConfig, PruneHiddenConfig, PruneLayersConfig, PruneMlpConfig
-from pipeline.students import making
-from pipeline.students.designs import block_positions, design_student
-from pipeline.students.making import kept_blocks_before_measuring, num_student_blocks
-from pipeline.students.pruning_report import JudgedRows
 
 ROWS = [torch.randint(1, 64, (40,), generator=torch.Generator().manual_seed(row)) for row in range(8)]
 

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from coldstill.pipeline.losses.divergences import DIVERGENCES, Divergence, Events
+from coldstill.pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, SampledTail
+from coldstill.pipeline.losses.vocabulary_losses import events_of
+from coldstill.pipeline.models.output_head import OutputHead
+from coldstill.pipeline.targets.tail_sampling import draw_tail
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-from pipeline.losses.divergences import DIVERGENCES, Divergence, Events
-from pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, SampledTail
-from pipeline.losses.vocabulary_losses import events_of
-from pipeline.output_head import OutputHead
-from pipeline.targets.tail_sampling import draw_tail
 
 N, V, K, M = 5, 40, 4, 6
 ALL = slice(0, None)

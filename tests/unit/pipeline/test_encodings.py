@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-
-from pipeline.targets.encodings import StateForm, decode_state, encode_state, ordinary_positions, state_column
-from pipeline.targets.transform_coding import fit_code
+from coldstill.pipeline.targets.encodings import StateForm, decode_state, encode_state, ordinary_positions, state_column
+from coldstill.pipeline.targets.transform_coding import fit_code
 
 N, D = 200, 12
 INT8 = StateForm("int8")

@@ -5,11 +5,10 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-
-from pipeline.figures.curves import curve_figure
-from pipeline.figures.dots import DotRow, dots_figure
-from pipeline.figures.layers import layer_map_figure
-from pipeline.figures.sheet import INK, LIGHT, Figure, drawing_style
+from coldstill.pipeline.figures.curves import curve_figure
+from coldstill.pipeline.figures.dots import DotRow, dots_figure
+from coldstill.pipeline.figures.layers import layer_map_figure
+from coldstill.pipeline.figures.sheet import INK, LIGHT, Figure, drawing_style
 
 
 def curve(name: str = "loss") -> Figure:

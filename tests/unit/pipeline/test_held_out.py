@@ -5,9 +5,15 @@ import random
 from statistics import stdev
 
 import pytest
-
-from pipeline.held_out import HIGHER_IS_BETTER, Quality, RowSums, differences, quality_of, shares_closed
-from pipeline.retention import Estimate
+from coldstill.pipeline.judging.held_out import (
+    HIGHER_IS_BETTER,
+    Quality,
+    RowSums,
+    differences,
+    quality_of,
+    shares_closed,
+)
+from coldstill.pipeline.outputs.retention import Estimate
 
 NUM_ROWS = 300
 LOSSES = {"teacher": 3.0, "pruned": 3.1, "recovered": 3.05}

@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from coldstill.pipeline.losses.hidden_terms import HiddenForm, HiddenTerms
+from coldstill.pipeline.targets.encodings import StateForm
 from torch import Tensor, nn
-
-from pipeline.losses.hidden_terms import HiddenForm, HiddenTerms
-from pipeline.targets.encodings import StateForm
 
 B, T, WIDTH, TEACHER_WIDTH = 2, 5, 4, 6
 LAYER_MAP = {0: 1, 2: 4, 3: 5}

@@ -1,7 +1,6 @@
 import pytest
-
-from cache.errors import RecipeError
-from pipeline.layer_map import create_layer_map, spread_pairs
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.models.layer_map import create_layer_map, spread_pairs
 
 
 @pytest.mark.parametrize(

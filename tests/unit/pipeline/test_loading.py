@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from coldstill.cache.errors import ModelError
+from coldstill.pipeline.models import load_config, load_model, take_apart
 from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
@@ -18,9 +20,6 @@ from transformers import (
     PreTrainedModel,
     ViTForImageClassification,
 )
-
-from cache.errors import ModelError
-from pipeline.models import load_config, load_model, take_apart
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 BART = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in (("layers", 2), ("ffn_dim", 48))}

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor
-
-from pipeline.losses.divergences import Events
-from pipeline.losses.logits_targets import (
+from coldstill.pipeline.losses.divergences import Events
+from coldstill.pipeline.losses.logits_targets import (
     FINAL,
     NORMALISER,
     TAIL,
@@ -17,12 +15,13 @@ from pipeline.losses.logits_targets import (
     SampledForm,
     StoredLogits,
 )
-from pipeline.losses.vocabulary_losses import events_of
-from pipeline.output_head import OutputHead
-from pipeline.targets.encodings import StateForm, encode_state
-from pipeline.targets.tail_sampling import draw_tail
-from pipeline.targets.token_encodings import encode_tail, encode_topk, tail_column, topk_column
-from pipeline.targets.transform_coding import fit_code, logit_correction
+from coldstill.pipeline.losses.vocabulary_losses import events_of
+from coldstill.pipeline.models.output_head import OutputHead
+from coldstill.pipeline.targets.encodings import StateForm, encode_state
+from coldstill.pipeline.targets.tail_sampling import draw_tail
+from coldstill.pipeline.targets.token_encodings import encode_tail, encode_topk, tail_column, topk_column
+from coldstill.pipeline.targets.transform_coding import fit_code, logit_correction
+from torch import Tensor
 
 B, T, D, V, K, M = 2, 6, 8, 40, 4, 5
 TEMPERATURE = 2.0

@@ -6,12 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from coldstill.pipeline.losses.divergences import Divergence
+from coldstill.pipeline.losses.logits_targets import BucketedTopk
+from coldstill.pipeline.losses.terms import HIDDEN_LOSSES, cross_entropy, hidden_mse, hidden_normalised_mse
+from coldstill.pipeline.losses.vocabulary_losses import events_of
 from torch import Tensor
-
-from pipeline.losses.divergences import Divergence
-from pipeline.losses.logits_targets import BucketedTopk
-from pipeline.losses.terms import HIDDEN_LOSSES, cross_entropy, hidden_mse, hidden_normalised_mse
-from pipeline.losses.vocabulary_losses import events_of
 
 N, V, D = 5, 24, 7
 

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from cache.errors import ModelError, RecipeError
-from pipeline.forward import block_outputs
-from pipeline.models import (
+from coldstill.cache.errors import ModelError, RecipeError
+from coldstill.pipeline.models import (
     check_vocabularies,
     load_config,
     load_model,
@@ -16,8 +14,9 @@ from pipeline.models import (
     resolve_folder,
     take_apart,
 )
-from pipeline.student_config import PruneLayersConfig
-from pipeline.students.depth import block_importances, check_prune, choose_kept_blocks
+from coldstill.pipeline.models.forward import block_outputs
+from coldstill.pipeline.recipe.student import PruneLayersConfig
+from coldstill.pipeline.students.depth import block_importances, check_prune, choose_kept_blocks
 
 ARCHITECTURES = {
     "llama": ("model.layers", "LlamaRMSNorm", {}),

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from cache.errors import RecipeError
-from pipeline.config import Recipe
-from pipeline.places import check_places, check_writable
-from pipeline.recipe_file import parse_recipe
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.outputs.places import check_places, check_writable
+from coldstill.pipeline.recipe.file import parse_recipe
+from coldstill.pipeline.recipe.sections import Recipe
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from coldstill.pipeline.models import rope_switches, take_apart
+from coldstill.pipeline.models.forward import mean_loss, padded_batches
+from coldstill.pipeline.models.student_forward import StudentForward
+from coldstill.pipeline.stage_one.capture import CaptureRequest, capture
+from coldstill.pipeline.students.depth import block_importances
 from transformers import PreTrainedModel
 from typer.testing import Result
-
-from pipeline.capture import CaptureRequest, capture
-from pipeline.forward import mean_loss, padded_batches
-from pipeline.models import rope_switches, take_apart
-from pipeline.student_forward import StudentForward
-from pipeline.students.depth import block_importances
 
 SWITCH = 12
 LONGROPE = {

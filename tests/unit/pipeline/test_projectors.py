@@ -1,9 +1,8 @@
 import pytest
 import torch
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.models.projectors import LearnableProjector, create_projectors
 from torch import nn
-
-from cache.errors import RecipeError
-from pipeline.projectors import LearnableProjector, create_projectors
 
 
 def test_equal_widths_need_no_projector_and_different_ones_get_a_linear_one():

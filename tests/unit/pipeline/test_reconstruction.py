@@ -4,17 +4,16 @@ import copy
 
 import pytest
 import torch
-
-from cache.errors import ModelError
-from pipeline.forward import block_outputs, mean_loss, padded_batches
-from pipeline.models import take_apart
-from pipeline.student_config import PruneConfig, PruneHiddenConfig, PruneLayersConfig, PruneMlpConfig
-from pipeline.students import reconstruction
-from pipeline.students.depth import cut_blocks
-from pipeline.students.making import make_student
-from pipeline.students.pruning_report import JudgedRows
-from pipeline.students.reconstruction import reconstruct, why_no_reconstruction
-from pipeline.students.width import channel_importances, most_important, narrow_mlps, narrow_stream
+from coldstill.cache.errors import ModelError
+from coldstill.pipeline.models import take_apart
+from coldstill.pipeline.models.forward import block_outputs, mean_loss, padded_batches
+from coldstill.pipeline.recipe.student import PruneConfig, PruneHiddenConfig, PruneLayersConfig, PruneMlpConfig
+from coldstill.pipeline.students import reconstruction
+from coldstill.pipeline.students.depth import cut_blocks
+from coldstill.pipeline.students.making import make_student
+from coldstill.pipeline.students.pruning_report import JudgedRows
+from coldstill.pipeline.students.reconstruction import reconstruct, why_no_reconstruction
+from coldstill.pipeline.students.width import channel_importances, most_important, narrow_mlps, narrow_stream
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
 ROWS = [torch.randint(1, 384, (40,), generator=torch.Generator().manual_seed(row)) for row in range(24)]
@@ -108,7 +107,7 @@ def test_padding_does_not_count(build_model, monkeypatch):
     rows = [row[: 12 + 3 * place] for place, row in enumerate(ROWS[:8])]
     made = []
     for size in (8, 1):
-        monkeypatch.setattr("pipeline.forward._BATCH", size)
+        monkeypatch.setattr("coldstill.pipeline.models.forward._BATCH", size)
         student = take_apart(cut_blocks(original, [0, 2]))
         reconstruct(student, original, rows, kept_blocks=[0, 2], channels_K=ALL)
         made.append(weights(student.model))

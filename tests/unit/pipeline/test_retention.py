@@ -5,10 +5,15 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pytest
+from coldstill.pipeline.outputs.retention import (
+    average_covariance,
+    covariance_of_means,
+    gap_closed,
+    independent,
+    retention,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-
-from pipeline.retention import average_covariance, covariance_of_means, gap_closed, independent, retention
 
 scores = st.floats(0.05, 1.0)
 questions = st.integers(2, 40).flatmap(

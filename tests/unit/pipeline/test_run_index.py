@@ -3,11 +3,10 @@
 from typing import Any
 
 import pytest
-
-from cache.identity import digest_of
-from pipeline.config import Recipe
-from pipeline.recipe_file import parse_recipe
-from pipeline.run_index import rows_key
+from coldstill.cache.identity import digest_of
+from coldstill.pipeline.outputs.run_index import rows_key
+from coldstill.pipeline.recipe.file import parse_recipe
+from coldstill.pipeline.recipe.sections import Recipe
 
 
 def recipe_of(**train: Any) -> Recipe:

@@ -3,8 +3,7 @@
 import math
 
 import pytest
-
-from pipeline.losses.schedules import Schedule
+from coldstill.pipeline.losses.schedules import Schedule
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from pipeline.similarity_measures import cka_matrix, cosine_matrix, mean_cosine
+from coldstill.pipeline.judging.similarity_measures import cka_matrix, cosine_matrix, mean_cosine
 
 
 def states(width: int, *, seed: int, num_positions: int = 200) -> torch.Tensor:

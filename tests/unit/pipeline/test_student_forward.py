@@ -4,13 +4,12 @@ import warnings
 
 import pytest
 import torch
+from coldstill.pipeline.losses.chunked_loss import chunked_loss
+from coldstill.pipeline.models import find_structure, head_problem
+from coldstill.pipeline.models.output_head import OutputHead, PlainLogits
+from coldstill.pipeline.models.student_forward import StudentForward
 from torch import nn
 from transformers import LlamaForCausalLM
-
-from pipeline.losses.chunked_loss import chunked_loss
-from pipeline.models import find_structure, head_problem
-from pipeline.output_head import OutputHead, PlainLogits
-from pipeline.student_forward import StudentForward
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 
@@ -53,7 +52,7 @@ def test_an_unknown_head_warns_once_and_gives_plain_logits(squashed):
 
 @pytest.mark.parametrize("chunk_length", [100, 5])
 def test_the_loss_over_plain_logits_has_torchs_own_gradient(squashed, chunk_length, monkeypatch):
-    monkeypatch.setattr("pipeline.output_head._chunk_rows", lambda *_: chunk_length)
+    monkeypatch.setattr("coldstill.pipeline.models.output_head._chunk_rows", lambda *_: chunk_length)
     with pytest.warns(UserWarning, match="computed whole"):
         student = StudentForward(squashed)
 

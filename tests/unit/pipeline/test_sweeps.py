@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from coldstill.cache.errors import InUseError, RecipeError
+from coldstill.cache.processes import is_dead
+from coldstill.pipeline.ablate import ablate
+from coldstill.pipeline.commands.sweep_tables import sweep_lines, sweep_tables
+from coldstill.pipeline.recipe.file import load_recipe, parse_recipe
+from coldstill.pipeline.sweeps.file import Sweep, load_sweep
+from coldstill.pipeline.sweeps.keys import canonical, sweep_key
+from coldstill.pipeline.sweeps.processes import Outcome, run_command
+from coldstill.pipeline.sweeps.results import before_training, is_sweep, output_of, read_sweep, spread_of
+from coldstill.pipeline.sweeps.state import SweepState, hold_sweep
 from rich.console import Console
-
-from cache.errors import InUseError, RecipeError
-from cache.processes import is_dead
-from pipeline.ablate import ablate
-from pipeline.commands.sweep_tables import sweep_lines, sweep_tables
-from pipeline.recipe_file import load_recipe, parse_recipe
-from pipeline.sweeps.file import Sweep, load_sweep
-from pipeline.sweeps.keys import canonical, sweep_key
-from pipeline.sweeps.processes import Outcome, run_command
-from pipeline.sweeps.results import before_training, is_sweep, output_of, read_sweep, spread_of
-from pipeline.sweeps.state import SweepState, hold_sweep
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 BASE = {
@@ -450,8 +449,8 @@ def test_what_stage_one_refuses_of_one_variant_fails_that_one_until_it_is_told_t
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, base: dict[str, Any]
 ):
     commands = Commands({"text_column: nope": "no column nope"})
-    monkeypatch.setattr("pipeline.ablate.run_command", commands)
-    monkeypatch.setattr("pipeline.ablate._headline", lambda _run: "good")
+    monkeypatch.setattr("coldstill.pipeline.ablate.run_command", commands)
+    monkeypatch.setattr("coldstill.pipeline.ablate._headline", lambda _run: "good")
     path = write(recipe=base, seeds=[1, 2], variants={"near": {}, "far": {"data.train.text_column": "nope"}})
     said: list[str] = []
     result = ablate(path, say=said.append)
@@ -480,7 +479,7 @@ def test_what_stage_one_refuses_for_all_ends_the_sweep_and_fails_none(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, base: dict[str, Any]
 ):
     commands = Commands({base["teacher"]["path"]: "no network"})
-    monkeypatch.setattr("pipeline.ablate.run_command", commands)
+    monkeypatch.setattr("coldstill.pipeline.ablate.run_command", commands)
     path = write(recipe=base, variants={"near": {}, "far": {"data.train.text_column": "nope"}})
     with pytest.raises(RecipeError, match=r"^stage one of .*/out: no network$"):
         ablate(path)
@@ -508,7 +507,7 @@ def test_the_end_of_a_process_is_one_line(
 ):
     file = tmp_path / "program.py"
     file.write_text(f"import os, sys; e = sys.stderr\n{program}\n")
-    monkeypatch.setattr("pipeline.sweeps.processes._PROGRAM", file)
+    monkeypatch.setattr("coldstill.pipeline.sweeps.processes._PROGRAM", (str(file),))
     tokens: list[str] = []
     outcome = run_command("train", on_start=tokens.append)
     assert (outcome.summary, outcome.error, outcome.is_refusal) == (None, error, bool(is_refusal))
@@ -518,7 +517,7 @@ def test_the_end_of_a_process_is_one_line(
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pipeline.sweeps.state import hold_sweep
+from coldstill.pipeline.sweeps.state import hold_sweep
 with hold_sweep(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from coldstill.pipeline.targets.teacher_logits import largest_logits, logsumexp_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-from pipeline.targets.teacher_logits import largest_logits, logsumexp_at
 
 
 def random(*shape: int, seed: int = 0, scale: float = 4.0) -> Tensor:
@@ -52,7 +51,7 @@ def test_the_end_of_a_vocabulary_that_no_group_holds_is_looked_at():
     ids=str,
 )
 def test_logsumexps_are_torchs(temperatures: list[float], rows_of_a_block: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipeline.targets.row_blocks._BLOCK_BYTES", 4 * 500 * rows_of_a_block)
+    monkeypatch.setattr("coldstill.pipeline.targets.row_blocks._BLOCK_BYTES", 4 * 500 * rows_of_a_block)
     logits = random(8, 500) + 30
     got = logsumexp_at(logits, temperatures)
     assert set(got) == set(temperatures)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from pipeline.targets.token_encodings import (
+from coldstill.pipeline.targets.token_encodings import (
     decode_tail,
     decode_topk,
     encode_tail,

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
-from pipeline.output_head import OutputHead
-from pipeline.targets.transform_coding import (
+from coldstill.pipeline.models.output_head import OutputHead
+from coldstill.pipeline.targets.transform_coding import (
     DigitClass,
     TransformCode,
     code_arrays,
@@ -21,6 +17,9 @@ from pipeline.targets.transform_coding import (
     fit_code,
     logit_correction,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 N, D, V = 300, 24, 40
 # From a hundredth of a step to a hundred: coefficients of every class.
@@ -192,7 +191,7 @@ def fisher_by_definition(head: OutputHead, states: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", HEADS, ids=str)
 @pytest.mark.parametrize("positions_a_chunk", [100, 2])
 def test_the_fisher_information_is_the_mean_of_its_definition(case, positions_a_chunk, monkeypatch):
-    monkeypatch.setattr("pipeline.output_head._chunk_rows", lambda *_: positions_a_chunk)
+    monkeypatch.setattr("coldstill.pipeline.models.output_head._chunk_rows", lambda *_: positions_a_chunk)
     head, states = case.head(), (3 * random(5, D, seed=6)).float()
     want = fisher_by_definition(head, states)
     got = fisher_information(states, head).double()

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from coldstill.cache.errors import ModelError
+from coldstill.pipeline.models import check_tokenizers
 from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-from cache.errors import ModelError
-from pipeline.models import check_tokenizers
 
 
 def saved(tokenizer: Any, folder: Path) -> Path:

@@ -5,15 +5,20 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from coldstill.pipeline.losses.divergences import Divergence
+from coldstill.pipeline.losses.logits_statistics import LogitsStatistics, Sought, logits_statistics
+from coldstill.pipeline.losses.logits_targets import (
+    BucketedTopk,
+    FullDistribution,
+    LogitsTarget,
+    SampledTail,
+    StudentEvents,
+)
+from coldstill.pipeline.losses.vocabulary_losses import vocabulary_losses
+from coldstill.pipeline.models.output_head import OutputHead
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-from pipeline.losses.divergences import Divergence
-from pipeline.losses.logits_statistics import LogitsStatistics, Sought, logits_statistics
-from pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, SampledTail, StudentEvents
-from pipeline.losses.vocabulary_losses import vocabulary_losses
-from pipeline.output_head import OutputHead
 
 C, V, K = 9, 50, 6
 TEMPERATURES = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
@@ -34,7 +39,7 @@ def rest_of(logits: Tensor, ids: Tensor) -> Tensor:
 @pytest.fixture(params=[1, 2, 4, 100])
 def rows_of_a_block(request, monkeypatch) -> None:
     """The last block is shorter for some."""
-    monkeypatch.setattr("pipeline.targets.row_blocks._BLOCK_BYTES", 4 * V * request.param)
+    monkeypatch.setattr("coldstill.pipeline.targets.row_blocks._BLOCK_BYTES", 4 * V * request.param)
 
 
 @pytest.mark.usefixtures("rows_of_a_block")

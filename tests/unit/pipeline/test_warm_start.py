@@ -2,15 +2,14 @@
 
 import pytest
 import torch
+from coldstill.pipeline.losses.divergences import Divergence
+from coldstill.pipeline.losses.hidden_terms import HiddenForm
+from coldstill.pipeline.models.projectors import create_projectors
+from coldstill.pipeline.models.student_forward import StudentForward
+from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights, TargetForms
+from coldstill.pipeline.stage_two.warm_start import fit_projectors
+from coldstill.pipeline.targets.encodings import StateForm
 from torch import Tensor
-
-from pipeline.distiller import Distiller, Loss, LossWeights, TargetForms
-from pipeline.losses.divergences import Divergence
-from pipeline.losses.hidden_terms import HiddenForm
-from pipeline.projectors import create_projectors
-from pipeline.student_forward import StudentForward
-from pipeline.targets.encodings import StateForm
-from pipeline.warm_start import fit_projectors
 
 LAYER_MAP = {1: 2, 3: 5}
 TEACHER_WIDTH = 40

@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from cache.processes import process_token
-from pipeline.whole import sweep_siblings, whole_folder, write_whole
+from coldstill.cache.processes import process_token
+from coldstill.pipeline.runtime.whole import sweep_siblings, whole_folder, write_whole
 
 
 @pytest.fixture
@@ -163,7 +162,7 @@ def test_making_it_again_sweeps_what_a_dead_process_left(tmp_path: Path, dead_to
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.whole import whole_folder
+from coldstill.pipeline.runtime.whole import whole_folder
 with whole_folder(Path(sys.argv[1])) as partial:
     (partial / "new").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
-from cache.errors import ModelError
-from pipeline.models import take_apart
-from pipeline.students.axes import parameter_axes
-from pipeline.students.norms import scaled_weight
-from pipeline.students.width import (
+from coldstill.cache.errors import ModelError
+from coldstill.pipeline.models import take_apart
+from coldstill.pipeline.students.axes import parameter_axes
+from coldstill.pipeline.students.norms import scaled_weight
+from coldstill.pipeline.students.width import (
     channel_importances,
     most_important,
     narrow_mlps,
@@ -16,6 +14,7 @@ from pipeline.students.width import (
     neuron_importances,
     neurons_kept,
 )
+from transformers import AutoModelForCausalLM
 
 LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3"]
 ROWS = [torch.randint(1, 384, (length,), generator=torch.Generator().manual_seed(length)) for length in (24, 17, 30)]

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from cache.columns import ArraySpec, Column
-from cache.manifest import Manifest
-from cache.store import Store, create_store
-from pipeline.stage_one.write_behind import WriteBehind
+from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.manifest import Manifest
+from coldstill.cache.store import Store, create_store
+from coldstill.pipeline.stage_one.write_behind import WriteBehind
 
 COUNTS = {"num_tokens": 3, "num_rows": 1}
 
@@ -95,7 +94,7 @@ def test_an_interrupt_ends_the_column_at_hand_and_drops_the_others(store: Store,
 @pytest.fixture
 def held_write(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Let no column be written before the function that this gives is called."""
-    from pipeline.stage_one import write_behind
+    from coldstill.pipeline.stage_one import write_behind
 
     write, may_write = write_behind.write_column, threading.Event()
 
@@ -109,7 +108,7 @@ def held_write(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     """Let the disk refuse a column."""
-    from pipeline.stage_one import write_behind
+    from coldstill.pipeline.stage_one import write_behind
 
     write = write_behind.write_column
 

@@ -1,9 +1,8 @@
 """YAML in which nothing that was written is lost: keys given twice, and merges that replace what was said."""
 
 import pytest
-
-from cache.errors import RecipeError
-from pipeline.yaml_text import parse_yaml
+from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.recipe.yaml_text import parse_yaml
 
 WHICH = "; say behind << which one is meant"
 TWICE = {

@@ -1,0 +1,1 @@
+"""How good a student is: held-out text, tasks, the similarity of blocks, and what to try next."""

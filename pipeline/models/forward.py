@@ -1,0 +1,137 @@
+"""What it takes to run any decoder over rows: rows laid side by side, block outputs caught by hooks.
+
+A row's output is a function of the row alone: rows that a model would turn by other factors for each other's sake are
+run apart (`coldstill.pipeline.models.positions`).
+
+Shapes: B rows, T positions, D width.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from coldstill.pipeline.models import rope_switches, rows_by_side, sides
+from coldstill.pipeline.models.labels import IGNORED
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_BATCH = 4
+
+
+@contextmanager
+def block_outputs(blocks: nn.ModuleList, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the outputs of some decoder blocks, by block, while the context is open; the hooks go with it."""
+    outputs: dict[int, Tensor] = {}
+
+    def keep(block: int) -> torch.utils.hooks.RemovableHandle:
+        def hook(_module: nn.Module, _args: object, output: object) -> None:
+            outputs[block] = block_output(output)
+
+        return blocks[block].register_forward_hook(hook)
+
+    handles = [keep(block) for block in wanted]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def model_inputs(
+    input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+) -> dict[str, Any]:
+    """Give what a decoder is called with; positions only where there are any, since not every decoder takes them."""
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **positions}
+
+
+def pad_rows(rows: Sequence[Tensor], *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Lay rows of token ids side by side: ids [B, T], 0 behind each row's end, and the mask [B, T] of real ones."""
+    lengths_B = torch.tensor([len(row) for row in rows])
+    ids_BT = nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True)
+    mask_BT = torch.arange(ids_BT.shape[1]) < lengths_B.unsqueeze(1)
+    return ids_BT.to(device), mask_BT.to(device)
+
+
+def padded_batches(rows: Sequence[Tensor], model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give a few rows at a time that a model may run together, as `pad_rows` lays them, on the model's device."""
+    device = next(model.parameters()).device
+    switches = rope_switches(model.config)
+    for _, group in itertools.groupby(rows, lambda row: sides([len(row)], switches)):
+        together = list(group)
+        for start in range(0, len(together), _BATCH):
+            yield pad_rows(together[start : start + _BATCH], device=device)
+
+
+def run_body(
+    body: nn.Module,
+    blocks: nn.ModuleList,
+    inputs: Mapping[str, Any],
+    wanted: Sequence[int],
+    *,
+    switches: Sequence[int],
+    take: Callable[[Any], Tensor] = lambda output: output.last_hidden_state,
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Run rows through a model, those on each side of its switches by themselves.
+
+    Args:
+        body: Takes token ids.
+        blocks: Its decoder blocks.
+        inputs: What `model_inputs` gives.
+        wanted: Blocks whose outputs to give.
+        switches: What `rope_switches` gives of the model.
+        take: What to give of the body's output.
+
+    Returns:
+        The blocks' outputs [B, T, D], by block, and what was taken, [B, T, ...].
+    """
+    groups = rows_by_side(inputs, switches)
+    if not groups:
+        with block_outputs(blocks, wanted) as outputs:
+            return outputs, take(body(**inputs))
+    num_positions = inputs["input_ids"].shape[1]
+    parts = [run_body(body, blocks, _part(inputs, *group), wanted, switches=(), take=take) for group in groups]
+    order = torch.cat([rows for rows, _ in groups]).argsort()
+
+    def whole(of_groups: Sequence[Tensor]) -> Tensor:
+        padding = [(0, 0) * (part.dim() - 2) + (0, num_positions - part.shape[1]) for part in of_groups]
+        return torch.cat([F.pad(part, pad) for part, pad in zip(of_groups, padding, strict=True)])[order]
+
+    outputs = {block: whole([of_group[block] for of_group, _ in parts]) for block in wanted}
+    return outputs, whole([taken for _, taken in parts])
+
+
+def _part(inputs: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:
+    return {name: value[rows, :end] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+@torch.inference_mode()
+def mean_loss(model: Any, rows: Sequence[Tensor]) -> float:
+    """Give a causal language model's mean cross entropy over rows of token ids [T], in nats a token."""
+    total, num_tokens = 0.0, 0
+    for ids_BT, mask_BT in padded_batches(rows, model):
+        labels_BT = ids_BT.masked_fill(~mask_BT, IGNORED)
+        count = int(mask_BT[:, 1:].sum())
+        loss = model(input_ids=ids_BT, attention_mask=mask_BT.long(), labels=labels_BT, use_cache=False).loss
+        total, num_tokens = total + float(loss) * count, num_tokens + count
+    return total / num_tokens
+
+
+def what_to_try(dtype: torch.dtype) -> str:
+    """Say what to do where a model gave a value that its dtype does not hold."""
+    if dtype == torch.float32:
+        return "dtype float32, beyond which there is none: use another checkpoint"
+    return f"dtype {str(dtype).removeprefix('torch.')}, try {'bfloat16' if dtype == torch.float16 else 'float32'}"
+
+
+def block_output(output: Any) -> Tensor:
+    """Give the hidden state of what a decoder block returned: a tensor, or a tuple or list that begins with it."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def block_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Give the hidden state that a decoder block is called with, by place or by name."""
+    return args[0] if args else kwargs["hidden_states"]

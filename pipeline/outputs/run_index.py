@@ -1,0 +1,48 @@
+"""From a recipe to the store, rows and student that were made for it: what stage one publishes and stage two finds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coldstill.cache.index import read_entry, write_entry
+from coldstill.cache.selections import Selection, read_selection
+from coldstill.cache.store import Store, open_store, store_path
+from coldstill.pipeline.recipe.sections import Recipe
+
+STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """The store of a recipe's teacher, and the recipe's rows in it, by split."""
+
+    store: Store
+    selections: dict[str, Selection]
+
+
+def publish_run_rows(recipe: Recipe, run: RunRows) -> None:
+    """Let the recipe's teacher and data sections lead to these rows."""
+    selections = {split: selection.name for split, selection in run.selections.items()}
+    write_entry(recipe.cache, "rows", rows_key(recipe), {"store": run.store.name, "selections": selections})
+
+
+def find_run_rows(recipe: Recipe) -> RunRows:
+    """Find the rows of a recipe, reading nothing but the store.
+
+    Raises:
+        StoreNotFoundError: `precompute` never ran for these teacher and data sections.
+    """
+    entry = read_entry(recipe.cache, "rows", rows_key(recipe))
+    store = open_store(store_path(recipe.cache, entry["store"]))
+    return RunRows(store, {split: read_selection(store, name) for split, name in entry["selections"].items()})
+
+
+def trained_student(recipe: Recipe) -> Path:
+    """Give the folder that the trained student is exported to."""
+    return Path(recipe.output) / STUDENT
+
+
+def rows_key(recipe: Recipe) -> dict[str, Any]:
+    """Give the sections of a recipe that decide its store and its rows."""
+    teacher = recipe.teacher.model_dump(include={"path", "revision", "dtype"})
+    return {"teacher": teacher, "data": recipe.data.identity()}

@@ -1,0 +1,273 @@
+"""The shape of a recipe: strict sections with their defaults, and what must hold between keys.
+
+Knows nothing of files, models or stores; `coldstill.pipeline.recipe.file` reads and writes recipes.
+"""
+
+from typing import Annotated, Any, Literal
+
+from coldstill.pipeline.recipe.fields import BlockIndex, Count, Nameable, Place, Positive, Section
+from coldstill.pipeline.recipe.loss import LossConfig
+from coldstill.pipeline.recipe.presets import PresetName, with_preset
+from coldstill.pipeline.recipe.student import StudentConfig
+from coldstill.pipeline.recipe.training_keys import check_best_metric, check_training_keys
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+HiddenEncoding = Literal["int8", "coded", "float16", "bfloat16", "float32"]
+FinalEncoding = Literal["coded", "int8", "float16", "float32"]
+MappingStrategy = Literal["uniform", "last", "kept", "stride", "endpoints", "pairs"]
+ProjectorKind = Literal["auto", "linear", "mlp", "none"]
+LogitsKind = Literal["topk", "topk_sampled", "final", "none"]
+
+
+class TeacherConfig(Section):
+    """The model to learn from: a folder or a hub name."""
+
+    path: str
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    batch_size: Count = 8
+    trust_remote_code: bool = False
+
+
+class SourceConfig(Section):
+    """Where documents come from: the arguments of `datasets.load_dataset`, or `builtin:python-docs`."""
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    options: dict[str, Any] = Field(default={})
+    text_column: str = "text"
+    prompt_column: str | None = None
+    skip_null: bool = False
+    max_rows: Count | None = None
+
+    def origin(self) -> dict[str, Any]:
+        """Say which documents these are, whatever number of rows is taken of them."""
+        return self.model_dump(exclude={"max_rows"})
+
+    def identity(self) -> dict[str, Any]:
+        """Give what decides the documents and their number, as rows are found and named by it in a root.
+
+        Roots outlive versions: a key that came later is left out where it is as it was before there was one.
+        """
+        return self.model_dump(exclude=None if self.skip_null else {"skip_null"})
+
+
+class DataConfig(Section):
+    """How documents become rows of tokens."""
+
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    packing: bool = True
+    append_eos: bool = True
+    train: SourceConfig
+    eval: SourceConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        prompts = {self.train.prompt_column, self.eval.prompt_column} - {None}
+        if prompts and self.packing:
+            raise ValueError("prompt_column needs one document a row: set data.packing to false")
+        if self.eval.max_rows is None and self.train.origin() == self.eval.origin():
+            raise ValueError("train and eval read the same source, so eval.max_rows must say how many rows eval takes")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Give what decides the rows, as they are found by it in a root; see `SourceConfig.identity`."""
+        return {**self.model_dump(), "train": self.train.identity(), "eval": self.eval.identity()}
+
+
+class LogitsTargetConfig(Section):
+    """What is kept of the teacher's next-token distribution."""
+
+    kind: LogitsKind = "final"  # the default by measured fidelity and recovery: docs/results.md
+    k: Count = 64
+    values: Literal["delta", "float32"] = "delta"
+    samples: Count = 32
+    encoding: FinalEncoding = "coded"
+    step: Nameable = 0.03
+    temperatures: list[Nameable] = Field(default=[1.0, 2.0, 3.0, 4.0])
+
+    @field_validator("temperatures", mode="before")
+    @classmethod
+    def _floats(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [float(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value]
+        return value
+
+    @field_validator("temperatures")
+    @classmethod
+    def _distinct(cls, value: list[float]) -> list[float]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError(f"needs at least one temperature and none twice, got {value}")
+        return value
+
+
+class HiddenTargetConfig(Section):
+    """Which blocks' outputs are kept, and how."""
+
+    blocks: Literal["mapped", "none"] | list[BlockIndex] = "mapped"
+    encoding: HiddenEncoding = "int8"
+    step: Nameable = 0.2
+    token_fraction: Annotated[Nameable, Field(le=1)] = 1.0
+
+
+class TargetsConfig(Section):
+    """What stage one keeps of the teacher."""
+
+    logits: LogitsTargetConfig = LogitsTargetConfig()
+    hidden: HiddenTargetConfig = HiddenTargetConfig()
+
+
+class MappingConfig(Section):
+    """Which teacher block each student block learns from."""
+
+    strategy: MappingStrategy = "uniform"
+    pairs: dict[BlockIndex, BlockIndex] | None = None
+    num_pairs: Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "MappingConfig":
+        if (self.strategy == "pairs") != (self.pairs is not None):
+            raise ValueError(
+                "pairs, a map from student block to teacher block, belongs to strategy pairs and to no other"
+            )
+        if self.pairs is not None and (not self.pairs or self.num_pairs is not None):
+            raise ValueError("strategy pairs needs at least one pair, and takes no num_pairs")
+        return self
+
+
+class ProjectorConfig(Section):
+    """How a student's hidden state is brought to the teacher's width."""
+
+    kind: ProjectorKind = "auto"
+    learnable: bool = True
+    learning_rate: Positive | None = None
+    init: Literal["xavier", "least_squares"] = "xavier"
+    init_rows: Count = 16
+
+
+class EvaluateConfig(Section):
+    """How models are judged: on the eval rows, and on tasks of lm-evaluation-harness."""
+
+    batch_size: Count = 8
+    device: str = "auto"
+    tasks: list[Place] = Field(default=[])
+    include_path: Place | None = None
+    limit: Count | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+
+    @field_validator("tasks")
+    @classmethod
+    def _distinct(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"names a task twice: {', '.join(value)}")
+        return value
+
+
+class Recipe(Section):
+    """A whole recipe; the README explains every key."""
+
+    output: Place
+    cache: Place = "caches"
+    local_copy: Place | None = None
+    teacher: TeacherConfig
+    data: DataConfig
+    student: StudentConfig
+    preset: PresetName | None = None
+    targets: TargetsConfig = TargetsConfig()
+    mapping: MappingConfig = MappingConfig()
+    projector: ProjectorConfig = ProjectorConfig()
+    loss: LossConfig = LossConfig()
+    train: dict[str, Any] = Field(default={})
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _behind_what_is_given(cls, data: Any) -> Any:
+        return with_preset(data) if isinstance(data, dict) else data
+
+    @field_validator("train")
+    @classmethod
+    def _training_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_training_keys(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        loss, kind = self.loss, self.targets.logits.kind
+        if kind == "none" and loss.ever("beta"):
+            raise ValueError(
+                "loss.beta is above 0 but targets.logits.kind is none: store logits, or set loss.beta to 0"
+            )
+        for weight in ("gamma", "delta"):
+            if self.targets.hidden.blocks == "none" and loss.ever(weight):
+                raise ValueError(
+                    f"loss.{weight} is above 0 but targets.hidden.blocks is none: store blocks, or set loss.{weight} "
+                    "to 0"
+                )
+        if kind in ("topk", "topk_sampled"):
+            self._check_temperature()
+        check_best_metric(self.train, loss.terms)
+        return self
+
+    def _check_temperature(self) -> None:
+        """Refuse temperatures of the loss that the kind of logits target does not store."""
+        loss, logits = self.loss, self.targets.logits
+        if loss.temperature_moves:
+            raise ValueError(
+                f"loss.schedule.temperature passes through temperatures that targets.logits.kind {logits.kind} does "
+                "not store; targets.logits.kind final answers every temperature: use it, or a constant temperature"
+            )
+        if loss.ever("beta") and loss.temperature not in logits.temperatures:
+            stored = ", ".join(f"{temperature:g}" for temperature in logits.temperatures)
+            raise ValueError(
+                f"loss.temperature {loss.temperature:g} is not stored; targets.logits.temperatures has {stored}: use "
+                "one of these, add it there and run: coldstill precompute, or store what gives every temperature: "
+                "targets.logits.kind=final"
+            )
+
+    def idle_keys(self) -> list[str]:
+        """Say which keys are not as they are by default and yet have no effect, each with the reason."""
+        logits, hidden, loss = self.targets.logits, self.targets.hidden, self.loss
+        is_top, is_coded = logits.kind in ("topk", "topk_sampled"), logits.encoding == "coded"
+        is_final = logits.kind == "final"
+        read = {"kind": True, **dict.fromkeys(("k", "values", "temperatures"), is_top)}
+        read |= {"samples": logits.kind == "topk_sampled", "encoding": is_final, "step": is_final}
+        idle = [
+            f"targets.logits.{key} has no effect: kind is {logits.kind}" for key in _changed(logits) if not read[key]
+        ]
+        if is_final and not is_coded and "step" in _changed(logits):
+            idle.append(f"targets.logits.step has no effect: encoding is {logits.encoding}")
+        if hidden.encoding != "coded" and "step" in _changed(hidden):
+            idle.append(f"targets.hidden.step has no effect: encoding is {hidden.encoding}")
+        if not loss.ever("delta") and "dynamics" in _changed(loss):
+            idle.append("loss.dynamics has no effect: delta is 0")
+        projector = _changed(self.projector)
+        if "init_rows" in projector and self.projector.init != "least_squares":
+            idle.append(f"projector.init_rows has no effect: init is {self.projector.init}")
+        if "init" in projector and (self.projector.kind == "none" or not loss.needs_hidden):
+            reason = "kind is none" if self.projector.kind == "none" else "gamma and delta are 0"
+            idle.append(f"projector.init has no effect: {reason}")
+        if loss.divergence != "selective":
+            given = [key for key in _changed(loss) if key.startswith("selective_")]
+            idle += [f"loss.{key} has no effect: divergence is {loss.divergence}" for key in given]
+        if not self.evaluate.tasks:
+            given = [key for key in _changed(self.evaluate) if key in ("include_path", "limit", "num_fewshot")]
+            idle += [f"evaluate.{key} has no effect: evaluate.tasks is empty" for key in given]
+        return idle
+
+    @property
+    def seed(self) -> int:
+        """The seed of training, and of every random choice that is not the data's."""
+        return int(self.train.get("seed", 42))
+
+
+def _changed(section: BaseModel) -> list[str]:
+    """Name the keys of a section that are not as they are by default."""
+    defaults = type(section).model_fields
+    return [key for key, field in defaults.items() if getattr(section, key) != field.default]

@@ -1,0 +1,150 @@
+"""The student section of a recipe: a model that is there, the teacher pruned, or a smaller one designed after it."""
+
+from typing import Any, Literal
+
+from coldstill.pipeline.recipe.fields import BlockIndex, Count, Section, Share
+from coldstill.pipeline.recipe.training_keys import check_lora_keys
+from pydantic import field_validator, model_validator
+
+PruneMethod = Literal["last", "first", "importance", "explicit"]
+MlpImportance = Literal["weights", "activations"]
+Reconstruct = bool | Literal["auto"]
+DesignShape = Literal["depth", "width", "balanced"]
+InitialWeights = Literal["copy", "truncate", "interpolate"]
+
+
+class PruneLayersConfig(Section):
+    """Which decoder blocks to remove."""
+
+    remove: Count | None = None
+    method: PruneMethod = "importance"
+    blocks: list[BlockIndex] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "PruneLayersConfig":
+        if self.method == "explicit" and (not self.blocks or self.remove is not None):
+            raise ValueError("method explicit takes blocks, a list of the blocks to remove, and no remove")
+        if self.method != "explicit" and (self.remove is None or self.blocks is not None):
+            raise ValueError(f"method {self.method} takes remove, a number of blocks, and no blocks")
+        if self.blocks is not None and len(set(self.blocks)) < len(self.blocks):
+            raise ValueError(f"blocks names a block twice: {self.blocks}")
+        return self
+
+
+class PruneMlpConfig(Section):
+    """How many neurons each block's gated MLP keeps."""
+
+    keep: Share | None = None
+    size: Count | None = None
+    method: MlpImportance = "activations"  # the default by measured perplexity: docs/results.md
+
+    @model_validator(mode="after")
+    def _check(self) -> "PruneMlpConfig":
+        if (self.keep is None) == (self.size is None):
+            raise ValueError("mlp takes either keep, the share of neurons that stay, or size, their number")
+        return self
+
+
+class PruneHiddenConfig(Section):
+    """How many channels the residual stream keeps."""
+
+    size: Count
+
+
+class PruneConfig(Section):
+    """How the student is cut from the teacher: in depth, in the width of its MLPs, in that of its residual stream."""
+
+    layers: PruneLayersConfig | None = None
+    mlp: PruneMlpConfig | None = None
+    hidden: PruneHiddenConfig | None = None
+    reconstruct: Reconstruct = "auto"
+    calibration_rows: Count = 16
+
+    @field_validator("reconstruct", mode="before")
+    @classmethod
+    def _check_reconstruct(cls, value: Any) -> Any:
+        if value != "auto" and not isinstance(value, bool):
+            raise ValueError("takes auto, true or false")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> "PruneConfig":
+        if not self.is_deep and not self.is_wide:
+            raise ValueError("prune needs layers, mlp or hidden: what is to be cut")
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether what is cut depends on calibration rows."""
+        by_activations = self.mlp is not None and self.mlp.method == "activations"
+        by_influence = self.layers is not None and self.layers.method == "importance"
+        return by_influence or by_activations or self.hidden is not None or self.wants_reconstruction
+
+    @property
+    def wants_reconstruction(self) -> bool:
+        """Whether what blocks write is fitted: of itself where width is cut, so that blocks alone are only removed."""
+        return self.is_wide if self.reconstruct == "auto" else self.reconstruct
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether blocks go."""
+        return self.layers is not None
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether neurons or channels go."""
+        return self.mlp is not None or self.hidden is not None
+
+
+class InitConfig(Section):
+    """A smaller architecture of the teacher's family, and where its weights come from."""
+
+    parameters: Count | None = None
+    compression: Share | None = None
+    shape: DesignShape = "balanced"
+    weights: InitialWeights = "copy"
+    calibration_rows: Count = 16
+
+    @model_validator(mode="after")
+    def _check(self) -> "InitConfig":
+        if (self.parameters is None) == (self.compression is None):
+            raise ValueError(
+                "init takes either parameters, how many the student has, or compression, the share of the teacher's "
+                "that it has"
+            )
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the student's weights depend on calibration rows."""
+        return self.weights == "copy"
+
+
+class StudentConfig(Section):
+    """The model to train: one that is there already, the teacher pruned, or one designed after the teacher."""
+
+    path: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    prune: PruneConfig | None = None
+    init: InitConfig | None = None
+    lora: dict[str, Any] | None = None
+
+    @property
+    def made_from_teacher(self) -> PruneConfig | InitConfig | None:
+        """How the student is made of the teacher; None where it is there already."""
+        return self.prune or self.init
+
+    @field_validator("lora")
+    @classmethod
+    def _lora_arguments(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if value is None else check_lora_keys(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> "StudentConfig":
+        if sum(source is not None for source in (self.path, self.prune, self.init)) != 1:
+            raise ValueError(
+                "student takes exactly one of path, a model that is there, prune, how to cut one, and init, how to "
+                "design one"
+            )
+        return self

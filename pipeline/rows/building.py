@@ -1,0 +1,226 @@
+"""Text to rows of token ids: deterministic, no model.
+
+Knows documents, tokenizers and splits; knows nothing of stores. Train and eval never share a row: where both read one
+source, eval takes its first rows and train goes on behind them; where they read two, they begin each at its own
+beginning. In both, train leaves out every document that eval has read, and every row that it has. The one document
+that eval's last row cuts in two is in both, its beginning there and its end here, no token of it twice.
+"""
+
+import hashlib
+import itertools
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from coldstill.cache.errors import DataError
+from coldstill.cache.identity import row_id
+from coldstill.pipeline.recipe.sections import DataConfig
+from coldstill.pipeline.rows.faults import source_name
+from coldstill.pipeline.rows.sources import Document, load_documents
+from coldstill.pipeline.rows.tokenising import DocumentTokenizer, TokenisedDocument
+
+_TOKENISED_AT_ONCE = 64
+
+
+@dataclass
+class Rows:
+    """The rows of one split.
+
+    Attributes:
+        tokens: Each row's token ids, shape [T], uint32.
+        loss_starts: For each row the first token that counts in a loss; those before it are a prompt.
+        num_documents: How many documents were read for them; with one source, those of eval are among train's.
+        num_shared: How many documents and rows were left out because eval has them.
+        num_filled: How many documents were left out because their prompt alone fills a row.
+        shortest_filling: Tokens of the shortest of these prompts; 0 where there are none.
+    """
+
+    tokens: list[np.ndarray] = field(default_factory=list)
+    loss_starts: list[int] = field(default_factory=list)
+    num_documents: int = 0
+    num_shared: int = 0
+    num_filled: int = 0
+    shortest_filling: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(map(len, self.tokens))
+
+
+def build_rows(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
+    """Give the train rows and the eval rows of a recipe's data section.
+
+    Raises:
+        DataError: A source is missing or empty, has no such column, or gives no row.
+    """
+    if data.append_eos and tokenizer.eos_token_id is None:
+        warnings.warn(
+            "data.append_eos has no effect: the tokenizer has no EOS token, so nothing says where a document ends; "
+            "name its eos_token in the teacher's tokenizer_config.json, or set data.append_eos: false",
+            stacklevel=2,
+        )
+    train, held_out = _rows_of_one_source(data, tokenizer) if _is_one(data) else _rows_of_two(data, tokenizer)
+    _drop_shared_rows(train, held_out)
+    for split, rows in (("eval", held_out), ("train", train)):
+        if not rows.tokens:
+            raise DataError(f"data.{split} gives no row: {_why_no_row(split, rows, data)}")
+        if rows.num_filled:
+            warnings.warn(
+                f"data.{split}: {rows.num_filled} of {rows.num_documents} documents are left out, because their prompt "
+                f"alone fills a row of {data.sequence_length} tokens; raise data.sequence_length to keep them",
+                stacklevel=2,
+            )
+    return train, held_out
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Sha256 of what a tokenizer does: its whole pipeline where it is a fast one, else its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_one(data: DataConfig) -> bool:
+    return data.train.origin() == data.eval.origin()
+
+
+def _rows_of_one_source(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
+    """Cut one stream of documents in two; its counter of documents is train's, which reads to the end."""
+    train, held_out, known = Rows(), Rows(), _EvalDocuments()
+    documents = _tokenise(_count(load_documents(data.train), train), data, tokenizer)
+    rest: deque[int] = deque()
+    _take(_cut(known.remember(documents), data, held_out, rest), data.eval.max_rows, held_out)
+    held_out.num_documents = train.num_documents
+    if rest and known.ends_in_a_copy:
+        # The end of this document stands in eval already, with its first copy.
+        rest.clear()
+        train.num_shared += 1
+    _take(_cut(known.without(documents, train), data, train, rest), data.train.max_rows, train)
+    return train, held_out
+
+
+def _rows_of_two(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
+    train, held_out, known = Rows(), Rows(), _EvalDocuments()
+    eval_documents = _count(known.remember(load_documents(data.eval)), held_out)
+    _take(_cut(_tokenise(eval_documents, data, tokenizer), data, held_out), data.eval.max_rows, held_out)
+    train_documents = _count(known.without(load_documents(data.train), train), train)
+    _take(_cut(_tokenise(train_documents, data, tokenizer), data, train), data.train.max_rows, train)
+    return train, held_out
+
+
+class _Keyed(Protocol):
+    @property
+    def key(self) -> bytes | None: ...
+
+
+_Document = TypeVar("_Document", bound=_Keyed)
+
+
+class _EvalDocuments:
+    """The documents that eval has, by what their copies have too.
+
+    Attributes:
+        ends_in_a_copy: Whether the last one that was read had been read before.
+    """
+
+    def __init__(self) -> None:
+        self._keys: set[bytes] = set()
+        self.ends_in_a_copy = False
+
+    def remember(self, documents: Iterable[_Document]) -> Iterator[_Document]:
+        """Give the documents, and note each one that is asked for."""
+        for document in documents:
+            self.ends_in_a_copy = document.key in self._keys
+            if document.key is not None:
+                self._keys.add(document.key)
+            yield document
+
+    def without(self, documents: Iterable[_Document], rows: Rows) -> Iterator[_Document]:
+        """Give the documents that were not noted."""
+        for document in documents:
+            if document.key in self._keys:
+                rows.num_shared += 1
+            else:
+                yield document
+
+
+def _count(documents: Iterable[Document], rows: Rows) -> Iterator[Document]:
+    for document in documents:
+        rows.num_documents += 1
+        yield document
+
+
+def _tokenise(documents: Iterable[Document], data: DataConfig, tokenizer: Any) -> Iterator[TokenisedDocument]:
+    # How far this reads ahead shows in `num_documents`, and so in the names of selections: a version keeps to it.
+    at_once = _TOKENISED_AT_ONCE if data.packing else 1
+    return DocumentTokenizer(tokenizer, append_eos=data.append_eos).tokenise(documents, at_once=at_once)
+
+
+def _cut(
+    documents: Iterable[TokenisedDocument], data: DataConfig, rows: Rows, rest: deque[int] | None = None
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Give rows of tokens, each with the first token that counts; `rest` is what packing left of the rows before."""
+    if data.packing:
+        return _packed_rows(documents, data.sequence_length, deque() if rest is None else rest)
+    return _document_rows(documents, data.sequence_length, rows)
+
+
+def _packed_rows(
+    documents: Iterable[TokenisedDocument], length: int, rest: deque[int]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Cut one long stream of documents into rows of exactly one length; the last, shorter piece stays in `rest`."""
+    # What is left may be rows already, where the last document is long.
+    for ids in itertools.chain([[]], (document.ids for document in documents)):
+        rest.extend(ids)
+        while len(rest) >= length:
+            yield np.array([rest.popleft() for _ in range(length)], dtype=np.uint32), 0
+
+
+def _document_rows(documents: Iterable[TokenisedDocument], length: int, rows: Rows) -> Iterator[tuple[np.ndarray, int]]:
+    """Give each document a row of its own, cut at a length; one without a token to learn is left out."""
+    for document in documents:
+        ids, loss_start = document.ids[:length], document.num_prompt_tokens
+        if len(ids) > max(loss_start, 1):
+            yield np.array(ids, dtype=np.uint32), loss_start
+        elif loss_start >= length:
+            rows.num_filled += 1
+            rows.shortest_filling = min(rows.shortest_filling or loss_start, loss_start)
+
+
+def _take(stream: Iterator[tuple[np.ndarray, int]], max_rows: int | None, rows: Rows) -> None:
+    for tokens, loss_start in itertools.islice(stream, max_rows):
+        rows.tokens.append(tokens)
+        rows.loss_starts.append(loss_start)
+
+
+def _why_no_row(split: str, rows: Rows, data: DataConfig) -> str:
+    """Say what became of the documents of a split that has no row, and what to do."""
+    length, name = data.sequence_length, source_name(getattr(data, split))
+    if not rows.num_documents and not rows.num_shared:
+        return f"no row of {name} holds text; is text_column the right one?"
+    read = f"{rows.num_documents} document{'s'[: rows.num_documents != 1]} of {name} read"
+    if rows.num_shared:
+        read += f", {rows.num_shared} documents or rows left out because eval has them"
+    if rows.num_filled:
+        return (
+            f"{read}, {rows.num_filled} with a prompt that leaves no room for a token of text: the shortest has "
+            f"{rows.shortest_filling} tokens, data.sequence_length is {length}; raise it, or shorten the prompts"
+        )
+    if split == "train" and _is_one(data):
+        return f"{read}, and eval takes all that they give; use more text, or lower data.eval.max_rows"
+    if data.packing:
+        advice = "use more text, a shorter data.sequence_length, or packing: false"
+        return f"{read}, together fewer tokens than one row of {length}; {advice}"
+    return f"{read}, none with a token to learn; use other text"
+
+
+def _drop_shared_rows(train: Rows, held_out: Rows) -> None:
+    held_out_ids = {row_id(tokens) for tokens in held_out.tokens}
+    kept = [index for index, tokens in enumerate(train.tokens) if row_id(tokens) not in held_out_ids]
+    train.num_shared += len(train.tokens) - len(kept)
+    train.tokens = [train.tokens[index] for index in kept]
+    train.loss_starts = [train.loss_starts[index] for index in kept]

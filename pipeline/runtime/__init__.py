@@ -1,0 +1,1 @@
+"""What every part stands on: interruptions and endings, files that appear whole, units, memory."""

@@ -1,0 +1,228 @@
+"""One teacher forward to named tensors. No I/O.
+
+Block outputs come from hooks, not from `output_hidden_states`, whose last entry is behind the final norm. The output
+head runs in chunks of positions, so that the logits of a batch never exist at once.
+Shapes: B rows, T positions, N real positions of all rows, V vocabulary, K stored tokens, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from coldstill.cache.errors import NonFiniteError
+from coldstill.pipeline.models import ModelParts, rope_switches
+from coldstill.pipeline.models.forward import model_inputs, pad_rows, run_body, what_to_try
+from coldstill.pipeline.targets.columns import Tail
+from coldstill.pipeline.targets.tail_sampling import draw_tail
+from coldstill.pipeline.targets.teacher_logits import largest_logits, logsumexp_at
+from torch import Tensor
+
+NO_LABEL = -1
+# Of a chunk's logits: without gradients there is room for more rows, with which the head is faster.
+_CHUNK_BYTES = 64 << 20
+
+Draws = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """What to keep of a forward.
+
+    Attributes:
+        blocks: Decoder blocks whose outputs to keep.
+        ks: How many of the largest logits to keep, for each number that is asked: where logits tie, the largest
+            sixteen need not be among the largest sixty-four.
+        temperatures: Where to take the logsumexp over the whole vocabulary.
+        labels: Whether to keep the logit of the token that follows.
+        final_state: Whether to keep the post-norm last state.
+        tails: What to draw from the tail.
+    """
+
+    blocks: tuple[int, ...] = ()
+    ks: tuple[int, ...] = ()
+    temperatures: tuple[float, ...] = ()
+    labels: bool = False
+    final_state: bool = False
+    tails: tuple[Tail, ...] = ()
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the output head has to run at all."""
+        return bool(self.ks or self.temperatures or self.labels or self.tails)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What was kept, for the N real positions of the batch's rows, one row behind the other.
+
+    Attributes:
+        hidden_ND: Each asked block's output, in the teacher's dtype.
+        final_state_ND: The post-norm last state, in the teacher's dtype.
+        top_NK: By number K, the largest logits, float32 and descending, and their token ids, int64.
+        label_logit_N: The logit of the token that follows, float32; 0 at a row's last position, which has none.
+        logsumexp_N: By temperature T, the logsumexp of logits / T over the vocabulary, float32.
+        tail_NM: For each asked tail the draws' logits, ids and log-weights, as `draw_tail` gives them.
+    """
+
+    hidden_ND: dict[int, Tensor]
+    final_state_ND: Tensor | None
+    top_NK: dict[int, tuple[Tensor, Tensor]]
+    label_logit_N: Tensor | None
+    logsumexp_N: dict[float, Tensor]
+    tail_NM: dict[Tail, Draws] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Captured":
+        """Give the same on a device."""
+
+        def there(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device)
+
+        return Captured(
+            hidden_ND={block: values.to(device) for block, values in self.hidden_ND.items()},
+            final_state_ND=there(self.final_state_ND),
+            top_NK={k: (logits.to(device), ids.to(device)) for k, (logits, ids) in self.top_NK.items()},
+            label_logit_N=there(self.label_logit_N),
+            logsumexp_N={temperature: values.to(device) for temperature, values in self.logsumexp_N.items()},
+            tail_NM={
+                tail: (logits.to(device), ids.to(device), log_weights.to(device))
+                for tail, (logits, ids, log_weights) in self.tail_NM.items()
+            },
+        )
+
+
+@torch.inference_mode()
+def capture(
+    parts: ModelParts,
+    rows: Sequence[Tensor],
+    request: CaptureRequest,
+    *,
+    row_names: Sequence[str],
+    uniforms_N: Tensor | None = None,
+) -> Captured:
+    """Run the teacher over some rows of token ids, [T] each and of any lengths, and keep what is asked.
+
+    Args:
+        parts: The teacher.
+        rows: The rows.
+        request: What to keep.
+        row_names: How errors name each row.
+        uniforms_N: For draws from the tail, a number in [0, 1) for each of the N positions.
+
+    Raises:
+        NonFiniteError: A value is NaN or infinite; names row, block and position.
+    """
+    device = next(parts.model.parameters()).device
+    ids_BT, mask_BT = pad_rows(rows, device=device)
+    # Without padding no mask is passed: attention then takes its fastest path.
+    attention_mask = None if bool(mask_BT.all()) else mask_BT.long()
+    switches = rope_switches(parts.model.config)
+    outputs, state_BTD = run_body(
+        parts.body, parts.blocks, model_inputs(ids_BT, attention_mask), request.blocks, switches=switches
+    )
+    hidden_ND = {block: outputs[block][mask_BT] for block in request.blocks}
+    state_ND = state_BTD[mask_BT]
+    places = _Places(rows, row_names)
+    for block, values_ND in hidden_ND.items():
+        places.check_finite(values_ND, f"block {block}")
+    places.check_finite(state_ND, "final norm")
+    logits = _Logits(request, len(state_ND), device, uniforms_N)
+    if request.needs_logits:
+        labels_N = torch.cat([_next_tokens(row) for row in rows]).to(device)
+        for chunk in parts.output_head.chunks(len(state_ND), num_bytes=_CHUNK_BYTES):
+            logits_CV = parts.output_head(state_ND[chunk])
+            logits.take(chunk, logits_CV, labels_N[chunk])
+        logits.check_finite(places)
+    return logits.finish(hidden_ND, state_ND if request.final_state else None)
+
+
+class _Logits:
+    """Gathers what is asked of the logits, chunk by chunk."""
+
+    def __init__(
+        self, request: CaptureRequest, num_positions: int, device: torch.device, uniforms_N: Tensor | None
+    ) -> None:
+        self._request = request
+        self._uniforms_N = None if uniforms_N is None else uniforms_N.to(device)
+        self._draws: dict[Tail, list[Draws]] = {tail: [] for tail in request.tails}
+        self._top_NK = {
+            k: (
+                torch.empty(num_positions, k, device=device),
+                torch.empty(num_positions, k, dtype=torch.int64, device=device),
+            )
+            for k in request.ks
+        }
+        self._label_logit_N = torch.empty(num_positions, device=device) if request.labels else None
+        self._logsumexp_N = {
+            temperature: torch.empty(num_positions, device=device) for temperature in request.temperatures
+        }
+
+    def take(self, chunk: slice, logits_CV: Tensor, labels_C: Tensor) -> None:
+        for k, (top_logits_NK, top_ids_NK) in self._top_NK.items():
+            top_logits_NK[chunk], top_ids_NK[chunk] = largest_logits(logits_CV, k)
+        if self._label_logit_N is not None:
+            of_label_C = logits_CV.gather(-1, labels_C.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            self._label_logit_N[chunk] = of_label_C.where(labels_C != NO_LABEL, 0.0)
+        for temperature, values_C in logsumexp_at(logits_CV, self._request.temperatures).items():
+            self._logsumexp_N[temperature][chunk] = values_C
+        for tail, draws in self._draws.items():
+            assert self._uniforms_N is not None
+            _, top_ids_CK = largest_logits(logits_CV, tail.k)
+            drawn = draw_tail(
+                logits_CV,
+                top_ids_CK,
+                temperatures=tail.temperatures,
+                num_draws=tail.num_draws,
+                uniforms_C=self._uniforms_N[chunk],
+            )
+            draws.append(drawn)
+
+    def check_finite(self, places: "_Places") -> None:
+        named = {"label logit": self._label_logit_N}
+        named |= {f"top {k} logits": top_logits_NK for k, (top_logits_NK, _) in self._top_NK.items()}
+        named |= {f"logsumexp at T={temperature:g}": values for temperature, values in self._logsumexp_N.items()}
+        for name, values in named.items():
+            if values is not None:
+                places.check_finite(values, name)
+
+    def finish(self, hidden_ND: dict[int, Tensor], final_state_ND: Tensor | None) -> Captured:
+        return Captured(
+            hidden_ND=hidden_ND,
+            final_state_ND=final_state_ND,
+            top_NK=self._top_NK,
+            label_logit_N=self._label_logit_N,
+            logsumexp_N=self._logsumexp_N,
+            tail_NM={tail: join_parts(draws) for tail, draws in self._draws.items()},
+        )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Says which row and position of a batch an index of its N real positions is."""
+
+    rows: Sequence[Tensor]
+    names: Sequence[str]
+
+    def check_finite(self, values: Tensor, what: str) -> None:
+        # One pass that keeps nothing; a sum that overflows is looked at again.
+        if bool(torch.isfinite(values.sum(dtype=torch.float32))):
+            return
+        finite = torch.isfinite(values)
+        if bool(finite.all()):
+            return
+        index = int((~finite).reshape(len(values), -1).any(dim=1).nonzero()[0])
+        for row, name in zip(self.rows, self.names, strict=True):
+            if index < len(row):
+                raise NonFiniteError(
+                    f"teacher gave a non-finite value: {name}, {what}, position {index}; {what_to_try(values.dtype)}"
+                )
+            index -= len(row)
+
+
+def join_parts(batches: Sequence[tuple[Tensor, ...]]) -> Any:
+    """Lay what several batches kept behind one another, part by part."""
+    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+
+
+def _next_tokens(row: Tensor) -> Tensor:
+    return torch.cat([row[1:].long(), torch.tensor([NO_LABEL])])

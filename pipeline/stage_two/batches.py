@@ -1,0 +1,180 @@
+"""Stored rows to training batches, in an order that is a function of seed and epoch alone; and ordinary batches.
+
+Knows the reader and tensors; knows no model. Targets leave here as they are stored: the distiller decodes them on the
+device that it runs on.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from coldstill.cache.columns import Axis
+from coldstill.cache.errors import DataError
+from coldstill.cache.reader import Reader, RowArrays
+from coldstill.cache.selections import Selection
+from coldstill.cache.store import open_store
+from coldstill.cache.tokens import TOKENS
+from coldstill.pipeline.models.labels import IGNORED, labels_of
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+# What a batch may hold, of whichever dataset and collator.
+BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "logits", "hidden")
+
+
+@dataclass(frozen=True)
+class BatchColumns:
+    """Which columns a batch carries, by what the distiller calls them.
+
+    Attributes:
+        logits: By role, the columns that the logits target reads.
+        hidden: By teacher block, the column of its output.
+    """
+
+    logits: dict[str, str]
+    hidden: dict[int, str]
+
+    def names(self) -> list[str]:
+        """Name every column to read."""
+        return [TOKENS, *self.logits.values(), *self.hidden.values()]
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """One row as the store gives it, with the first token that counts in a loss."""
+
+    arrays: RowArrays
+    loss_start: int
+
+
+class StoredRows(Dataset[StoredRow]):
+    """The rows of a selection as a torch dataset.
+
+    The store is opened in the process that reads, at its first row: a handle that crossed a fork could deadlock.
+
+    Args:
+        path: The store's folder or URL.
+        selection: Which rows, in which order.
+        columns: What to read of each row.
+        local_copy: A folder that keeps copies of what is read; None to read the store in place.
+    """
+
+    def __init__(
+        self, path: str, selection: Selection, columns: BatchColumns, *, local_copy: str | None = None
+    ) -> None:
+        self._path = path
+        self._columns = columns
+        self._selection = selection
+        self._local_copy = local_copy
+        self._reader: Reader | None = None
+
+    def __len__(self) -> int:
+        return len(self._selection)
+
+    def __getitem__(self, index: int) -> StoredRow:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[StoredRow]:
+        """Give the rows of a batch, fetched together; a DataLoader asks for them this way."""
+        if self._reader is None:
+            names = self._columns.names()
+            self._reader = Reader(open_store(self._path), self._selection, names, local_copy=self._local_copy)
+        loss_starts = self._selection.loss_starts
+        rows = self._reader.rows(indices)
+        return [StoredRow(row, int(loss_starts[index])) for row, index in zip(rows, indices, strict=True)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
+
+class BatchCollator:
+    """Lay stored rows side by side, padded with zeros on the right to the longest.
+
+    Args:
+        columns: Which columns the rows carry.
+        axes: For each column the axis of each of its arrays.
+    """
+
+    def __init__(self, columns: BatchColumns, axes: dict[str, dict[str, Axis]]) -> None:
+        self.columns = columns
+        self._axes = axes
+
+    def __call__(self, rows: Sequence[StoredRow]) -> dict[str, Any]:
+        """Give the distiller's arguments."""
+        lengths = np.array([len(row.arrays[TOKENS]["ids"]) for row in rows])
+        batch: dict[str, Any] = {
+            "input_ids": self._stack(rows, TOKENS, "ids").long(),
+            "labels": _labels(rows, int(lengths.max())),
+        }
+        if (lengths < lengths.max()).any():
+            batch["attention_mask"] = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]).long()
+        if self.columns.logits:
+            batch["logits"] = {role: self._column(rows, name) for role, name in self.columns.logits.items()}
+        if self.columns.hidden:
+            batch["hidden"] = {str(block): self._column(rows, name) for block, name in self.columns.hidden.items()}
+        return batch
+
+    def _column(self, rows: Sequence[StoredRow], column: str) -> dict[str, Tensor]:
+        return {array: self._stack(rows, column, array) for array in self._axes[column]}
+
+    def _stack(self, rows: Sequence[StoredRow], column: str, array: str) -> Tensor:
+        values = [row.arrays[column][array] for row in rows]
+        if self._axes[column][array] != "token":
+            return torch.from_numpy(np.stack(values))
+        longest = max(map(len, values))
+        stacked = np.zeros((len(values), longest, *values[0].shape[1:]), values[0].dtype)
+        for index, value in enumerate(values):
+            stacked[index, : len(value)] = value
+        return torch.from_numpy(stacked)
+
+
+def complete_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Give an ordinary batch with its labels, the token ids themselves where it has none.
+
+    Raises:
+        DataError: It has no token ids, labels of another shape, or what would be left out without a word.
+    """
+    unknown = [name for name in batch if name not in BATCH_KEYS]
+    if unknown or "input_ids" not in batch:
+        raise DataError(
+            f"a batch holds {', '.join(batch) or 'nothing'}; training takes input_ids, and labels, attention_mask and "
+            "position_ids with them: leave the rest out of the dataset, or out of what its collator gives"
+        )
+    return {**batch, "labels": labels_of(batch)}
+
+
+class EpochOrder(Sampler[int]):
+    """A new order of the rows each epoch, a function of (seed, epoch) alone: a resumed run meets the same rows.
+
+    Args:
+        num_rows: How many rows there are.
+        seed: Of the order.
+    """
+
+    def __init__(self, num_rows: int, *, seed: int) -> None:
+        self._num_rows = num_rows
+        self._seed = seed
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng([self._seed, self._epoch]).permutation(self._num_rows)
+        return iter(order.tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; the Trainer calls this before each."""
+        self._epoch = epoch
+
+
+def _labels(rows: Sequence[StoredRow], longest: int) -> Tensor:
+    """Give the ids themselves; `IGNORED` at the first one, which nothing predicts, in a prompt and behind a row."""
+    labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
+    for index, row in enumerate(rows):
+        ids = row.arrays[TOKENS]["ids"]
+        first = max(row.loss_start, 1)
+        labels[index, first : len(ids)] = ids[first:]
+    return torch.from_numpy(labels)
