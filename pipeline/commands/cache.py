@@ -103,7 +103,7 @@ def verify_root(
         checked = None
         if live is not None and audit.is_clean:
             quieten_libraries()
-            checked = call("live_check", root, store=store, num_rows=live, teacher_path=teacher)
+            checked = call("stage_one.live_check", root, store=store, num_rows=live, teacher_path=teacher)
         if as_json:
             answer = {**dataclasses.asdict(audit), "is_clean": audit.is_clean}
             found = checked and {**dataclasses.asdict(checked), "is_within": checked.is_within}

@@ -363,7 +363,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(
 
 
 def test_the_installed_command_finds_its_recipes_from_any_folder(tmp_path: Path):
-    script = "import pathlib; from coldstill.pipeline.demo import demo_recipe; print(demo_recipe(pathlib.Path('here')).output)"
+    asks = "print(demo_recipe(pathlib.Path('here')).output)"
+    script = f"import pathlib; from coldstill.pipeline.demo import demo_recipe; {asks}"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
