@@ -206,8 +206,8 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Use]:
             monkeypatch.setenv(name, value)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    monkeypatch.setattr(remote_objects, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(remote_objects, "_LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(remote_objects, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(remote_objects, "LONGEST_PAUSE_S", 0.05)
     yield chosen
     forget_clients()
 
@@ -317,7 +317,7 @@ from coldstill.cache import remote_objects
 torch.set_num_threads(1)
 coldstill.cache.rows.SHARD_TOKENS = shard_tokens
 s3fs.S3FileSystem.retries = 1
-remote_objects._FIRST_PAUSE_S, remote_objects._LONGEST_PAUSE_S = 0.01, 0.05
+remote_objects.FIRST_PAUSE_S, remote_objects.LONGEST_PAUSE_S = 0.01, 0.05
 write = remote_objects.RemoteObjects.write
 num_writes = 0
 def write_or_die(self, name, data):

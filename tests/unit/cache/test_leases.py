@@ -35,7 +35,7 @@ from coldstill.cache import leases
 from coldstill.cache.errors import InUseError
 from coldstill.cache.objects import open_objects
 root, token, beat_s, *shards = sys.argv[1:]
-leases._BEAT_S = float(beat_s)
+leases.BEAT_S = float(beat_s)
 if token:
     leases.process_token = lambda: token
 with leases.hold(open_objects(root), shards) as lease:
@@ -64,9 +64,9 @@ def local(tmp_path: Path) -> Objects:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "_BEAT_S", 0.05)
-    monkeypatch.setattr(leases, "_SILENCE_S", 0.3)
-    monkeypatch.setattr(leases, "_POLL_S", 0.02)
+    monkeypatch.setattr(leases, "BEAT_S", 0.05)
+    monkeypatch.setattr(leases, "SILENCE_S", 0.3)
+    monkeypatch.setattr(leases, "POLL_S", 0.02)
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_a_living_process_keeps_its_shards(local: Objects, start_writer: StartWr
 def test_a_killed_process_gives_its_shards_up_at_once(
     local: Objects, start_writer: StartWriter, monkeypatch: pytest.MonkeyPatch, is_waited_for: bool
 ):
-    monkeypatch.setattr(leases, "_SILENCE_S", 60.0)
+    monkeypatch.setattr(leases, "SILENCE_S", 60.0)
     child = start_writer("a")
     child.kill()
     if is_waited_for:
@@ -271,7 +271,7 @@ def test_a_writer_on_another_machine_that_shows_life_keeps_its_shards(local: Obj
 def test_a_writer_that_shows_life_seldom_but_often_enough_keeps_its_shards(
     local: Objects, start_writer: StartWriter, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(leases, "_SILENCE_S", 1.2)
+    monkeypatch.setattr(leases, "SILENCE_S", 1.2)
     child = start_writer("a", token=ELSEWHERE, beat_s=0.4)
     with pytest.raises(InUseError):
         hold(local, ["a"]).__enter__()
@@ -351,7 +351,7 @@ from coldstill.cache import leases
 from coldstill.cache.errors import InUseError
 from coldstill.cache.objects import open_objects
 root, marks, number = sys.argv[1:]
-leases._POLL_S = 0.01
+leases.POLL_S = 0.01
 chance = random.Random(int(number))
 held = refused = met = 0
 Path(marks, f"ready{number}").touch()
@@ -401,7 +401,7 @@ def test_processes_that_race_never_hold_the_same_shard_at_once(local: Objects, t
 
 
 def test_threads_that_race_over_a_url_never_hold_the_same_shard_at_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(leases, "_POLL_S", 0.005)
+    monkeypatch.setattr(leases, "POLL_S", 0.005)
     root = f"memory://{uuid4().hex}/store"
     holders: Counter[str] = Counter()
     guard = threading.Lock()

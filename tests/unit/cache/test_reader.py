@@ -44,7 +44,7 @@ class CountingObjects(LocalObjects):
 def _object_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let objects be read at once, or by their index and chunks."""
     if request.param == "large objects":
-        monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
+        monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
 
 
 def select(store: Store, rows: list[np.ndarray]) -> Selection:
@@ -181,7 +181,7 @@ def test_a_missing_object_is_corrupt_by_column_array_and_shard(
 
 
 def test_an_object_that_is_removed_while_it_is_read_is_corrupt(store: Store, make_rows, lay, monkeypatch):
-    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
     selection = lay(store, make_rows(LENGTHS))
     reader = Reader(store, selection, ["tokens"])
     reader.row(7)
@@ -225,7 +225,7 @@ def test_a_batch_is_fetched_in_one_request_for_the_indices_and_one_for_the_chunk
     Reader(Store(objects, store.teacher), selection, ["tokens", every_axis.name]).rows(everything)
     num_arrays = len(selection.shard_names) * (1 + len(every_axis.arrays))
     assert (objects.num_requests, objects.num_ranges) == (1, num_arrays), "small objects come with their index"
-    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
     objects = CountingObjects(store.path)
     reader = Reader(Store(objects, store.teacher), selection, ["tokens", every_axis.name])
     reader.rows(everything)
@@ -237,7 +237,7 @@ def test_a_batch_is_fetched_in_one_request_for_the_indices_and_one_for_the_chunk
 
 def test_of_a_large_object_only_the_index_and_the_chunks_of_the_row_are_read(store: Store, monkeypatch, fill):
     column = Column("hidden/1", {"values": ArraySpec("float32", (16,))})
-    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
     size = {"num_tokens": 1000, "num_rows": 10}
     record = write_column(store, Manifest(store), "s0", column, fill(column, **size), **size)
     ten = np.arange(10, dtype="int32")
@@ -291,11 +291,11 @@ def test_a_reader_knows_the_records_of_its_columns_alone(
 
 
 @pytest.mark.parametrize(
-    ("limit", "value"), [("_CHUNK_CACHE_BYTES", 130), ("_CHUNK_CACHE_BYTES", 0), ("_OPEN_COLUMNS", 1)]
+    ("limit", "value"), [("CHUNK_CACHE_BYTES", 130), ("CHUNK_CACHE_BYTES", 0), ("OPEN_COLUMNS", 1)]
 )
 def test_a_reader_that_forgets_still_reads_right(store: Store, make_rows, lay, monkeypatch, limit: str, value: int):
     monkeypatch.setattr(f"coldstill.cache.reader.{limit}", value)
-    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
     rows = make_rows(LENGTHS)
     lay(store, rows)
     objects = CountingObjects(store.path)
@@ -306,7 +306,7 @@ def test_a_reader_that_forgets_still_reads_right(store: Store, make_rows, lay, m
     assert objects.num_ranges > once, "nothing was forgotten, so the memory is not bounded"
     remembered = [chunk.nbytes for chunk in reader._chunks.values()]
     assert reader._chunk_bytes == sum(remembered)
-    if limit == "_CHUNK_CACHE_BYTES":
+    if limit == "CHUNK_CACHE_BYTES":
         assert len(remembered) == 1 or sum(remembered) <= value
     else:
         assert len(reader._open) == 1
@@ -371,10 +371,10 @@ def test_constants_that_were_never_committed_are_refused(store: Store):
 
 
 def test_what_a_large_batch_leaves_in_memory_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch, make_rows, lay):
-    monkeypatch.setattr("coldstill.cache.reader._CHUNK_CACHE_BYTES", 1 << 16)
-    monkeypatch.setattr("coldstill.cache.reader._BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr("coldstill.cache.reader.CHUNK_CACHE_BYTES", 1 << 16)
+    monkeypatch.setattr("coldstill.cache.reader.BLOCK_BYTES", 1 << 14)
     monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 1 << 15)
-    monkeypatch.setattr("coldstill.cache.columns._CHUNK_TARGET_BYTES", 1 << 12)
+    monkeypatch.setattr("coldstill.cache.columns.CHUNK_TARGET_BYTES", 1 << 12)
     selection = lay(store, make_rows([512] * 60))
     column = Column("hidden/1/float32", {"values": ArraySpec("float32", (8,))})
     values = {"values": np.zeros((512 * 60, 8), np.float32)}

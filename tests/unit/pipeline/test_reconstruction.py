@@ -58,7 +58,7 @@ def test_every_block_of_a_reconstructed_student_comes_nearer_to_the_teachers_str
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_neurons_that_others_repeat_go_without_a_trace(build_model, architecture, monkeypatch):
-    monkeypatch.setattr(reconstruction, "_RIDGE", 1e-7)
+    monkeypatch.setattr(reconstruction, "RIDGE", 1e-7)
     model = build_model(architecture, head_dim=8)
     with torch.no_grad():
         for layer in take_apart(model).blocks:
@@ -107,7 +107,7 @@ def test_padding_does_not_count(build_model, monkeypatch):
     rows = [row[: 12 + 3 * place] for place, row in enumerate(ROWS[:8])]
     made = []
     for size in (8, 1):
-        monkeypatch.setattr("coldstill.pipeline.models.forward._BATCH", size)
+        monkeypatch.setattr("coldstill.pipeline.models.forward.BATCH_ROWS", size)
         student = take_apart(cut_blocks(original, [0, 2]))
         reconstruct(student, original, rows, kept_blocks=[0, 2], channels_K=ALL)
         made.append(weights(student.model))
