@@ -64,8 +64,8 @@ class Reader:
         self._store = store
         self._local_copy = local_copy
         self._source = ArraySource(store, local_copy=local_copy)
-        self._manifest = Manifest(store, columns=self.columns)
-        require_complete(self._manifest, selection, columns, store=store.path)
+        self.manifest = Manifest(store, columns=self.columns)
+        require_complete(self.manifest, selection, columns, store=store.path)
         self._open: OrderedDict[tuple[str, str], list[OpenArray]] = OrderedDict()
         self._chunks: OrderedDict[_ChunkKey, _Chunk] = OrderedDict()
         self._chunk_bytes = 0
@@ -123,7 +123,7 @@ class Reader:
                 self._open.move_to_end(key)
                 opened[key] = self._open[key]
             else:
-                opened[key] = fresh[key] = self._arrays(self._manifest.record(*key))
+                opened[key] = fresh[key] = self._arrays(self.manifest.record(*key))
         if fresh:
             read_index(self._source, [array for arrays in fresh.values() for array in arrays])
             self._open |= fresh

@@ -12,15 +12,14 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
 from coldstill.cache.processes import process_token
+from coldstill.pipeline.runtime import program
 from coldstill.pipeline.runtime.endings import USER_ERROR
 
-# Without the working folder on the path, where a file of the user's could bear the name of a library.
-PROGRAM = ("-P", "-m", "coldstill.cli")
 _ERROR_PREFIX = "coldstill: "
 _KEPT_LINES = 200
 _READ_BYTES = 1 << 16
@@ -44,19 +43,18 @@ class Outcome:
     last_lines: list[str]
 
 
-def run_command(*arguments: str, on_start: Callable[[str], None], program: Sequence[str] = PROGRAM) -> Outcome:
+def run_command(*arguments: str, on_start: Callable[[str], None]) -> Outcome:
     """Run a command to its end; where this process is interrupted meanwhile, it is ended too, as a person would.
 
     Args:
         arguments: Of `coldstill`; `--json` is added.
         on_start: Called with the process's token; see `coldstill.cache.processes`.
-        program: What Python runs.
     """
     # Bars are as wide as the terminal that they are passed on to.
     environment = {**os.environ, "COLUMNS": str(shutil.get_terminal_size().columns)}
     with tempfile.TemporaryFile() as printed:
         child = subprocess.Popen(  # noqa: S603 - this program itself
-            [sys.executable, *program, *arguments, "--json"],
+            [sys.executable, *program.PROGRAM, *arguments, "--json"],
             stdout=printed,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,

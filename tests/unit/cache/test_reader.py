@@ -182,12 +182,12 @@ def test_a_missing_object_is_corrupt_by_column_array_and_shard(
 
 def test_an_object_that_is_removed_while_it_is_read_is_corrupt(store: Store, make_rows, lay, monkeypatch):
     monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.reader.CHUNK_CACHE_BYTES", 0)
     selection = lay(store, make_rows(LENGTHS))
     reader = Reader(store, selection, ["tokens"])
     reader.row(7)
-    (chunks,) = {key[0] for key in reader._chunks}
-    reader._chunks.clear()
-    store.objects.remove(chunks)
+    reader.row(0)  # so that nothing is remembered of row 7 but where its chunks are
+    store.objects.remove(f"arrays.zarr/shards/{shard_of(selection, 7)}/tokens/ids/c.0")
     with pytest.raises(CorruptError, match="column tokens, array ids, shard .* its object is missing"):
         reader.row(7)
 
@@ -287,7 +287,7 @@ def test_a_reader_knows_the_records_of_its_columns_alone(
 ):
     selection = lay(store, make_rows(LENGTHS))
     write_shards(store, Manifest(store), selection.shard_names, every_axis)
-    assert Reader(store, selection, [every_axis.name])._manifest.columns() == [every_axis.name]
+    assert Reader(store, selection, [every_axis.name]).manifest.columns() == [every_axis.name]
 
 
 @pytest.mark.parametrize(
@@ -304,14 +304,54 @@ def test_a_reader_that_forgets_still_reads_right(store: Store, make_rows, lay, m
     once = objects.num_ranges
     assert_rows(reader, rows)
     assert objects.num_ranges > once, "nothing was forgotten, so the memory is not bounded"
-    remembered = [chunk.nbytes for chunk in reader._chunks.values()]
-    assert reader._chunk_bytes == sum(remembered)
-    if limit == "CHUNK_CACHE_BYTES":
-        assert len(remembered) == 1 or sum(remembered) <= value
-    else:
-        assert len(reader._open) == 1
     for row, read in zip(rows, reader.rows(range(len(rows))), strict=True):
         np.testing.assert_array_equal(read["tokens"]["ids"], row)
+
+
+@pytest.mark.parametrize(("limit", "num_remembered"), [(0, 1), (64, 1), (130, 2), (64 * 4, 4)])
+def test_of_chunks_as_many_are_remembered_as_the_memory_holds_the_last_ones_and_never_none(
+    store: Store, fill, monkeypatch, limit: int, num_remembered: int
+):
+    """Sixteen rows, each of them a chunk of 64 bytes."""
+    monkeypatch.setattr("coldstill.cache.reader.CHUNK_CACHE_BYTES", limit)
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
+    column = Column("hidden/1", {"values": ArraySpec("float32")})
+    write_column(
+        store, Manifest(store), "s0", column, fill(column, num_tokens=256, num_rows=16), num_tokens=256, num_rows=16
+    )
+    each = np.arange(16, dtype="int32")
+    selection = Selection("x", ["s0"], each * 0, each, each * 16, each * 0 + 16, each * 0, {})
+    objects = CountingObjects(store.path)
+    reader = Reader(Store(objects, store.teacher), selection, ["hidden/1"])
+    for index in range(16):
+        reader.row(index)
+    read = []
+    for index in reversed(range(16)):
+        before = objects.num_ranges
+        reader.row(index)
+        read.append(objects.num_ranges - before)
+        if read[-1]:
+            break
+    assert read == [0] * num_remembered + [1]
+
+
+def test_of_indices_as_many_are_remembered_as_are_allowed(store: Store, make_rows, lay, monkeypatch):
+    """A shard for each row: whoever comes back to the first has forgotten it where two are allowed."""
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
+    rows = make_rows([9, 9, 9])
+    selection = lay(store, rows)
+    assert len(selection.shard_names) == 3
+    found = []
+    for allowed in (2, 3):
+        monkeypatch.setattr("coldstill.cache.reader.OPEN_COLUMNS", allowed)
+        objects = CountingObjects(store.path)
+        reader = Reader(Store(objects, store.teacher), selection, ["tokens"])
+        for index in (0, 1, 2):
+            reader.row(index)
+        before = objects.num_ranges
+        reader.row(0)
+        found.append(objects.num_ranges - before)
+    assert found == [1, 0], "an index was read again, the chunk was not"
 
 
 def test_a_chunk_that_is_remembered_is_not_read_again(store: Store, make_rows, lay):

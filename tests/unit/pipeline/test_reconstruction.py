@@ -14,6 +14,7 @@ from coldstill.pipeline.students.making import make_student
 from coldstill.pipeline.students.pruning_report import JudgedRows
 from coldstill.pipeline.students.reconstruction import reconstruct, why_no_reconstruction
 from coldstill.pipeline.students.width import channel_importances, most_important, narrow_mlps, narrow_stream
+from hooks import has_hooks
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
 ROWS = [torch.randint(1, 384, (40,), generator=torch.Generator().manual_seed(row)) for row in range(24)]
@@ -98,8 +99,7 @@ def test_only_what_writes_to_the_stream_changes_and_the_teacher_does_not(build_m
     expected = {f"model.layers.{block}.{name}.weight" for block in (0, 1) for name in reconstruction.WRITERS}
     assert changed == expected
     assert all(torch.equal(value, teacher[name]) for name, value in model.state_dict().items())
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in student.model.modules())
+    assert not has_hooks(model, student.model)
 
 
 def test_padding_does_not_count(build_model, monkeypatch):

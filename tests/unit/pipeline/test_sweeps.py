@@ -506,11 +506,14 @@ def test_what_stage_one_refuses_for_all_ends_the_sweep_and_fails_none(
         ("exit(3)", "exit code 3", 0),
     ],
 )
-def test_the_end_of_a_process_is_one_line(tmp_path: Path, program: str, error: str, is_refusal: int):
+def test_the_end_of_a_process_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, error: str, is_refusal: int
+):
     file = tmp_path / "program.py"
     file.write_text(f"import os, sys; e = sys.stderr\n{program}\n")
     tokens: list[str] = []
-    outcome = run_command("train", on_start=tokens.append, program=[str(file)])
+    monkeypatch.setattr("coldstill.pipeline.runtime.program.PROGRAM", (str(file),))
+    outcome = run_command("train", on_start=tokens.append)
     assert (outcome.summary, outcome.error, outcome.is_refusal) == (None, error, bool(is_refusal))
     assert is_dead(tokens[0])
 
