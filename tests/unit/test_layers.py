@@ -92,6 +92,20 @@ def test_no_stage_imports_another(imported):
         assert not imported[stage] & (STAGES - {stage})
 
 
+@pytest.mark.parametrize(
+    "command", ["ablate", "advise", "demo", "evaluate", "plan", "precompute", "prune", "report", "train"]
+)
+def test_each_command_has_a_file_that_leads_into_its_stage(imported, command):
+    assert f"pipeline.commands.{command}" in imported["cli"]
+    assert f"pipeline.{command}" in imported[f"pipeline.commands.{command}"]
+
+
+def test_no_command_imports_its_stage_by_a_string():
+    for name, file in modules().items():
+        if name.startswith("pipeline.commands."):
+            assert "importlib" not in imports(file), name
+
+
 def test_the_store_knows_neither_torch_nor_transformers():
     for name, file in modules().items():
         if name.startswith("cache."):
