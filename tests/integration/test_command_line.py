@@ -16,8 +16,6 @@ from coldstill.cli import app
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
-ROOT = Path(__file__).parents[2]
-
 
 def files_below(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
