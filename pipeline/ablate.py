@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from coldstill.cache.errors import ColdstillError, RecipeError, StoreError
+from coldstill.cache.errors import ColdstillError, StoreError
 from coldstill.cache.identity import digest_of
 from coldstill.pipeline.judging.results import EVALUATION, read_evaluation, read_results
 from coldstill.pipeline.models.machine import check_device, machine_notes
@@ -20,6 +20,7 @@ from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, RECIPE_FILE
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.file import dump_recipe, load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.interruptions import what_stays
 from coldstill.pipeline.runtime.units import format_duration
 from coldstill.pipeline.runtime.whole import write_whole

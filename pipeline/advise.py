@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coldstill.cache.errors import ModelError, RecipeError, StoreNotFoundError
+from coldstill.cache.errors import StoreNotFoundError
 from coldstill.pipeline.judging.results import Retention, describe_results, read_evaluation, retention_of, what_is_worse
 from coldstill.pipeline.judging.suggestions import MODEST, Advice, Measured, Settings, advise_next, as_override
 from coldstill.pipeline.models import load_config, resolve_folder, text_config
 from coldstill.pipeline.recipe.presets import Cut, cut_of, preset_values
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.stage_two.run_folder import check_run, claimed_run, read_metrics, what_is_untrained
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.pruning_record import describe_cut, read_pruning, was_cut

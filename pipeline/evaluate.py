@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from coldstill.cache.errors import NonFiniteError
 from coldstill.cache.index import kept_entry, write_entry
 from coldstill.cache.reader import Reader
 from coldstill.cache.tokens import TOKENS
@@ -28,6 +27,7 @@ from coldstill.pipeline.outputs.places import check_writable
 from coldstill.pipeline.outputs.retention import Estimate
 from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained_student
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import NonFiniteError
 from coldstill.pipeline.runtime.interruptions import what_stays
 from coldstill.pipeline.stage_two.model_card import update_card
 from coldstill.pipeline.stage_two.run_folder import check_run, claimed_run, what_is_untrained

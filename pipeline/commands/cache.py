@@ -5,7 +5,7 @@ import dataclasses
 from typing import Annotated
 
 import typer
-from coldstill.cache.errors import ColdstillError, RecipeError, StoreError
+from coldstill.cache.errors import ColdstillError, StoreError
 from coldstill.pipeline.commands.cache_tables import (
     column_table,
     live_lines,
@@ -29,6 +29,7 @@ from coldstill.pipeline.commands.shared import (
     quieten_libraries,
 )
 from coldstill.pipeline.runtime.endings import DAMAGED, one_line_errors
+from coldstill.pipeline.runtime.errors import RecipeError
 
 cache_app = typer.Typer(name="cache", no_args_is_help=True, help="List, check, repair and remove stores.")
 
@@ -102,7 +103,7 @@ def verify_root(
 ) -> None:
     """Read every byte of a root and hold it against its checksum; exit code 1 where anything is wrong."""
     with one_line_errors():
-        from coldstill.cache.root_audit import verify
+        from coldstill.pipeline.verify import verify
 
         if live is None and (store or teacher):
             raise RecipeError("--store and --teacher belong to --live N; without it all stores are read, by no teacher")

@@ -3,7 +3,6 @@
 from typing import Annotated
 
 import typer
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.commands.plan_tables import print_plan
 from coldstill.pipeline.commands.shared import (
     JsonOption,
@@ -14,6 +13,7 @@ from coldstill.pipeline.commands.shared import (
     print_json,
 )
 from coldstill.pipeline.runtime.endings import one_line_errors
+from coldstill.pipeline.runtime.errors import RecipeError
 
 
 def plan(

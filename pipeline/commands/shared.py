@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.runtime.errors import RecipeError
 from rich.console import Console
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.models import find_structure
+from coldstill.pipeline.runtime.errors import RecipeError
 from transformers import PreTrainedModel
 
 KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")

@@ -13,11 +13,11 @@ import pyarrow as pa
 import torch
 from coldstill.cache.arrays import read_column
 from coldstill.cache.columns import Column
-from coldstill.cache.errors import RecipeError
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import Store
 from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.models import ModelParts
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_one.capture import Captured, CaptureRequest, capture, join_parts
 from coldstill.pipeline.stage_one.write_behind import WriteBehind
 from coldstill.pipeline.targets.column_specs import describe_column

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.models import compiled_blocks
 from coldstill.pipeline.models.compiled_blocks import Compilation
 from coldstill.pipeline.models.machine import training_problem
 from coldstill.pipeline.models.selective_checkpointing import SELECTIVE
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_two.run_folder import checkpoints_folder
 from coldstill.pipeline.students.adapters import check_adapters
 from torch import nn

@@ -4,7 +4,6 @@ import contextlib
 from pathlib import Path
 
 import torch
-from coldstill.cache.errors import ModelError, RecipeError
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import require_complete
 from coldstill.pipeline.losses.divergences import Divergence
@@ -24,6 +23,7 @@ from coldstill.pipeline.models.projectors import create_projectors
 from coldstill.pipeline.outputs.run_index import RunRows
 from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.stage_two.arguments import arguments_here, check_row_count, check_train_section
 from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, StoredRows
 from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from coldstill.cache.errors import CorruptError, ModelError, NonFiniteError, RecipeError, StoreNotFoundError
+from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.pipeline.models import first_non_finite, load_model
+from coldstill.pipeline.runtime.errors import ModelError, NonFiniteError, RecipeError
 from coldstill.pipeline.runtime.whole import disk_errors
 from coldstill.pipeline.stage_two.assembly import LayerMap, Projectors, assemble
 from coldstill.pipeline.stage_two.batches import EpochOrder, StoredRows, complete_batch

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from coldstill.cache.errors import ModelError
 from coldstill.pipeline.models import ModelParts, text_config
 from coldstill.pipeline.models.forward import block_input
+from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.students.layer_patterns import period_keys
 from coldstill.pipeline.students.model_copies import load_state
 from torch import Tensor, nn

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_two.run_folder import claimed_run
 from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from coldstill.pipeline.train import train

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from coldstill.cache.errors import ColdstillError, CorruptError, NonFiniteError, RecipeError
+from coldstill.cache.errors import ColdstillError, CorruptError
 from coldstill.pipeline.evaluate import evaluate
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import NonFiniteError, RecipeError
 from coldstill.pipeline.train import train
 from safetensors.torch import load_file, save_file
 from training import train_and_die, without_times

@@ -113,6 +113,14 @@ def test_the_store_knows_neither_torch_nor_transformers():
             assert not roots & {"torch", "transformers", "datasets", "pipeline"}, name
 
 
+def test_the_store_knows_no_student_and_no_file_of_a_model():
+    for name, file in modules().items():
+        if name.startswith("cache."):
+            words = file.read_text().lower()
+            assert "student" not in words, name
+            assert "safetensors" not in words, name
+
+
 def test_stage_two_imports_no_teacher_no_capture_no_data_and_nothing_that_makes_students(imported):
     reached, pending = set(), ["pipeline.train"]
     while pending:

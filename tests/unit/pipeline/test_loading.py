@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from coldstill.cache.errors import ModelError
 from coldstill.pipeline.models import load_config, load_model, take_apart
+from coldstill.pipeline.runtime.errors import ModelError
 from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,

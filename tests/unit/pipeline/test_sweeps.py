@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from coldstill.cache.errors import InUseError, RecipeError
+from coldstill.cache.errors import InUseError
 from coldstill.cache.processes import is_dead
 from coldstill.pipeline.ablate import ablate
 from coldstill.pipeline.commands.sweep_tables import sweep_lines, sweep_tables
 from coldstill.pipeline.recipe.file import load_recipe, parse_recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.sweeps.file import Sweep, load_sweep
 from coldstill.pipeline.sweeps.keys import canonical, sweep_key
 from coldstill.pipeline.sweeps.processes import Outcome, run_command
