@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from coldstill.pipeline.runtime.errors import ModelError
+from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -156,6 +157,8 @@ def load_model(folder: Path, *, dtype: str, trust_remote_code: bool = False) -> 
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
     except _LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {_reason(error)}") from None
     _check_whole(folder, type(model).__name__, loaded)
     _check_tie(folder, model)

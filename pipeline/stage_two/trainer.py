@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.pipeline.models import first_non_finite, load_model
 from coldstill.pipeline.runtime.errors import ModelError, NonFiniteError, RecipeError
+from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from coldstill.pipeline.runtime.whole import disk_errors
 from coldstill.pipeline.stage_two.assembly import LayerMap, Projectors, assemble
 from coldstill.pipeline.stage_two.batches import EpochOrder, StoredRows, complete_batch
@@ -298,9 +299,9 @@ def _as_it_was_saved(checkpoint: Path) -> Iterator[None]:
     """Refuse a checkpoint that has not all that was saved in it."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (ModelError, SafetensorError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CorruptError(
             f"checkpoint {checkpoint} is not as it was saved: {' '.join(str(error).split())}; remove it to go on from "
             "an earlier one, or begin anew: coldstill train --restart"
