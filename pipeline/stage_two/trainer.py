@@ -247,7 +247,9 @@ class UniversalDistillationTrainer(ResumableTrainer):
             return
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
+        # Not the arguments, which the Trainer would pickle here and nobody reads: training goes on with those of its
+        # own recipe. What the Trainer itself adds, optimizer.pt, scheduler.pt and rng_state.pth, stays in torch's
+        # format, since it reads these files back; it does so with `weights_only`, and so runs no code of theirs.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
