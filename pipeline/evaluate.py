@@ -32,9 +32,8 @@ from coldstill.pipeline.runtime.interruptions import what_stays
 from coldstill.pipeline.stage_two.model_card import update_card
 from coldstill.pipeline.stage_two.run_folder import check_run, claimed_run, what_is_untrained
 from coldstill.pipeline.students.folders import find_student
-from coldstill.pipeline.targets.columns import EVAL_FORM, LABEL_LOGIT, LOSS_TEMPERATURE, final_name, logsumexp_name
-from coldstill.pipeline.targets.encodings import decode_state
 from coldstill.pipeline.targets.stored_head import load_head
+from coldstill.pipeline.targets.wanted import EVAL_LABEL, EVAL_NORMALISER, EVAL_STATE
 from torch import Tensor
 from tqdm import tqdm
 
@@ -136,7 +135,7 @@ class _StoredTeacher:
         self._run = run
         self._local_copy = local_copy
         self._selection = run.selections["eval"]
-        self._reader = Reader(run.store, self._selection, [TOKENS, final_name(EVAL_FORM)], local_copy=local_copy)
+        self._reader = Reader(run.store, self._selection, [TOKENS, EVAL_STATE.name], local_copy=local_copy)
         self.head = load_head(run.store, device)
         self.device = device
         self.counts = [len(self._counted(index)) for index in range(len(self))]
@@ -146,13 +145,13 @@ class _StoredTeacher:
 
     def row_sums(self) -> RowSums:
         """Judge the teacher by its own stored numbers: no logits are needed."""
-        normaliser_name = logsumexp_name(LOSS_TEMPERATURE)
-        reader = Reader(self._run.store, self._selection, [LABEL_LOGIT, normaliser_name], local_copy=self._local_copy)
+        names = [EVAL_LABEL.name, EVAL_NORMALISER.name]
+        reader = Reader(self._run.store, self._selection, names, local_copy=self._local_copy)
         losses = []
         for index in range(len(self)):
             row, counted = reader.row(index), self._counted(index).numpy()
-            label_logit = row[LABEL_LOGIT]["values"][counted].astype("float64")
-            losses.append(float((row[normaliser_name]["values"][counted].astype("float64") - label_logit).sum()))
+            label_logit = row[EVAL_LABEL.name]["values"][counted].astype("float64")
+            losses.append(float((row[EVAL_NORMALISER.name]["values"][counted].astype("float64") - label_logit).sum()))
         return RowSums(losses, [0.0] * len(self), [float(count) for count in self.counts])
 
     def batches(self, size: int) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
@@ -162,8 +161,8 @@ class _StoredTeacher:
             for index in range(start, min(start + size, len(self))):
                 row = self._reader.row(index)
                 ids = torch.from_numpy(row[TOKENS]["ids"].astype("int64"))
-                stored = {"values": torch.from_numpy(row[final_name(EVAL_FORM)]["values"].copy())}
-                state = decode_state(stored, form=EVAL_FORM)
+                stored = {"values": torch.from_numpy(row[EVAL_STATE.name]["values"].copy())}
+                state = EVAL_STATE.decode(stored)
                 batch.append((ids, self._counted(index), state))
             yield batch
 

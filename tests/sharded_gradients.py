@@ -10,12 +10,11 @@ import sys
 import torch
 import torch.distributed as dist
 from coldstill.pipeline.losses.divergences import Divergence
-from coldstill.pipeline.losses.hidden_terms import HiddenForm
-from coldstill.pipeline.losses.logits_targets import FINAL, FinalForm
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.models.projectors import create_projectors
 from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights, TargetForms
 from coldstill.pipeline.targets.encodings import StateForm
+from coldstill.pipeline.targets.forms import FINAL, FinalForm, HiddenForm
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM

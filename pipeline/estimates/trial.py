@@ -23,7 +23,6 @@ from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.interruptions import what_stays
 from coldstill.pipeline.runtime.peak_memory import release_memory
-from coldstill.pipeline.stage_one.byte_estimates import measured_bytes
 
 _STEPS = 2
 _EVAL_ROWS = 2
@@ -54,7 +53,7 @@ class Trial:
     def bytes_per_token(self) -> dict[str, float]:
         """Give the bytes a token of each column in the trial's store."""
         manifest = Manifest(self.run.store)
-        measured = {name: measured_bytes(manifest, name) for name in manifest.columns()}
+        measured = {name: manifest.bytes_per_token(name) for name in manifest.columns()}
         return {name: value for name, value in measured.items() if value is not None}
 
     def constant_bytes(self) -> dict[str, int]:

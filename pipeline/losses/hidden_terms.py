@@ -4,48 +4,28 @@ Shapes: B rows, T positions, N positions that count, Ds and Dt widths of student
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from coldstill.pipeline.losses.terms import HIDDEN_LOSSES
-from coldstill.pipeline.targets.encodings import STORED, StateForm, decode_state
-from coldstill.pipeline.targets.transform_coding import TransformCode
 from torch import Tensor, nn
 
 StoredStates = Mapping[str, Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class HiddenForm:
-    """How a batch's block outputs are stored.
+class HiddenForm(Protocol):
+    """How a batch's block outputs are read; see `coldstill.pipeline.targets.forms`."""
 
-    Attributes:
-        form: The form of all of them.
-        codes: The transform code of each teacher block, where they are coded.
-    """
-
-    form: StateForm
-    codes: Mapping[int, TransformCode] = field(default_factory=dict)
-    _copies: dict[tuple[int, torch.device], TransformCode] = field(default_factory=dict, repr=False, compare=False)
+    @property
+    def stored_share(self) -> float:
+        """The share of positions that are stored."""
 
     def decode(self, stored: StoredStates, block: int) -> Tensor:
-        """Give a teacher block's output, [B, T, Dt] in float32, on the device of what is stored."""
-        arrays = stored[str(block)]
-        return decode_state(arrays, form=self.form, code=self._code(block, next(iter(arrays.values())).device))
+        """Return a teacher block's output, [B, T, Dt] in float32."""
 
     def chosen(self, stored: StoredStates, block: int, counts_BT: Tensor) -> Tensor:
-        """Say which of the positions that count are stored, [B, T]."""
-        arrays = stored[str(block)]
-        return counts_BT & arrays[STORED].bool() if STORED in arrays else counts_BT
-
-    def _code(self, block: int, device: torch.device) -> TransformCode | None:
-        """Give a block's transform code on a device, which it is brought to once."""
-        code = self.codes.get(block)
-        if code is None or code.centre_D.device == device:
-            return code
-        if (block, device) not in self._copies:
-            self._copies[block, device] = code.to(device)
-        return self._copies[block, device]
+        """Return which of the positions that count are stored, [B, T]."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +63,7 @@ class HiddenTerms:
             counts_BT: Which positions count.
             num_positions: What a sum over positions is divided by.
         """
-        divisor = num_positions * self.form.form.fraction
+        divisor = num_positions * self.form.stored_share
         losses: dict[str, list[Tensor]] = {"loss_hidden": [], "loss_dynamics": []}
         last: tuple[Tensor, Tensor] | None = None
         for name, own_ND, teacher_ND in self.pairs(outputs, stored, counts_BT):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from coldstill.pipeline.targets.row_blocks import row_blocks
+from coldstill.pipeline.models.row_blocks import row_blocks
 from torch import Tensor
 
 # The least sum that can be divided by without an overflow.

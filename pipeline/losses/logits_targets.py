@@ -1,27 +1,18 @@
 """The teacher's distribution from what a store holds of it, as events beside the student's.
 
 One class for each kind: the largest logits and one bucket for the rest; the largest logits and draws from the tail; the
-final state and the output head, which give every token. A form says how a column is read; a target is what it says of
-a batch at one temperature.
+final state and the output head, which give every token. How stored columns are read to one of these is
+`coldstill.pipeline.targets.forms`'.
 Shapes: N positions that count, C positions of a chunk, K stored tokens, M draws, D width, V vocabulary.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from coldstill.pipeline.losses.divergences import Events
 from coldstill.pipeline.models.output_head import OutputHead
-from coldstill.pipeline.targets.encodings import StateForm, decode_state
-from coldstill.pipeline.targets.token_encodings import decode_tail, decode_topk
-from coldstill.pipeline.targets.transform_coding import TransformCode
 from torch import Tensor
-
-# What a batch calls the columns of the logits.
-TOPK, NORMALISER, TAIL, FINAL = "topk", "logsumexp", "tail", "final"
-
-StoredLogits = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -60,43 +51,6 @@ class ChosenTokens(Protocol):
 
     def events(self, chunk: slice, student: StudentEvents) -> Events:
         """Give the events of some of the positions."""
-
-
-class LogitsForm(Protocol):
-    """How a recipe's kind of logits target is read.
-
-    Attributes:
-        roles: What a batch must carry.
-    """
-
-    roles: ClassVar[tuple[str, ...]]
-
-    def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> "LogitsTarget":
-        """Decode a batch's columns, [B, T, ...] by role and array, at the positions that count.
-
-        The normaliser among them, where the kind has one, is the one of this temperature.
-        """
-
-
-@dataclass(frozen=True)
-class BucketedForm:
-    """Kind `topk`: the K likeliest tokens, and one bucket for the rest, whose mass the normaliser gives exactly.
-
-    Attributes:
-        k: How many of the stored tokens to read.
-        vocab_size: V.
-    """
-
-    roles: ClassVar[tuple[str, ...]] = (TOPK, NORMALISER)
-
-    k: int
-    vocab_size: int
-
-    def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> "BucketedTopk":
-        """Decode a batch's columns."""
-        top_logits, top_ids = decode_topk(_at(stored[TOPK], counts_BT), k=self.k)
-        normaliser_N = stored[NORMALISER]["values"][counts_BT]
-        return BucketedTopk(top_logits, top_ids, normaliser_N, temperature, self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -149,32 +103,6 @@ class BucketedTopk:
 
 
 @dataclass(frozen=True)
-class SampledForm:
-    """Kind `topk_sampled`: the K likeliest tokens exactly, and M draws from the tail with importance weights.
-
-    Attributes:
-        k: How many of the likeliest tokens there are; the tail begins behind them.
-    """
-
-    roles: ClassVar[tuple[str, ...]] = (TOPK, TAIL, NORMALISER)
-
-    k: int
-
-    def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> "SampledTail":
-        """Decode a batch's columns."""
-        head_logits, head_ids = decode_topk(_at(stored[TOPK], counts_BT), k=self.k)
-        tail_logits, tail_ids, log_weights = decode_tail(_at(stored[TAIL], counts_BT))
-        return SampledTail(
-            logits_NE=torch.cat([head_logits, tail_logits], dim=-1),
-            ids_NE=torch.cat([head_ids, tail_ids], dim=-1),
-            weights_NE=torch.cat([torch.ones_like(head_logits), log_weights.exp()], dim=-1),
-            log_normaliser_N=stored[NORMALISER]["values"][counts_BT],
-            num_tokens=self.k,
-            temperature=temperature,
-        )
-
-
-@dataclass(frozen=True)
 class SampledTail:
     """The K likeliest tokens and M draws, E together.
 
@@ -219,50 +147,6 @@ class SampledTail:
 
 
 @dataclass(frozen=True)
-class FinalForm:
-    """Kind `final`: the post-norm last state and the output head, which give the distribution over every token.
-
-    Attributes:
-        form: How the states are stored.
-        head: The teacher's output head.
-        code: The states' transform code, where they are coded.
-        correction_V: What is added to the logits at temperature 1 for the states' rounding, divided by T^2 at T.
-    """
-
-    roles: ClassVar[tuple[str, ...]] = (FINAL,)
-
-    form: StateForm
-    head: OutputHead
-    code: TransformCode | None = None
-    correction_V: Tensor | None = None
-    _copies: dict[tuple[torch.device, torch.dtype], "FinalForm"] = field(
-        default_factory=dict, repr=False, compare=False
-    )
-
-    def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> "FullDistribution":
-        """Decode a batch's columns."""
-        own = self.on(counts_BT.device, _product_dtype(counts_BT.device, self.head.weight_VD.dtype))
-        state_ND = decode_state(stored[FINAL], form=own.form, code=own.code)[counts_BT]
-        return FullDistribution(state_ND, own.head, temperature, own.correction_V)
-
-    def on(self, device: torch.device, dtype: torch.dtype) -> "FinalForm":
-        """Give the form with what it holds on a device, and the head in a dtype; it is brought there once."""
-        if self.head.weight_VD.device == device and self.head.weight_VD.dtype == dtype:
-            return self
-        if (device, dtype) not in self._copies:
-            code = None if self.code is None else self.code.to(device)
-            correction_V = None if self.correction_V is None else self.correction_V.to(device)
-            head = self.head.to(device).detached(dtype)
-            self._copies[device, dtype] = replace(self, head=head, code=code, correction_V=correction_V, _copies={})
-        return self._copies[device, dtype]
-
-
-def _product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Give the dtype of the teacher's product: that of the student's under autocast, its own elsewhere."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
-
-
-@dataclass(frozen=True)
 class FullDistribution:
     """Every token, rebuilt from the final state; the logits of all positions never exist at once.
 
@@ -297,7 +181,3 @@ class FullDistribution:
 
 # The teacher's distribution at the N positions of a batch that count.
 LogitsTarget = ChosenTokens | FullDistribution
-
-
-def _at(arrays: Mapping[str, Tensor], counts_BT: Tensor) -> dict[str, Tensor]:
-    return {name: values[counts_BT] for name, values in arrays.items()}

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 # What a batch may hold, of whichever dataset and collator.
-BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "logits", "hidden")
+TARGET_KEYS = ("logits", "hidden")
+BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", *TARGET_KEYS)
 
 
 @dataclass(frozen=True)

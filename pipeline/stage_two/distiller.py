@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from coldstill.pipeline.losses.chunked_loss import chunked_loss
 from coldstill.pipeline.losses.divergences import Divergence
-from coldstill.pipeline.losses.hidden_terms import HiddenForm, HiddenTerms, StoredStates
-from coldstill.pipeline.losses.logits_targets import LogitsForm, LogitsTarget, StoredLogits
+from coldstill.pipeline.losses.hidden_terms import HiddenTerms, StoredStates
+from coldstill.pipeline.losses.logits_targets import LogitsTarget
 from coldstill.pipeline.losses.schedules import Schedule
 from coldstill.pipeline.losses.vocabulary_losses import vocabulary_losses
 from coldstill.pipeline.models.labels import IGNORED, next_tokens
@@ -22,6 +22,7 @@ from coldstill.pipeline.models.selective_checkpointing import SELECTIVE, selecti
 from coldstill.pipeline.models.student_forward import StudentForward
 from coldstill.pipeline.recipe.loss import WEIGHT_OF_TERM
 from coldstill.pipeline.runtime.errors import RecipeError, TargetError
+from coldstill.pipeline.targets.forms import HiddenForm, LogitsForm, StoredLogits
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

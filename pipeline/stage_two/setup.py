@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coldstill.cache.errors import ColdstillError
-from coldstill.cache.manifest import Manifest
-from coldstill.cache.reader import require_complete
 from coldstill.pipeline.losses.divergences import Divergence
 from coldstill.pipeline.losses.schedules import Schedule
 from coldstill.pipeline.models import (
@@ -26,12 +24,10 @@ from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.stage_two.arguments import arguments_here, check_row_count, check_train_section
-from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, StoredRows
 from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights
-from coldstill.pipeline.stage_two.target_forms import column_axes, logits_columns, target_forms
+from coldstill.pipeline.stage_two.target_sources import StoredTargets
 from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from coldstill.pipeline.students.adapters import add_adapters
-from coldstill.pipeline.targets.columns import columns_of
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 
@@ -50,40 +46,34 @@ def create_trainer(recipe: Recipe, run: RunRows, student_folder: Path) -> Univer
     arguments = arguments_here(recipe)
     check_train_section(recipe, lambda: outline_of(config, trust_remote_code=trust), arguments=arguments)
     check_row_count(recipe, len(run.selections["train"]), num_processes=arguments.world_size)
-    layer_map, collator = _plan(recipe, run, config)
+    layer_map, source = _plan(recipe, run, config)
     # In float32: mixed precision is `train.bf16`, over float32 weights.
     student = load_model(student_folder, dtype="float32", trust_remote_code=trust)
     if recipe.student.lora is not None:
         student = add_adapters(student, recipe.student.lora, seed=recipe.seed)
     if compilation := Compilation.of(recipe.train):
         compile_blocks(student, compilation, arguments.device)
-    return _make_trainer(recipe, run, student, layer_map, collator, student_folder, arguments)
+    return _make_trainer(recipe, source, student, layer_map, student_folder, arguments)
 
 
-def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict[int, int], BatchCollator]:
-    """Decide the layer map and the columns of a batch, and check that the store has them."""
+def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict[int, int], StoredTargets]:
+    """Decide the layer map and where targets come from, and check that the store has them."""
     loss = recipe.loss
     layer_map: dict[int, int] = {}
     if loss.needs_hidden:
         layer_map = layer_map_of(recipe.mapping, student, num_teacher_blocks=run.store.teacher["num_blocks"])
         check_layer_map(recipe, layer_map)
-    manifest = Manifest(run.store)
-    blocks = list(layer_map.values())
-    shards = run.selections["train"].shard_names
-    wanted = columns_of(recipe.targets, blocks=blocks, split="train", manifest=manifest, shards=shards)
-    of_logits = logits_columns(wanted, loss.temperature) if loss.ever("beta") else {}
-    columns = BatchColumns(logits=of_logits, hidden=wanted.hidden)
-    for selection in run.selections.values():
-        require_complete(manifest, selection, columns.names(), store=run.store.path)
-    return layer_map, BatchCollator(columns, column_axes(manifest, columns, shards[0]))
+    temperature = loss.temperature if loss.ever("beta") else None
+    source = StoredTargets.of_recipe(recipe, run, blocks=list(layer_map.values()), temperature=temperature)
+    source.require_complete()
+    return layer_map, source
 
 
 def _make_trainer(
     recipe: Recipe,
-    run: RunRows,
+    source: StoredTargets,
     student: PreTrainedModel,
     layer_map: dict[int, int],
-    collator: BatchCollator,
     student_folder: Path,
     arguments: TrainingArguments,
 ) -> UniversalDistillationTrainer:
@@ -91,27 +81,22 @@ def _make_trainer(
     projectors = create_projectors(
         layer_map,
         student_dim=int(text_config(student.config).hidden_size),
-        teacher_dim=run.store.teacher["hidden_size"],
+        teacher_dim=source.run.store.teacher["hidden_size"],
         kind=projector.kind,
         learnable=projector.learnable,
         seed=recipe.seed,
     )
-    datasets = {
-        split: StoredRows(run.store.path, selection, collator.columns, local_copy=recipe.local_copy)
-        for split, selection in run.selections.items()
-    }
     tokenizer = None
     with contextlib.suppress(ModelError):
         tokenizer = load_tokenizer(student_folder, trust_remote_code=recipe.student.trust_remote_code)
-    forms = target_forms(recipe, run.store, collator.columns)
-    distiller = Distiller(student, projectors, layer_map=layer_map, loss=_loss_of(recipe.loss), forms=forms)
+    distiller = Distiller(student, projectors, layer_map=layer_map, loss=_loss_of(recipe.loss), forms=source.forms)
     with as_error_of_train():
         return UniversalDistillationTrainer(
             distiller,
             arguments,
-            data_collator=collator,
-            train_dataset=datasets["train"],
-            eval_dataset=datasets["eval"],
+            data_collator=source.collator,
+            train_dataset=source.rows("train"),
+            eval_dataset=source.rows("eval"),
             processing_class=tokenizer,
             projector_learning_rate=projector.learning_rate,
         )

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from coldstill.pipeline.losses.hidden_terms import HiddenForm, HiddenTerms
+from coldstill.pipeline.losses.hidden_terms import HiddenTerms
 from coldstill.pipeline.targets.encodings import StateForm
+from coldstill.pipeline.targets.forms import HiddenForm
 from torch import Tensor, nn
 
 B, T, WIDTH, TEACHER_WIDTH = 2, 5, 4, 6

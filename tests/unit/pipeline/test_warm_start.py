@@ -3,12 +3,12 @@
 import pytest
 import torch
 from coldstill.pipeline.losses.divergences import Divergence
-from coldstill.pipeline.losses.hidden_terms import HiddenForm
 from coldstill.pipeline.models.projectors import create_projectors
 from coldstill.pipeline.models.student_forward import StudentForward
 from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights, TargetForms
 from coldstill.pipeline.stage_two.warm_start import fit_projectors
 from coldstill.pipeline.targets.encodings import StateForm
+from coldstill.pipeline.targets.forms import HiddenForm
 from torch import Tensor
 
 LAYER_MAP = {1: 2, 3: 5}
