@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from coldstill.pipeline.judging.held_out import HIGHER_IS_BETTER, shares_closed
+from coldstill.pipeline.judging.qualities import HIGHER_IS_BETTER, shares_closed
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, write_record
 from coldstill.pipeline.outputs.retention import Estimate, improvement, is_above_zero
 from coldstill.pipeline.outputs.run_index import trained_student
