@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldstill.cache.errors import RecipeError
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import CONSTANTS
 from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows
 from coldstill.pipeline.precompute import PrecomputeSummary, precompute
 from coldstill.pipeline.recipe.file import dump_recipe, parse_recipe
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.interruptions import what_stays
 from coldstill.pipeline.runtime.peak_memory import release_memory
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coldstill.cache.errors import IncompleteError, ModelError, StoreError, StoreNotFoundError
-from coldstill.cache.identity import digest_of, weights_digest
+from coldstill.cache.errors import IncompleteError, StoreError, StoreNotFoundError
+from coldstill.cache.identity import digest_of
 from coldstill.pipeline.judging.similarity_measures import cka_matrix, cosine_matrix, mean_cosine
 from coldstill.pipeline.models import (
     find_structure,
@@ -26,12 +26,14 @@ from coldstill.pipeline.models import (
     text_config,
 )
 from coldstill.pipeline.models.forward import model_inputs, run_body
+from coldstill.pipeline.models.identity import weights_digest
 from coldstill.pipeline.models.labels import counts_of
 from coldstill.pipeline.models.machine import check_device
 from coldstill.pipeline.models.projectors import create_projectors
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE
 from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained_student
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.runtime.whole import write_whole
 from coldstill.pipeline.stage_two.run_folder import check_run
 from coldstill.pipeline.stage_two.target_sources import StoredTargets

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from coldstill.cache.errors import DataError
+from coldstill.pipeline.runtime.errors import DataError
 from torch import Tensor
 
 # The label of a token that nothing is to be learned from.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.runtime.errors import RecipeError
 
 STRATEGIES = ("uniform", "last", "kept", "stride", "endpoints", "pairs")
 

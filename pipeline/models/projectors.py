@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.runtime.errors import RecipeError
 from torch import Tensor, nn
 
 KINDS = ("auto", "linear", "mlp", "none")

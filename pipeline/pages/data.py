@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldstill.cache.errors import ColdstillError, RecipeError
+from coldstill.cache.errors import ColdstillError
 from coldstill.cache.manifest import Manifest
 from coldstill.pipeline.judging.results import read_evaluation
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, RECIPE_FILE
 from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained_student
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.pruning_record import read_pruning
 from coldstill.pipeline.targets.wanted import wanted_targets

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal, TypeVar, get_args
 
-from coldstill.pipeline.recipe.fields import Count, Positive, Section, Share, WarmupShare, Weight
+from coldstill.pipeline.recipe.fields import Count, Fraction, Positive, Section, WarmupFraction, Weight
 from pydantic import model_validator
 
 DivergenceName = Literal[
@@ -26,7 +26,7 @@ class WeightScheduleConfig(Section):
 
     shape: Literal["constant", "linear", "cosine"] = "linear"
     end: Weight | None = None
-    warmup: WarmupShare = 0.0
+    warmup: WarmupFraction = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> "WeightScheduleConfig":
@@ -38,7 +38,7 @@ class TemperatureScheduleConfig(Section):
 
     shape: Literal["constant", "linear", "cosine", "exponential"] = "linear"
     end: Positive | None = None
-    warmup: WarmupShare = 0.0
+    warmup: WarmupFraction = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> "TemperatureScheduleConfig":
@@ -64,7 +64,7 @@ class LossConfig(Section):
     delta: Weight = 0.0
     temperature: Positive = 2.0
     divergence: DivergenceName = "forward_kl"
-    divergence_weight: Share | None = None
+    divergence_weight: Fraction | None = None
     selective_k: Count = 16
     selective_entropy: Weight = 0.0
     hidden: HiddenLoss = "mse"  # the default by measured recovery: docs/results.md

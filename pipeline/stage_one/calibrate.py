@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from coldstill.cache.errors import DataError
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import CONSTANTS, Store
 from coldstill.pipeline.models import ModelParts
 from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.runtime.errors import DataError
 from coldstill.pipeline.stage_one.capture import capture
 from coldstill.pipeline.targets.calibrations import write_calibration
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest, joined, union_of

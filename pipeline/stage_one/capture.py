@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from coldstill.cache.errors import NonFiniteError
 from coldstill.pipeline.models import ModelParts, rope_switches
 from coldstill.pipeline.models.forward import model_inputs, pad_rows, run_body, what_to_try
+from coldstill.pipeline.runtime.errors import NonFiniteError
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest, Draws, TailRequest
 from coldstill.pipeline.targets.tail_sampling import draw_tail
 from coldstill.pipeline.targets.teacher_logits import largest_logits, logsumexp_at

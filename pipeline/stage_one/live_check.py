@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from coldstill.cache.errors import IdentityError, IncompleteError, ModelError
+from coldstill.cache.errors import IdentityError, IncompleteError
 from coldstill.cache.inventory import choose_stores
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader
@@ -24,6 +24,7 @@ from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.models import ModelParts, resolve_folder, text_config
 from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.recipe.sections import TeacherConfig
+from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.stage_one.capture import capture
 from coldstill.pipeline.targets.captured import union_of
 from coldstill.pipeline.targets.kinds import stored_targets

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from coldstill.cache.errors import DataError, RecipeError
 from coldstill.cache.identity import row_id
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.rows import find_rows, lay_rows, publish_rows, read_rows, shard_rows, sorted_rows
@@ -19,6 +18,7 @@ from coldstill.pipeline.models.sizes import ModelSizes
 from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.rows.building import Rows, build_rows, tokenizer_digest
+from coldstill.pipeline.runtime.errors import DataError, RecipeError
 from coldstill.pipeline.stage_one.preflight import check_before_teacher
 from coldstill.pipeline.stage_one.shard_jobs import ShardJob
 from coldstill.pipeline.stage_two.arguments import check_row_count

@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from coldstill.cache.arrays import read_column
-from coldstill.cache.errors import RecipeError
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import Store
 from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.models import ModelParts
 from coldstill.pipeline.models.sizes import ModelSizes
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_one.capture import capture
 from coldstill.pipeline.stage_one.write_behind import WriteBehind
 from coldstill.pipeline.targets.captured import Captured, joined, union_of

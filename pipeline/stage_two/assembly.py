@@ -6,13 +6,13 @@ Everything that can be wrong with it is said here, before anything runs.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coldstill.cache.errors import ModelError, RecipeError
 from coldstill.pipeline.losses.divergences import Divergence
 from coldstill.pipeline.models import check_vocabularies, find_structure, text_config
 from coldstill.pipeline.models.layer_map import check_pairs
 from coldstill.pipeline.models.projectors import check_projectors, create_projectors
 from coldstill.pipeline.recipe.file import parse_model
 from coldstill.pipeline.recipe.loss import LossConfig
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights, TargetForms
 from torch import nn
 from transformers import PreTrainedModel

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from coldstill.cache.columns import Axis
-from coldstill.cache.errors import DataError
 from coldstill.cache.reader import Reader, RowArrays
 from coldstill.cache.selections import Selection
 from coldstill.cache.store import open_store
 from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.models.labels import IGNORED, labels_of
+from coldstill.pipeline.runtime.errors import DataError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 

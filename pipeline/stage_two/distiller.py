@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from coldstill.cache.errors import RecipeError, TargetError
 from coldstill.pipeline.losses.chunked_loss import chunked_loss
 from coldstill.pipeline.losses.divergences import Divergence
 from coldstill.pipeline.losses.hidden_terms import HiddenTerms, StoredStates
@@ -22,6 +21,7 @@ from coldstill.pipeline.models.output_head import Head
 from coldstill.pipeline.models.selective_checkpointing import SELECTIVE, selective_kwargs
 from coldstill.pipeline.models.student_forward import StudentForward
 from coldstill.pipeline.recipe.loss import WEIGHT_OF_TERM
+from coldstill.pipeline.runtime.errors import RecipeError, TargetError
 from coldstill.pipeline.targets.forms import HiddenForm, LogitsForm, StoredLogits
 from torch import Tensor, nn
 from transformers import PreTrainedModel

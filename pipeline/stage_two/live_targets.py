@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from coldstill.cache.errors import ModelError, NonFiniteError
 from coldstill.pipeline.models import find_structure, head_problem, rope_switches, text_config
 from coldstill.pipeline.models.forward import model_inputs, run_body, what_to_try
 from coldstill.pipeline.models.output_head import OutputHead
+from coldstill.pipeline.runtime.errors import ModelError, NonFiniteError
 from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.forms import FINAL, FinalForm, HiddenForm

@@ -1,10 +1,10 @@
 """From a recipe to the trainer of stage two: student, projectors, losses and rows, each checked against the others."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from coldstill.cache.errors import ModelError, RecipeError
+from coldstill.cache.errors import ColdstillError
 from coldstill.pipeline.losses.divergences import Divergence
 from coldstill.pipeline.losses.schedules import Schedule
 from coldstill.pipeline.models import (
@@ -22,6 +22,7 @@ from coldstill.pipeline.models.projectors import create_projectors
 from coldstill.pipeline.outputs.run_index import RunRows
 from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.stage_two.arguments import arguments_here, check_row_count, check_train_section
 from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights
 from coldstill.pipeline.stage_two.target_sources import StoredTargets
@@ -89,7 +90,7 @@ def _make_trainer(
     with contextlib.suppress(ModelError):
         tokenizer = load_tokenizer(student_folder, trust_remote_code=recipe.student.trust_remote_code)
     distiller = Distiller(student, projectors, layer_map=layer_map, loss=_loss_of(recipe.loss), forms=source.forms)
-    try:
+    with as_error_of_train():
         return UniversalDistillationTrainer(
             distiller,
             arguments,
@@ -99,10 +100,23 @@ def _make_trainer(
             processing_class=tokenizer,
             projector_learning_rate=projector.learning_rate,
         )
-    except torch.OutOfMemoryError:
+
+
+@contextlib.contextmanager
+def as_error_of_train() -> Iterator[None]:
+    """Turn into an error of the recipe what accelerate and integrations say that the arguments alone do not show.
+
+    They say it by ImportError, for what is not installed, and by ValueError, for what does not go together. A
+    RuntimeError is no mistake in the `train` section: the device has no memory left, or something is broken.
+
+    Raises:
+        RecipeError: In place of these two.
+    """
+    try:
+        yield
+    except ColdstillError:
         raise
-    except (ImportError, RuntimeError, ValueError) as error:
-        # What accelerate and integrations say of a machine that arguments alone do not show.
+    except (ImportError, ValueError) as error:
         raise RecipeError(f"train: {' '.join(str(error).split())}") from None
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from coldstill.cache.errors import RecipeError
 from coldstill.cache.manifest import Manifest
 from coldstill.pipeline.recipe.sections import LogitsKind, LogitsTargetConfig
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.targets.chosen_tokens import LargestLogits, TailDraws
 from coldstill.pipeline.targets.encodings import CODED, StateForm
 from coldstill.pipeline.targets.forms import (

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from coldstill.cache.root_audit import verify
+from coldstill.pipeline.verify import verify
 from crash.trees import difference, lasting_files_below, small_recipe
 from safetensors import SafetensorError
 from typer.testing import CliRunner, Result

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.losses.divergences import DIVERGENCES
 from coldstill.pipeline.models.labels import counts_of
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_two.distiller import Distiller
 from coldstill.pipeline.stage_two.live_targets import LiveTargets
 from coldstill.pipeline.targets.encodings import decode_state
