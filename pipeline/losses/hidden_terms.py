@@ -1,16 +1,15 @@
-"""The terms over block outputs: how far each mapped block's output is, and how far its change since the last one.
+"""How a batch's block outputs are stored, and what they are.
 
-Shapes: B rows, T positions, N positions that count, Ds and Dt widths of student and teacher.
+Shapes: B rows, T positions, Dt width of the teacher.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from coldstill.pipeline.losses.terms import HIDDEN_LOSSES
 from coldstill.pipeline.targets.encodings import STORED, StateForm, decode_state
 from coldstill.pipeline.targets.transform_coding import TransformCode
-from torch import Tensor, nn
+from torch import Tensor
 
 StoredStates = Mapping[str, Mapping[str, Tensor]]
 
@@ -29,7 +28,7 @@ class HiddenForm:
     _copies: dict[tuple[int, torch.device], TransformCode] = field(default_factory=dict, repr=False, compare=False)
 
     def decode(self, stored: StoredStates, block: int) -> Tensor:
-        """Give a teacher block's output, [B, T, Dt] in float32, on the device of what is stored."""
+        """Return a teacher block's output, [B, T, Dt] in float32, on the device of what is stored."""
         arrays = stored[str(block)]
         return decode_state(arrays, form=self.form, code=self._code(block, next(iter(arrays.values())).device))
 
@@ -39,71 +38,10 @@ class HiddenForm:
         return counts_BT & arrays[STORED].bool() if STORED in arrays else counts_BT
 
     def _code(self, block: int, device: torch.device) -> TransformCode | None:
-        """Give a block's transform code on a device, which it is brought to once."""
+        """Return a block's transform code on a device, which it is brought to once."""
         code = self.codes.get(block)
         if code is None or code.centre_D.device == device:
             return code
         if (block, device) not in self._copies:
             self._copies[block, device] = code.to(device)
         return self._copies[block, device]
-
-
-@dataclass(frozen=True)
-class HiddenTerms:
-    """Which terms there are over the mapped blocks.
-
-    Attributes:
-        layer_map: Student block to teacher block, in the student's order.
-        form: How the teacher's block outputs are stored.
-        hidden: The loss of each mapped block's output, a name of `HIDDEN_LOSSES`; None for no such term.
-        dynamics: The loss of the change from each mapped block to the next one; None for no such term. After feature
-            dynamics distillation (Gong et al., ACL 2025), which compares the changes of vocabulary projections; here
-            they are those of the states themselves, at the teacher's width.
-    """
-
-    layer_map: Mapping[int, int]
-    form: HiddenForm
-    hidden: str | None
-    dynamics: str | None
-
-    def __call__(
-        self,
-        outputs: Mapping[int, Tensor],
-        stored: StoredStates,
-        projectors: nn.ModuleDict,
-        counts_BT: Tensor,
-        num_positions: Tensor | float,
-    ) -> dict[str, Tensor]:
-        """Give each term: a mean over pairs; of positions stored at random, the sum is divided by their share.
-
-        Args:
-            outputs: The student's output [B, T, Ds] of each mapped block.
-            stored: The teacher's, by block as text, as they are stored.
-            projectors: By student block as text.
-            counts_BT: Which positions count.
-            num_positions: What a sum over positions is divided by.
-        """
-        divisor = num_positions * self.form.form.fraction
-        losses: dict[str, list[Tensor]] = {"loss_hidden": [], "loss_dynamics": []}
-        last: tuple[Tensor, Tensor] | None = None
-        for name, own_ND, teacher_ND in self.pairs(outputs, stored, counts_BT):
-            student_ND = projectors[name](own_ND)
-            if self.hidden is not None:
-                loss = HIDDEN_LOSSES[self.hidden](student_ND, teacher_ND, num_positions=divisor)
-                losses["loss_hidden"].append(loss)
-            if self.dynamics is not None and last is not None:
-                changes = student_ND - last[0], teacher_ND - last[1]
-                losses["loss_dynamics"].append(HIDDEN_LOSSES[self.dynamics](*changes, num_positions=divisor))
-            last = student_ND, teacher_ND
-        return {name: torch.stack(values).mean() for name, values in losses.items() if values}
-
-    def pairs(
-        self, outputs: Mapping[int, Tensor], stored: StoredStates, counts_BT: Tensor
-    ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Give, pair by pair, the student block as text, its states [N, Ds] and the teacher's [N, Dt], in float32."""
-        for student_block, teacher_block in self.layer_map.items():
-            chosen_BT = self.form.chosen(stored, teacher_block, counts_BT)
-            with torch.no_grad():
-                teacher_ND = self.form.decode(stored, teacher_block)[chosen_BT]
-            # The student's state may be bfloat16 under autocast; the projector's weights are float32.
-            yield str(student_block), outputs[student_block][chosen_BT].float(), teacher_ND

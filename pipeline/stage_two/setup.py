@@ -7,8 +7,7 @@ import torch
 from coldstill.cache.errors import ModelError, RecipeError
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import require_complete
-from coldstill.pipeline.losses.divergences import Divergence
-from coldstill.pipeline.losses.schedules import Schedule
+from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models import (
     check_length,
     check_vocabularies,
@@ -22,11 +21,10 @@ from coldstill.pipeline.models.outlines import outline_of
 from coldstill.pipeline.models.pairing import check_layer_map, layer_map_of
 from coldstill.pipeline.models.projectors import create_projectors
 from coldstill.pipeline.outputs.run_index import RunRows
-from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.stage_two.arguments import arguments_here, check_row_count, check_train_section
 from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, StoredRows
-from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights
+from coldstill.pipeline.stage_two.distiller import Distiller
 from coldstill.pipeline.stage_two.target_forms import column_axes, logits_columns, target_forms
 from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from coldstill.pipeline.students.adapters import add_adapters
@@ -70,7 +68,7 @@ def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict
     blocks = list(layer_map.values())
     shards = run.selections["train"].shard_names
     wanted = columns_of(recipe.targets, blocks=blocks, split="train", manifest=manifest, shards=shards)
-    of_logits = logits_columns(wanted, loss.temperature) if loss.ever("beta") else {}
+    of_logits = logits_columns(wanted, loss.temperature) if loss.needs_logits else {}
     columns = BatchColumns(logits=of_logits, hidden=wanted.hidden)
     for selection in run.selections.values():
         require_complete(manifest, selection, columns.names(), store=run.store.path)
@@ -103,7 +101,8 @@ def _make_trainer(
     with contextlib.suppress(ModelError):
         tokenizer = load_tokenizer(student_folder, trust_remote_code=recipe.student.trust_remote_code)
     forms = target_forms(recipe, run.store, collator.columns)
-    distiller = Distiller(student, projectors, layer_map=layer_map, loss=_loss_of(recipe.loss), forms=forms)
+    objective = Objective.of(recipe.loss)
+    distiller = Distiller(student, projectors, layer_map=layer_map, objective=objective, forms=forms)
     try:
         return UniversalDistillationTrainer(
             distiller,
@@ -119,21 +118,3 @@ def _make_trainer(
     except (ImportError, RuntimeError, ValueError) as error:
         # What accelerate and integrations say of a machine that arguments alone do not show.
         raise RecipeError(f"train: {' '.join(str(error).split())}") from None
-
-
-def _loss_of(section: LossConfig) -> Loss:
-    given = {name: schedule for name, schedule in section.schedule if schedule is not None}
-    schedules = {}
-    for name, schedule in given.items():
-        start = getattr(section, name)
-        end = start if schedule.end is None else schedule.end
-        schedules[name] = Schedule(schedule.shape, start, end, schedule.warmup)
-    return Loss(
-        weights=LossWeights(section.alpha, section.beta, section.gamma, section.temperature, section.delta),
-        divergence=Divergence(
-            section.divergence, section.divergence_weight, section.selective_k, section.selective_entropy
-        ),
-        hidden=section.hidden,
-        dynamics=section.dynamics,
-        schedules=schedules,
-    )
