@@ -4,8 +4,8 @@ from dataclasses import fields
 
 import pytest
 import torch
-from coldstill.cache.errors import NonFiniteError
 from coldstill.pipeline.models import take_apart
+from coldstill.pipeline.runtime.errors import NonFiniteError
 from coldstill.pipeline.stage_one.capture import capture
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest, TailRequest, joined, union_of
 

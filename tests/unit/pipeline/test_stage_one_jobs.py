@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from coldstill.cache.arrays import read_column
 from coldstill.cache.columns import ArraySpec, Column
-from coldstill.cache.errors import FormatError, RecipeError
+from coldstill.cache.errors import FormatError
 from coldstill.cache.inventory import remove_column
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.rows import read_rows
@@ -16,6 +16,7 @@ from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_one.computing import StoreWork
 from coldstill.pipeline.stage_one.requests import Request, gather, missing_jobs, needed_targets
 from coldstill.pipeline.stage_one.shard_jobs import ShardComputer
