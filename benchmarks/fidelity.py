@@ -18,7 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,19 @@ import torch
 from coldstill.cache.manifest import Manifest
 from coldstill.pipeline.estimates.fidelity import FidelityJudge
 from coldstill.pipeline.losses.divergences import Events
-from coldstill.pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, StudentEvents
+from coldstill.pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget
+from coldstill.pipeline.losses.student_logits import Request, StudentEvents
 from coldstill.pipeline.models import load_model
 from coldstill.pipeline.models.labels import counts_of
 from coldstill.pipeline.models.teacher import Teacher
-from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows
+from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import parse_recipe
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.stage_one.byte_estimates import measured_bytes
-from coldstill.pipeline.stage_one.capture import CaptureRequest, capture
-from coldstill.pipeline.stage_two.target_forms import read_batch, read_logits
+from coldstill.pipeline.stage_one.capture import capture
+from coldstill.pipeline.stage_two.target_sources import StoredTargets
 from coldstill.pipeline.students.folders import find_student
-from coldstill.pipeline.targets.columns import columns_of
+from coldstill.pipeline.targets.captured import CaptureRequest
 from recovery import teacher_and_source
 from torch import Tensor
 
@@ -62,8 +62,6 @@ class RenormalisedTopk:
 
     stored: BucketedTopk
 
-    has_rest: bool = False
-
     @property
     def temperature(self) -> float:
         """What logits are divided by."""
@@ -74,15 +72,17 @@ class RenormalisedTopk:
         """The K tokens."""
         return self.stored.token_ids
 
-    @property
-    def event_ids(self) -> Tensor:
-        """The K tokens."""
-        return self.stored.event_ids
+    def request(self, chunk: slice, *, of_forward_kl: bool) -> Request:
+        """Ask for the K tokens, and for nothing of the others."""
+        return replace(self.stored.request(chunk, of_forward_kl=of_forward_kl), has_rest=False)
 
     def events(self, chunk: slice, student: StudentEvents) -> Events:
         """Give K events that sum to one for the teacher, and to less for the student."""
         events = self.stored.events(chunk, student)
         return Events(events.teacher_logprobs_NE.log_softmax(dim=-1), events.student_logprobs_NE)
+
+    def logprobs(self, _chunk: slice) -> None:
+        """Give nothing: no other token has a probability."""
 
 
 def main() -> None:
@@ -119,21 +119,22 @@ def measure(options: argparse.Namespace, teacher: str, domains: dict[str, Any]) 
         precompute(*recipes.values())
         first = next(iter(recipes.values()))
         run = find_run_rows(first)
-        batch = read_batch(first, run, split="eval", num_rows=options.rows)
+        batch = StoredTargets(run).first_rows("eval", options.rows)
         student = load_model(find_student(first), dtype="float32")
         for temperature in TEMPERATURES:
             live = live_teacher(first, batch, temperature)
             inputs = {"input_ids": batch["input_ids"]}
             judge = FidelityJudge(student, inputs, counts_of(batch), live)
             for kind, recipe in recipes.items():
-                target = read_logits(recipe, run, split="eval", num_rows=options.rows, temperature=temperature)
+                source = StoredTargets.of_recipe(recipe, run, blocks=[], temperature=temperature)
+                target = source.distribution(source.first_rows("eval", options.rows), temperature)
                 for name, judged in named_targets(kind, target):
                     yield {
                         "kind": name.partition(" ")[0],
                         "setting": name.partition(" ")[2],
                         "temperature": temperature,
                         "domain": domain,
-                        "bytes_per_token": round(bytes_per_token(recipe, run, temperature), 1),
+                        "bytes_per_token": round(bytes_per_token(source), 1),
                         **asdict(judge.judge(judged)),
                     }
             del judge
@@ -173,13 +174,11 @@ def named_targets(kind: str, target: LogitsTarget) -> Iterator[tuple[str, Logits
         yield kind.replace("topk", "renormalised"), RenormalisedTopk(target)
 
 
-def bytes_per_token(recipe: Recipe, run: RunRows, temperature: float) -> float:
+def bytes_per_token(source: StoredTargets) -> float:
     """Bytes on disk of what training at one temperature reads, over the measured rows."""
-    manifest = Manifest(run.store)
-    shards = run.selections["eval"].shard_names
-    wanted = columns_of(recipe.targets, blocks=[], split="eval", manifest=manifest, shards=shards)
-    names = [wanted.final] if wanted.final else [wanted.topk, wanted.tail, f"logsumexp/{temperature:g}"]
-    return sum(measured_bytes(manifest, name, shards=shards) or 0.0 for name in names if name)
+    manifest = Manifest(source.run.store)
+    shards = source.run.selections["eval"].shard_names
+    return sum(manifest.bytes_per_token(name, shards=shards) or 0.0 for name in source.columns.logits.values())
 
 
 def plot(lines: Path, image: Path) -> None:

@@ -1,14 +1,15 @@
 """Stage one beside the teacher's bare forward pass.
 
-    python benchmarks/precompute.py --teacher FOLDER --text FILE [--rounds 5] [--rows 64]
+    python benchmarks/precompute.py --teacher FOLDER --text FILE [--kind final] [--rounds 5] [--rows 64] [--quick]
 
-`bare` runs the teacher over packed rows and lets it make its logits, and does nothing with them; `precompute` is
-`coldstill precompute` over the same rows, in a store of its own each time: the 64 largest logits, the logsumexp at four
-temperatures, the label's logit and six int8 blocks, encoded, compressed and committed. Both run in float32, four rows a
-batch, each in a process of its own, and take turns, so that whatever the machine does meanwhile falls on both alike.
-Shards hold 8,192 tokens here, so that a round has several. Loading is not timed; encoding and writing are.
+`body` runs the teacher's body over packed rows, without its output head; `forward` lets it make its logits too. Neither
+does anything with what comes of it. `precompute` is `coldstill precompute` over the same rows, in a store of its own
+each time: what `targets.logits.kind` keeps, and six int8 blocks, encoded, compressed and committed. All run in float32,
+four rows a batch, each in a process of its own, and take turns, so that whatever the machine does meanwhile falls on
+all alike. Shards hold 8,192 tokens here, so that a round has several. Loading is not timed; encoding and writing are.
 
-Prints one JSON object a line; the last one holds the ratio of the medians of tokens a second.
+Prints one JSON object a line; the last one holds `tokens_over_bare_body` and `tokens_over_bare_forward`, the ratios of
+the medians of tokens a second.
 
 Without --teacher, or the variable SMOLLM2, the teacher of `coldstill demo` stands in.
 """
@@ -27,7 +28,7 @@ import yaml
 from recovery import build_recipe, teacher_and_source
 from turns import Turn, reporting, wait_for_turn
 
-ARMS = ("bare", "precompute")
+ARMS = ("body", "forward", "precompute")
 SHARD_TOKENS = 8_192
 
 
@@ -50,8 +51,8 @@ def main() -> None:
             "peak_bytes": turn.answer()["peak_bytes"],
         }
         print(json.dumps({arm: results[arm]}), flush=True)
-    ratio = results["precompute"]["tokens_per_s"] / results["bare"]["tokens_per_s"]
-    print(json.dumps({"tokens_over_bare_forward": round(ratio, 4)}))
+    speed = results["precompute"]["tokens_per_s"]
+    print(json.dumps({f"tokens_over_bare_{arm}": round(speed / results[arm]["tokens_per_s"], 4) for arm in ARMS[:2]}))
 
 
 def parse() -> argparse.Namespace:
@@ -61,9 +62,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workdir", type=Path, default=Path("runs/precompute_speed"))
     parser.add_argument("--rounds", type=int, default=5, help="passes of each arm that count; one more comes before")
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--kind", default="final", choices=("final", "topk"), help="targets.logits.kind")
+    parser.add_argument("--quick", action="store_true", help="two rounds over 16 rows")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.rows = 2, 16
+    return options
 
 
 def write_recipe(options: argparse.Namespace) -> Path:
@@ -76,6 +82,7 @@ def write_recipe(options: argparse.Namespace) -> Path:
     # The last blocks are cut: choosing them by importance would be the teacher's work too.
     recipe["student"]["prune"]["layers"]["method"] = "last"
     recipe["mapping"]["strategy"] = "uniform"
+    recipe["targets"]["logits"] = {"kind": options.kind}
     path = options.workdir / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
@@ -87,7 +94,7 @@ def run_arm(options: argparse.Namespace) -> None:
 
     report = reporting()
     recipe = load_recipe(options.recipe)
-    work = {"bare": bare, "precompute": precomputed}[options.arm](recipe)
+    work = precomputed(recipe) if options.arm == "precompute" else bare(recipe, with_logits=options.arm == "forward")
     report({"ready": True})
     for _ in range(options.rounds + 1):
         wait_for_turn()
@@ -95,16 +102,14 @@ def run_arm(options: argparse.Namespace) -> None:
     report({"peak_bytes": peak_memory_bytes()})
 
 
-def bare(recipe: Any) -> Any:
+def bare(recipe: Any, *, with_logits: bool) -> Any:
     import torch
     from coldstill.pipeline.models.forward import pad_rows
-    from coldstill.pipeline.models.teacher import Teacher
-    from coldstill.pipeline.stage_one.requests import build_requested_rows
+    from coldstill.pipeline.stage_one.requests import gather
 
-    teacher = Teacher.locate(recipe.teacher)
-    tokens = build_requested_rows([recipe], teacher)[0]["train"].tokens
-    rows = [torch.from_numpy(row.astype("int64")) for row in tokens]
-    model, size = teacher.parts.model, recipe.teacher.batch_size
+    teacher, (gathered,) = gather([recipe])
+    rows = [torch.from_numpy(row.astype("int64")) for row in gathered.rows["train"].tokens]
+    model, size = teacher.parts.model if with_logits else teacher.parts.body, recipe.teacher.batch_size
 
     @torch.inference_mode()
     def forward() -> float:

@@ -6,7 +6,6 @@ What is wrong is a problem. What a killed writer leaves is not: it is noted, and
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import pyarrow as pa
 from coldstill.cache.arrays import read_column
@@ -29,7 +28,6 @@ from coldstill.cache.tokens import TOKENS, rows_of_tokens
 from coldstill.cache.writer import column_metadata, object_path
 
 OnBytes = Callable[[int], None]
-Kind = Literal["store", "commits", "rows", "selection", "metadata", "array", "index", "student"]
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,15 @@ class Problem:
     """Something that is not as it was written.
 
     Attributes:
-        kind: What sort of thing, which decides how it is mended.
-        file: Its name within the store, or within the root for an index entry or a student.
+        kind: What sort of thing, which decides how it is mended: `store`, `commits`, `rows`, `selection`, `metadata`,
+            `array`, `index`, or the kind of a folder that is kept beside the stores.
+        file: Its name within the store, or within the root for an index entry or a kept folder.
         what: What is wrong with it, in words that name column and shard where it belongs to one.
         shard: The shard, for an array or its metadata.
         column: The column, likewise.
     """
 
-    kind: Kind
+    kind: str
     file: str
     what: str
     shard: str | None = None

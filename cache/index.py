@@ -22,7 +22,7 @@ def write_entry(root: str, kind: str, key: Any, value: Mapping[str, Any]) -> Non
 
     Args:
         root: The root of the stores.
-        kind: What sort of entry, such as `rows` or `student`.
+        kind: What sort of entry, such as `rows`.
         key: JSON-able; the sections of the recipe that decide the value.
         value: JSON-able.
     """

@@ -144,6 +144,13 @@ class Manifest:
         for shard, column in keys:
             yield self.record(shard, column)
 
+    def bytes_per_token(self, column: str, *, shards: Collection[str] | None = None) -> float | None:
+        """Return the bytes a token that a column takes in its shards, or in some of them; None where it is in none."""
+        chosen = [shard for shard in self.shards(column) if shards is None or shard in shards]
+        records = [self.record(shard, column) for shard in chosen]
+        num_tokens = sum(record.num_tokens for record in records)
+        return sum(record.stored_bytes for record in records) / num_tokens if num_tokens else None
+
     def commit(self, record: CommitRecord) -> None:
         """Publish a record: from here on the column exists."""
         name = record_name(record.shard, record.column.name)

@@ -1,4 +1,8 @@
-"""Hold everything below a root against what was written: its stores, its index, its pruned students."""
+"""Hold everything below a root against what was written: its stores, its index, the folders that are kept there.
+
+Which folders these are, the caller says: `kept` maps a kind, by which the index and problems name it, to the place of
+all folders of that kind below the root.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -7,12 +11,12 @@ from typing import Any
 from coldstill.cache.audit import Problem, StoreAudit, audit_store, stored_bytes
 from coldstill.cache.errors import CorruptError, FormatError, StoreNotFoundError
 from coldstill.cache.index import INDEX, parse_entry
+from coldstill.cache.kept_folders import CHECKSUMS, find_damage
 from coldstill.cache.manifest import COMMITS
 from coldstill.cache.objects import Objects, full_path, open_objects
 from coldstill.cache.rows import ROWS
 from coldstill.cache.selections import selection_file
 from coldstill.cache.store import ROOT_METADATA, STORES, Store, open_store, store_path
-from coldstill.cache.student_files import CHECKSUMS, STUDENTS, find_damage
 from tqdm import tqdm
 
 
@@ -36,8 +40,13 @@ class RootAudit:
         return not self.problems and not any(store.problems for store in self.stores)
 
 
-def verify(root: str, *, show_progress: bool = True) -> RootAudit:
+def audit_root(root: str, *, kept: Mapping[str, str], show_progress: bool = True) -> RootAudit:
     """Read every byte below a root and hold it against its checksum.
+
+    Args:
+        root: The root.
+        kept: By kind, the place of the folders that are kept beside the stores.
+        show_progress: Whether to show a progress bar.
 
     Raises:
         StoreNotFoundError: The root holds nothing of Coldstill's.
@@ -53,8 +62,8 @@ def verify(root: str, *, show_progress: bool = True) -> RootAudit:
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not show_progress) as bar:
         for store in stores:
             audit.stores.append(audit_store(store, on_bytes=bar.update))
-    audit.problems += index_problems(objects)
-    audit.problems += student_problems(objects)
+    audit.problems += index_problems(objects, kept=kept)
+    audit.problems += folder_problems(objects, kept=kept)
     return audit
 
 
@@ -76,14 +85,14 @@ def holds_data(objects: Objects) -> bool:
     return bool(objects.files(COMMITS) or objects.files(ROWS))
 
 
-def index_problems(objects: Objects) -> list[Problem]:
+def index_problems(objects: Objects, *, kept: Mapping[str, str]) -> list[Problem]:
     """Check that each entry of the index is whole and leads to something."""
     problems = []
     for file in objects.files(INDEX):
         name = f"{INDEX}/{file}"
         try:
             value = parse_entry(file, objects.read(name))
-            targets = _targets(value)
+            targets = _targets(file.rpartition("-")[0], value, kept)
         except (ValueError, KeyError, TypeError):
             problems.append(Problem("index", name, "is not what was written"))
             continue
@@ -93,22 +102,22 @@ def index_problems(objects: Objects) -> list[Problem]:
     return problems
 
 
-def _targets(value: Mapping[str, Any]) -> list[str]:
+def _targets(kind: str, value: Mapping[str, Any], kept: Mapping[str, str]) -> list[str]:
     """Name the objects that an index entry leads to."""
-    if "folder" in value:
-        return [f"{STUDENTS}/{value['folder']}/{CHECKSUMS}"]
+    if kind in kept and "folder" in value:
+        return [f"{kept[kind]}/{value['folder']}/{CHECKSUMS}"]
     if "store" not in value:
         return []  # the entry is the answer itself, such as a model's score on a task
     return [f"{STORES}/{value['store']}/{selection_file(name)}" for name in value["selections"].values()]
 
 
-def student_problems(objects: Objects) -> list[Problem]:
-    """Check that every file of each pruned student is whole."""
+def folder_problems(objects: Objects, *, kept: Mapping[str, str]) -> list[Problem]:
+    """Check that every file of each kept folder is whole; a problem's kind is the folder's."""
     problems = []
-    for name in objects.folders(STUDENTS):
-        folder = f"{STUDENTS}/{name}"
-        if name.startswith("."):
-            continue  # half-made by a process that was killed; swept when the student is made
-        if what := find_damage(objects, folder):
-            problems.append(Problem("student", folder, what))
+    for kind, place in kept.items():
+        for name in objects.folders(place):
+            if name.startswith("."):
+                continue  # half-made by a process that was killed; swept when the folder is made
+            if what := find_damage(objects, f"{place}/{name}"):
+                problems.append(Problem(kind, f"{place}/{name}", what))
     return problems

@@ -10,7 +10,8 @@
         commits/*                                   what is complete: see `coldstill.cache.manifest`
         writers/*                                   who writes what at the moment: see `coldstill.cache.leases`
 
-A root (`caches/`) holds any number of stores, the index that leads from a recipe to its store, and pruned students.
+A root (`caches/`) holds any number of stores, the index that leads from a recipe to its store, and folders that
+are kept beside the stores: see `coldstill.cache.kept_folders`.
 The whole format is specified in docs/format.md.
 """
 
@@ -68,7 +69,7 @@ def create_store(root: str, teacher: Mapping[str, Any]) -> Store:
 
     Args:
         root: A folder or an fsspec URL.
-        teacher: JSON-able facts with at least `identity`, what `coldstill.cache.identity.teacher_identity` gave.
+        teacher: JSON-able facts with at least `identity`, a map of words that says which teacher it is.
     """
     path = store_path(root, fingerprint(teacher["identity"]))
     objects = open_objects(path)

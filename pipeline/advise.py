@@ -1,35 +1,25 @@
 """Read a recipe's student and results, and say what to try next, why, and by which commands. Loads no model."""
 
-import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coldstill.cache.errors import ModelError, RecipeError, StoreNotFoundError
-from coldstill.pipeline.judging.results import Retention, describe_results, read_evaluation, retention_of, what_is_worse
-from coldstill.pipeline.judging.suggestions import MODEST, Advice, Measured, Settings, advise_next, as_override
-from coldstill.pipeline.models import load_config, resolve_folder, text_config
-from coldstill.pipeline.recipe.presets import Cut, cut_of, preset_values
+from coldstill.cache.errors import StoreNotFoundError
+from coldstill.pipeline.judging.command_lines import command_line, commands_of
+from coldstill.pipeline.judging.results import Retention, describe_results, read_evaluation, retention_of
+from coldstill.pipeline.judging.run_figures import measured_of, settings_of
+from coldstill.pipeline.judging.suggestions import MODEST, advise_next
+from coldstill.pipeline.judging.what_was_cut import in_words, what_was_cut
+from coldstill.pipeline.recipe.presets import Cut, preset_values
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.stage_two.run_folder import check_run, claimed_run, read_metrics, what_is_untrained
 from coldstill.pipeline.students.folders import find_student
-from coldstill.pipeline.students.pruning_record import describe_cut, read_pruning, was_cut
+from coldstill.pipeline.students.pruning_record import read_pruning
 
 # Below this share of the teacher's parameters a cut is called aggressive: a rule of thumb.
 _AGGRESSIVE_SHARE = 0.6
-_DEFAULT_EPOCHS = 3.0  # of transformers' TrainingArguments
-# What a change is called in the name of its output; a kind by its own name, and None for what follows from another.
-_LABELS = {
-    "loss.alpha": "alpha",
-    "loss.gamma": "gamma",
-    "loss.hidden": "",
-    "train.num_train_epochs": "epochs",
-    "train.max_steps": "steps",
-    "data.train.max_rows": "rows",
-    "targets.hidden.blocks": None,
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,7 @@ def advise(recipe: Recipe, *, arguments: Sequence[str], target: float = MODEST) 
         raise RecipeError(f"--target must be above 0 and at most 1, the share of the teacher's ability, got {target:g}")
     folder = _student_folder(recipe)
     pruning = read_pruning(folder) if folder else None
-    cut, description = _what_was_cut(recipe, folder, pruning)
+    cut, description = what_was_cut(recipe, folder, pruning)
     read = {"student": description}
     check_run(recipe)
     metrics = read_metrics(recipe)
@@ -81,17 +71,17 @@ def advise(recipe: Recipe, *, arguments: Sequence[str], target: float = MODEST) 
             return _start(recipe, cut, pruning, read, arguments)
         # A preset now would be another run, which this output refuses.
         reason = what_is_untrained(recipe) or "training was cut off before it said that it was complete"
-        commands = [_line(stage, arguments, {}) for stage in ("train", "evaluate")]
+        commands = [command_line(stage, arguments, {}) for stage in ("train", "evaluate")]
         return NextStep(cut, read, None, "train", reason.partition("; run:")[0], {}, _task_notes(recipe), commands)
     evaluation = read_evaluation(recipe)
     if evaluation is None:
         reason = "the student is trained and was not evaluated since"
-        command = _line("evaluate", arguments, {})
+        command = command_line("evaluate", arguments, {})
         return NextStep(cut, read, None, "evaluate", reason, {}, _task_notes(recipe), [command])
     read["results"] = describe_results(evaluation)
     retention = retention_of(evaluation)
-    measured = _measured(recipe, evaluation, retention)
-    settings = _settings(recipe, cut, metrics["log"])
+    measured = measured_of(recipe, evaluation, retention)
+    settings = settings_of(recipe, cut, metrics["log"])
     advice = advise_next(settings, measured, target=target)
     notes = list(advice.notes)
     if settings.rising and advice.step not in ("rows", "epochs", "done"):
@@ -101,16 +91,8 @@ def advise(recipe: Recipe, *, arguments: Sequence[str], target: float = MODEST) 
         advice = replace(advice, changes={**advice.changes, "targets.hidden.blocks": "mapped"})
     if "loss.gamma" in advice.changes and recipe.loss.schedule.gamma is not None:
         notes.append("loss.schedule moves gamma from there: change its end too")
-    commands = _commands(recipe, advice, arguments)
+    commands = commands_of(recipe, advice, arguments)
     return NextStep(cut, read, retention, advice.step, advice.reason, dict(advice.changes), notes, commands)
-
-
-def _line(command: str, arguments: Sequence[str], changes: Mapping[str, Any]) -> str:
-    """Give the line that runs a command with changes, which replace what the command line said before."""
-    file, *overrides = arguments
-    kept = [override for override in overrides if override.partition("=")[0] not in changes]
-    words = [*kept, *(as_override(key, value) for key, value in changes.items())]
-    return shlex.join(["coldstill", command, file, *words])
 
 
 def _student_folder(recipe: Recipe) -> Path | None:
@@ -121,33 +103,6 @@ def _student_folder(recipe: Recipe) -> Path | None:
         return None
 
 
-def _what_was_cut(recipe: Recipe, folder: Path | None, pruning: Mapping[str, Any] | None) -> tuple[Cut, str]:
-    """Name what was cut, and say how it is known: by the student's record, the recipe, or both models' configs."""
-    if pruning is not None:
-        is_wide = was_cut(pruning, "mlp") or was_cut(pruning, "hidden")
-        return cut_of(is_deep=was_cut(pruning, "blocks"), is_wide=is_wide), describe_cut(pruning)
-    if recipe.student.prune is not None:
-        cut = cut_of(is_deep=recipe.student.prune.is_deep, is_wide=recipe.student.prune.is_wide)
-        return cut, f"{_in_words(cut)} is cut, by student.prune"
-    try:
-        teacher = resolve_folder(recipe.teacher.path, revision=recipe.teacher.revision, local_only=True)
-        configs = [text_config(load_config(path)) for path in (teacher, folder) if path is not None]
-    except ModelError:
-        configs = []
-    if len(configs) < 2:
-        return "both", "what was cut is not known, and taken for depth and width"
-    is_deep, is_wide, is_narrow = (
-        getattr(configs[1], size) < getattr(configs[0], size)
-        for size in ("num_hidden_layers", "hidden_size", "intermediate_size")
-    )
-    cut = cut_of(is_deep=is_deep, is_wide=is_wide or is_narrow)
-    return cut, f"{_in_words(cut)} was cut, by the configs of both models"
-
-
-def _in_words(cut: Cut) -> str:
-    return "depth and width" if cut == "both" else cut
-
-
 def _start(
     recipe: Recipe, cut: Cut, pruning: Mapping[str, Any] | None, read: dict[str, str], arguments: Sequence[str]
 ) -> NextStep:
@@ -156,7 +111,7 @@ def _start(
     is_aggressive = parameters["student"] < _AGGRESSIVE_SHARE * parameters["teacher"]
     name = f"{cut}_aggressive" if is_aggressive else cut
     share = f", of whose parameters less than {_AGGRESSIVE_SHARE:.0%} are left" if is_aggressive else ""
-    reason = f"no results yet; preset {name} is the one for a student cut in {_in_words(cut)}{share}"
+    reason = f"no results yet; preset {name} is the one for a student cut in {in_words(cut)}{share}"
     has_preset = recipe.preset in (name, name.replace(cut, "auto"))
     changes = {} if has_preset else {"preset": name}
     notes = [*_task_notes(recipe), *_start_notes(recipe)]
@@ -170,7 +125,7 @@ def _start(
             if own.get(key, wanted[key]) != wanted[key]
         ]
         notes += [f"what the recipe says itself stays: {', '.join(other)}"] if other else []
-    commands = [_line(stage, arguments, changes) for stage in ("plan", "precompute", "train", "evaluate")]
+    commands = [command_line(stage, arguments, changes) for stage in ("plan", "precompute", "train", "evaluate")]
     return NextStep(cut, read, None, "start", reason, changes, notes, commands)
 
 
@@ -193,71 +148,3 @@ def _start_notes(recipe: Recipe) -> list[str]:
         "blocks are only removed; with student.prune.reconstruct=true what the others write is fitted to the teacher's "
         "stream, which is a better start"
     ]
-
-
-def _measured(recipe: Recipe, evaluation: Mapping[str, Any], retention: Retention) -> Measured:
-    questions = [task["num_samples"] for task in evaluation["tasks"].values() if task["higher_is_better"]]
-    return Measured(
-        retention.value,
-        retention.stderr,
-        is_proxy=retention.measure == "agreement",
-        num_samples=min(questions, default=0),
-        all_samples=recipe.evaluate.limit is None,
-        worse=what_is_worse(evaluation),
-    )
-
-
-def _settings(recipe: Recipe, cut: Cut, log: Sequence[Mapping[str, Any]]) -> Settings:
-    return Settings(
-        cut=cut,
-        alpha=recipe.loss.alpha,
-        gamma=recipe.loss.gamma,
-        hidden=recipe.loss.hidden,
-        num_epochs=float(recipe.train.get("num_train_epochs", _DEFAULT_EPOCHS)),
-        max_steps=int(recipe.train.get("max_steps", -1)),
-        max_rows=recipe.data.train.max_rows,
-        seen_epochs=max((entry["epoch"] for entry in log if "epoch" in entry), default=None),
-        hidden_share=_hidden_share(recipe, log),
-        rising=_overfitting(log),
-    )
-
-
-def _hidden_share(recipe: Recipe, log: Sequence[Mapping[str, Any]]) -> float | None:
-    """Give what the weighted hidden loss made up of the loss when it was logged last; None where it never was."""
-    logged = [entry for entry in log if "loss_hidden" in entry and entry.get("loss", 0) > 0]
-    if not logged:
-        return None
-    last = logged[-1]
-    return float(last.get("gamma", recipe.loss.gamma) * last["loss_hidden"] / last["loss"])
-
-
-def _overfitting(log: Sequence[Mapping[str, Any]]) -> str | None:
-    """Say that the eval loss had begun to rise: then more of the same rows is not what is missing."""
-    losses = [(entry["eval_loss"], entry["step"]) for entry in log if "eval_loss" in entry]
-    if not losses or min(losses)[1] == losses[-1][1]:
-        return None
-    least, step = min(losses)
-    return f"eval_loss was least at step {step}, {least:.4f}, and {losses[-1][0]:.4f} at the end"
-
-
-def _commands(recipe: Recipe, advice: Advice, arguments: Sequence[str]) -> list[str]:
-    if not advice.changes:
-        return []
-    if advice.step == "samples":
-        return [_line("evaluate", arguments, advice.changes)]
-    changes = {**advice.changes, "output": _output(recipe.output, advice.changes)}
-    needs_states = "loss.gamma" in advice.changes and not recipe.loss.needs_hidden
-    stages = ["precompute"] * (needs_states or advice.step == "rows") + ["train", "evaluate"]
-    return [_line(stage, arguments, changes) for stage in stages]
-
-
-def _output(output: str, changes: Mapping[str, Any]) -> str:
-    """Name the next output after its changes; an earlier value of the same key gives way."""
-    for key, value in changes.items():
-        label = _LABELS[key]
-        if label is None:
-            continue
-        text = f"{value:g}" if isinstance(value, float) else str(value)
-        output = re.sub(rf"-{label}\d[\d.]*(?=-|$)", "", output) if label else output.replace(f"-{text}", "")
-        output += f"-{label}{text}"
-    return output

@@ -12,7 +12,8 @@ from coldstill.pipeline.estimates.target_options import KindPlan, measure_hidden
 from coldstill.pipeline.estimates.trial import Trial, trial_of
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.stage_one.dry_run import ColumnCost, dry_run
-from coldstill.pipeline.targets.columns import HIDDEN_PREFIX, LABEL_LOGIT
+from coldstill.pipeline.targets.kinds import parse_target, teacher_targets
+from coldstill.pipeline.targets.states import BlockOutput
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,8 @@ def plan(recipe: Recipe, *, budget_bytes: int | None = None, num_rows: int = 16,
         proposed: list[Proposal] = []
         if budget_bytes is not None:
             hidden = measure_hidden(recipe, trial, show_progress=show_progress)
-            fixed = sum(per_token[name] for name in (TOKENS, LABEL_LOGIT))
             logits = [LogitsOption(kind.setting, kind.bytes_per_token, kind.fidelity.grad_cosine) for kind in kinds]
-            proposed = proposals(budget_bytes - constant_bytes, needed.num_tokens, fixed, logits, hidden)
+            proposed = proposals(budget_bytes - constant_bytes, needed.num_tokens, per_token[TOKENS], logits, hidden)
     return Plan(
         store=needed.store,
         num_tokens=needed.num_tokens,
@@ -113,10 +113,11 @@ def plan(recipe: Recipe, *, budget_bytes: int | None = None, num_rows: int = 16,
 
 def _column_plan(cost: ColumnCost, per_token: Mapping[str, float]) -> ColumnPlan:
     measured = per_token.get(cost.name)
-    blocks = [value for name, value in per_token.items() if name.startswith(HIDDEN_PREFIX)]
-    if measured is None and cost.name.startswith(HIDDEN_PREFIX) and blocks:
-        # Which blocks these are is known when the student was pruned; the trial's own blocks stand for them.
-        measured = sum(blocks) / len(blocks)
+    if measured is None and (cost.is_undecided or isinstance(parse_target(cost.name), BlockOutput)):
+        # Which blocks these are is known when the student was pruned, and of fewer rows the trial may map others: its
+        # own blocks stand for them.
+        blocks = [target.name for target in teacher_targets(per_token) if isinstance(target, BlockOutput)]
+        measured = sum(per_token[name] for name in blocks) / len(blocks) if blocks else None
     if measured is None:
         # A column of the store that serves the recipe, such as more logits than it asks for: the store knows its size.
         measured = cost.missing_bytes / max(cost.missing_tokens, 1)

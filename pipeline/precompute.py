@@ -1,40 +1,25 @@
 """Stage one: make the columns that recipes ask for complete for their rows. Where all are, no model is loaded."""
 
-import functools
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from coldstill.cache.leases import LAYOUT, Lease, hold, living_writers
 from coldstill.cache.manifest import Manifest
-from coldstill.cache.objects import open_objects
-from coldstill.cache.rows import compact_rows
 from coldstill.cache.selections import Selection
-from coldstill.cache.store import CONSTANTS, Store, create_store
-from coldstill.pipeline.models import text_config
 from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, write_record
-from coldstill.pipeline.outputs.run_index import RunRows, publish_run_rows
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.rows.building import tokenizer_digest
 from coldstill.pipeline.runtime.interruptions import what_stays
-from coldstill.pipeline.stage_one.calibrate import calibrate, missing_calibrations
+from coldstill.pipeline.stage_one.computing import StoreWork
 from coldstill.pipeline.stage_one.requests import (
     SPLITS,
     Demand,
+    RecipeRows,
     Request,
-    RowRegistry,
     blocks_to_store,
-    build_requested_rows,
-    demand_of,
-    locate_teacher,
-    missing_jobs,
-    needed_columns,
-    row_names,
+    gather,
+    needed_targets,
 )
-from coldstill.pipeline.stage_one.room import require_room
-from coldstill.pipeline.stage_one.shard_jobs import ShardComputer, ShardJob
 from coldstill.pipeline.stage_one.workers import (
     Share,
     first_process_first,
@@ -42,12 +27,7 @@ from coldstill.pipeline.stage_one.workers import (
     sum_over_processes,
     wait_for_everyone,
 )
-from coldstill.pipeline.stage_one.write_behind import WriteBehind
-from coldstill.pipeline.students.preparing import PreparedStudent, prepare_student
-from coldstill.pipeline.targets.calibrations import read_codes
-from coldstill.pipeline.targets.columns import OUTPUT_HEAD
-from coldstill.pipeline.targets.stored_head import write_head
-from tqdm import tqdm
+from coldstill.pipeline.students.preparing import prepare_student
 
 
 @dataclass(frozen=True)
@@ -111,7 +91,10 @@ class _Progress:
 
     def watch(self, manifest: Manifest, demands: Sequence[Demand]) -> None:
         """Say from now on what of these demands the manifest has."""
-        self._manifest, self._columns = manifest, needed_columns(demands)
+        self._manifest = manifest
+        self._columns = {
+            shard: [target.name for target in targets] for shard, targets in needed_targets(demands).items()
+        }
 
     def words(self) -> str:
         """Say what is complete, and whether to run the command again is to go on."""
@@ -128,196 +111,65 @@ def _precompute(
     recipes: Sequence[Recipe], share: Share | None, progress: _Progress, *, show_progress: bool
 ) -> PrecomputeSummary:
     share = share or launched_share()
-    teacher = locate_teacher(recipes)
-    built = build_requested_rows(recipes, teacher)
+    teacher, gathered = gather(recipes)
     with first_process_first():
-        students = [
-            prepare_student(recipe, teacher, rows["train"]) for recipe, rows in zip(recipes, built, strict=True)
-        ]
-        tokenizer = tokenizer_digest(teacher.tokenizer)
-        requests = [
-            Request(recipe, rows, tokenizer, blocks_to_store(recipe, teacher, student.folder))
-            for recipe, rows, student in zip(recipes, built, students, strict=True)
-        ]
-        store = create_store(recipes[0].cache, teacher.describe())
-        manifest = Manifest(store)
-        registry, runs = _register(store, manifest, requests, teacher)
-    demands = [demand_of(request, run.selections, manifest) for request, run in zip(requests, runs, strict=True)]
-    progress.watch(manifest, demands)
-    _calibrate(store, manifest, teacher, demands, requests)
-    # Of all shards, not of those that are missing now: another worker may be at work already.
-    own_shards = set(share.of(list(needed_columns(demands))))
-    jobs = [job for job in missing_jobs(manifest, registry.known, demands) if job.shard in own_shards]
-    tokens, written, seconds = _compute_held(
-        teacher, store, manifest, demands, jobs, requests, share, show_progress=show_progress
-    )
+        requests = [_request(item, teacher) for item in gathered]
+        work = StoreWork(recipes[0].cache, teacher)
+        demands = work.register(requests)
+    progress.watch(work.manifest, demands)
+    work.calibrate(demands)
+    computed = work.compute(demands, share, show_progress=show_progress)
     wait_for_everyone()
-    computed_tokens, written_bytes = sum_over_processes([tokens, written])
-    _tidy(recipes[0].cache, store, manifest)
+    computed_tokens, written_bytes = sum_over_processes([computed.num_tokens, computed.written_bytes])
+    work.tidy()
+    selections = _selections(demands)
     summary = PrecomputeSummary(
-        store=store.path,
-        students=[str(student.folder) for student in students],
-        num_rows=_count_rows(runs),
-        num_shared=sum(selection.provenance["num_shared"] for selection in _selections(runs)),
-        num_tokens=sum(selection.num_tokens for selection in _selections(runs)),
-        num_shards=len({shard for selection in _selections(runs) for shard in selection.shard_names}),
+        store=work.store.path,
+        students=[str(request.student.folder) for request in requests if request.student is not None],
+        num_rows=_count_rows(demands),
+        num_shared=sum(selection.provenance["num_shared"] for selection in selections),
+        num_tokens=sum(selection.num_tokens for selection in selections),
+        num_shards=len({shard for selection in selections for shard in selection.shard_names}),
         computed_tokens=computed_tokens,
         written_bytes=written_bytes,
-        missing_shards=len(missing_jobs(manifest, registry.known, demands)),
+        missing_shards=len(work.missing(demands)),
         teacher_was_loaded=teacher.is_loaded,
-        seconds=seconds,
+        seconds=computed.seconds,
     )
-    _write_records(recipes, runs, students, teacher, summary)
+    for demand in demands:
+        _write_record(demand, work.store.name, teacher, summary)
     return summary
 
 
-def _register(
-    store: Store, manifest: Manifest, requests: Sequence[Request], teacher: Teacher
-) -> tuple[RowRegistry, list[RunRows]]:
-    """Lay new rows into shards, commit their tokens, and publish each recipe's selections."""
-    vocab_size = int(text_config(teacher.config).vocab_size)
-    runs = []
-    # One process at a time: two that lay the same rows differently would compute them twice.
-    with hold(store.objects, [LAYOUT], wait=True) as lease:
-        _sweep(store, lease)
-        manifest.reload()
-        registry = RowRegistry(store, manifest)
-        for request in requests:
-            runs.append(RunRows(store, registry.register(request, vocab_size=vocab_size)))
-            publish_run_rows(request.recipe, runs[-1])
-    return registry, runs
+def _request(item: RecipeRows, teacher: Teacher) -> Request:
+    """Say what a recipe asks for, whose student is found or made for it."""
+    student = prepare_student(item.recipe, teacher, item.rows["train"])
+    return Request(item, blocks_to_store(item.recipe, teacher, student.folder), student)
 
 
-def _sweep(store: Store, lease: Lease) -> None:
-    """Remove what killed writers left half-written."""
-    is_alone = all(writer.file == lease.file for writer in living_writers(store.objects))
-    store.objects.sweep(is_alone=is_alone)
+def _write_record(demand: Demand, store: str, teacher: Teacher, summary: PrecomputeSummary) -> None:
+    recipe, student = demand.request.of.recipe, demand.request.student
+    folder = Path(recipe.output) / "precompute"
+    was_made = student is not None and student.was_made
+    # Also where a run that was killed computed everything, but did not come to write it down.
+    if summary.computed_tokens or was_made or not (folder / PROVENANCE_FILE).exists():
+        facts = {
+            "teacher": teacher.identity,
+            "store": store,
+            "selections": {split: selection.name for split, selection in demand.selections.items()},
+            "precompute": asdict(summary),
+        }
+        write_record(folder, recipe, facts)
 
 
-def _calibrate(
-    store: Store, manifest: Manifest, teacher: Teacher, demands: Sequence[Demand], requests: Sequence[Request]
-) -> None:
-    """Fit the transform codes that columns need and the store lacks: one process does, the others wait for it."""
-    columns = [name for names in needed_columns(demands).values() for name in names]
-    if not missing_calibrations(manifest, columns):
-        return
-    with hold(store.objects, [LAYOUT], wait=True):
-        manifest.reload()
-        if missing := missing_calibrations(manifest, columns):
-            calibrate(store, manifest, teacher, missing, requests[0].rows["train"].tokens)
+def _selections(demands: Sequence[Demand]) -> list[Selection]:
+    """Return each selection once: recipes over the same data have the same ones."""
+    return list({selection.name: selection for demand in demands for selection in demand.selections.values()}.values())
 
 
-def _compute_held(
-    teacher: Teacher,
-    store: Store,
-    manifest: Manifest,
-    demands: Sequence[Demand],
-    jobs: list[ShardJob],
-    requests: Sequence[Request],
-    share: Share,
-    *,
-    show_progress: bool,
-) -> tuple[int, int, float]:
-    """Run the jobs while no other process may: tokens that were read, bytes that were written, and seconds."""
-    needs_head = share.index == 0 and (CONSTANTS, OUTPUT_HEAD) not in manifest
-    if not jobs and not needs_head:
-        return 0, 0, 0.0
-    with hold(store.objects, [job.shard for job in jobs] + [CONSTANTS] * needs_head) as lease:
-        # What another process committed in the meantime is not computed again.
-        manifest.reload()
-        jobs = [job for job in (job.without(manifest) for job in jobs) if job.columns]
-        check_room = functools.partial(require_room, store, manifest, teacher)
-        check_room(jobs)
-        if needs_head and (CONSTANTS, OUTPUT_HEAD) not in manifest:
-            write_head(store, manifest, teacher.parts.output_head)
-        if not jobs:
-            return 0, 0, 0.0
-        computer = ShardComputer(
-            store,
-            manifest,
-            teacher.parts,
-            [target for demand in demands for target in demand.targets.values()],
-            codes=read_codes(store, manifest, dict.fromkeys(name for job in jobs for name in job.columns)),
-            batch_size=requests[0].recipe.teacher.batch_size,
-            row_names=row_names(requests),
-        )
-        started = time.monotonic()
-        written_bytes = _run(computer, store, manifest, jobs, check_room, lease, show_progress=show_progress)
-        return sum(job.num_tokens for job in jobs), written_bytes, time.monotonic() - started
-
-
-def _run(
-    computer: ShardComputer,
-    store: Store,
-    manifest: Manifest,
-    jobs: Sequence[ShardJob],
-    check_room: Callable[[Sequence[ShardJob]], None],
-    lease: Lease,
-    *,
-    show_progress: bool,
-) -> int:
-    """Run the jobs one after another, and give the bytes that they wrote."""
-    written_bytes = 0
-    total = sum(job.num_tokens for job in jobs)
-    with tqdm(total=total, unit="tok", unit_scale=True, desc="precompute", disable=not show_progress) as bar:
-
-        def on_written(num_bytes: int) -> None:
-            nonlocal written_bytes
-            written_bytes += num_bytes
-            bar.set_postfix_str(f"{written_bytes / 1e6:.1f} MB written", refresh=False)
-
-        with WriteBehind(store, manifest, on_written) as writer:
-            for number, job in enumerate(jobs):
-                lease.require()
-                computer.run(job, writer, bar.update)
-                if number == 0:
-                    # What each column takes is known now, before the hours are spent.
-                    writer.flush()
-                    check_room(jobs[1:])
-    return written_bytes
-
-
-def _tidy(root: str, store: Store, manifest: Manifest) -> None:
-    """Fold the small files of a finished run and sweep, unless another process still writes."""
-    with first_process_first():
-        if launched_share().index == 0 and not living_writers(store.objects):
-            with hold(store.objects, [LAYOUT], wait=True):
-                manifest.compact()
-                compact_rows(store)
-            store.objects.sweep(is_alone=True)
-            open_objects(root).sweep(is_alone=False)
-    manifest.reload()
-
-
-def _write_records(
-    recipes: Sequence[Recipe],
-    runs: Sequence[RunRows],
-    students: Sequence[PreparedStudent],
-    teacher: Teacher,
-    summary: PrecomputeSummary,
-) -> None:
-    for recipe, run, student in zip(recipes, runs, students, strict=True):
-        folder = Path(recipe.output) / "precompute"
-        # Also where a run that was killed computed everything, but did not come to write it down.
-        if summary.computed_tokens or student.was_made or not (folder / PROVENANCE_FILE).exists():
-            names = {split: selection.name for split, selection in run.selections.items()}
-            facts = {
-                "teacher": teacher.identity,
-                "store": run.store.name,
-                "selections": names,
-                "precompute": asdict(summary),
-            }
-            write_record(folder, recipe, facts)
-
-
-def _selections(runs: Sequence[RunRows]) -> list[Selection]:
-    """Give each selection once: recipes over the same data have the same ones."""
-    return list({selection.name: selection for run in runs for selection in run.selections.values()}.values())
-
-
-def _count_rows(runs: Sequence[RunRows]) -> dict[str, int]:
+def _count_rows(demands: Sequence[Demand]) -> dict[str, int]:
     splits: Mapping[str, dict[str, int]] = {split: {} for split in SPLITS}
-    for run in runs:
-        for split, selection in run.selections.items():
+    for demand in demands:
+        for split, selection in demand.selections.items():
             splits[split][selection.name] = len(selection)
     return {split: sum(counts.values()) for split, counts in splits.items()}

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from coldstill.cache.errors import HubError, RecipeError, StoreNotFoundError
+from coldstill.cache.errors import StoreNotFoundError
 from coldstill.pipeline.outputs.run_index import STUDENT
+from coldstill.pipeline.runtime.errors import HubError, RecipeError
 from coldstill.pipeline.stage_two.model_card import has_numbers
 from coldstill.pipeline.stage_two.run_folder import folder_named
 from coldstill.pipeline.sweeps.results import is_sweep

@@ -6,9 +6,10 @@ from coldstill.cache.audit import audit_store, stored_bytes
 from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.cache.objects import open_objects
 from coldstill.cache.repair import Mended, mend_store
-from coldstill.cache.root_audit import holds_data, index_problems, student_problems
+from coldstill.cache.root_audit import folder_problems, holds_data, index_problems
 from coldstill.cache.store import ROOT_METADATA, Store, create_store, open_store, store_path
 from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.outputs.run_index import KEPT_FOLDERS
 from coldstill.pipeline.precompute import PrecomputeSummary, precompute
 from coldstill.pipeline.recipe.sections import Recipe
 from tqdm import tqdm
@@ -45,9 +46,9 @@ def repair(recipe: Recipe, *, show_progress: bool = True) -> RepairSummary:
     with tqdm(total=stored_bytes(store), unit="B", unit_scale=True, desc="verify", disable=not show_progress) as bar:
         mended = mend_store(store, audit_store(store, on_bytes=bar.update))
     removed = []
-    for problem in [*index_problems(objects), *student_problems(objects)]:
+    for problem in [*index_problems(objects, kept=KEPT_FOLDERS), *folder_problems(objects, kept=KEPT_FOLDERS)]:
         removed.append(problem.file)
-        if problem.kind == "student":
+        if problem.kind in KEPT_FOLDERS:
             objects.remove_folder(problem.file)
         else:
             objects.remove(problem.file)

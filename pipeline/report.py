@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from coldstill.cache.errors import ColdstillError, RecipeError
+from coldstill.cache.errors import ColdstillError
 from coldstill.pipeline.figures.sheet import drawing_style
 from coldstill.pipeline.judging.similarity import BlockSimilarity, block_similarity
 from coldstill.pipeline.pages.blocks import layers_section, projectors_section, similarity_section
@@ -22,6 +22,7 @@ from coldstill.pipeline.pages.recovery import recovery_section, recovery_tiles, 
 from coldstill.pipeline.pages.sweep import sweep_page
 from coldstill.pipeline.pages.training import epochs_section, loss_section
 from coldstill.pipeline.pages.variants import first_complete
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.whole import whole_file, write_whole
 from coldstill.pipeline.stage_two.run_folder import folder_named
 from coldstill.pipeline.sweeps.results import SweepResult, is_sweep, read_sweep

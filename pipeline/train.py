@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coldstill.cache.errors import IdentityError, ModelError
+from coldstill.cache.errors import IdentityError
 from coldstill.pipeline.models import (
     identify,
     load_config,
@@ -15,6 +15,7 @@ from coldstill.pipeline.models import (
 from coldstill.pipeline.outputs.places import check_places
 from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained_student
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.runtime.interruptions import signals_wait, what_stays
 from coldstill.pipeline.stage_two.model_card import model_card
 from coldstill.pipeline.stage_two.resumable_trainer import newest_checkpoint, sweep_checkpoints, where_it_stands

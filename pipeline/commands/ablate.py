@@ -1,4 +1,4 @@
-"""The `coldstill ablate` command."""
+"""The command `coldstill ablate`: a sweep, and its tables."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,8 @@ import typer
 from coldstill.pipeline.commands.shared import (
     JsonOption,
     OverridesArgument,
-    call,
+    console,
+    libraries_print_to_stderr,
     one_file,
     print_json,
     print_lines,
@@ -31,13 +32,14 @@ def ablate(
     with one_line_errors():
         quieten_libraries()
         file, changes = one_file(sweep, overrides, what="sweep")
-        result = call("ablate", file, changes, retry=retry, say=_say)
+        with libraries_print_to_stderr():
+            from coldstill.pipeline.ablate import ablate
+            from coldstill.pipeline.commands.sweep_tables import sweep_lines, sweep_tables
+
+            result = ablate(file, changes, retry=retry, say=_say)
         if as_json:
             print_json(result)
         else:
-            from coldstill.pipeline.commands.summaries import console
-            from coldstill.pipeline.commands.sweep_tables import sweep_lines, sweep_tables
-
             for table in sweep_tables(result):
                 console().print(table)
             print_lines(sweep_lines(result))

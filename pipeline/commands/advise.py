@@ -8,10 +8,11 @@ from coldstill.pipeline.commands.shared import (
     JsonOption,
     OverridesArgument,
     RecipeArgument,
+    libraries_print_to_stderr,
+    load_one_recipe,
     one_file,
     print_json,
     print_lines,
-    run_stage,
 )
 from coldstill.pipeline.runtime.endings import one_line_errors
 
@@ -28,8 +29,11 @@ def advise(
     """Read the recipe's student and results, and say what to try next, and why. Loads no model."""
     with one_line_errors():
         file, changes = one_file(recipe, overrides)
-        arguments = [str(file), *changes]
-        result = run_stage("advise", recipe, overrides, arguments=arguments, target=target)
+        loaded = load_one_recipe(recipe, overrides, command="advise")
+        with libraries_print_to_stderr():
+            from coldstill.pipeline.advise import advise
+
+            result = advise(loaded, arguments=[str(file), *changes], target=target)
         if as_json:
             print_json(result)
         else:

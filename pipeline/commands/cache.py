@@ -1,22 +1,35 @@
-"""The `coldstill cache` commands: list, check, repair and remove stores."""
+"""The commands `coldstill cache ...`: list, check, repair and remove stores."""
 
 import contextlib
 import dataclasses
 from typing import Annotated
 
 import typer
-from coldstill.cache.errors import ColdstillError, RecipeError, StoreError
+from coldstill.cache.errors import ColdstillError, StoreError
+from coldstill.pipeline.commands.cache_tables import (
+    column_table,
+    live_lines,
+    live_table,
+    repair_lines,
+    selection_table,
+    store_lines,
+    store_table,
+    verify_lines,
+    what_is_lost,
+)
 from coldstill.pipeline.commands.shared import (
     JsonOption,
     OverridesArgument,
     RecipeArgument,
-    call,
+    console,
+    libraries_print_to_stderr,
+    load_one_recipe,
     print_json,
     print_lines,
     quieten_libraries,
-    run_stage,
 )
 from coldstill.pipeline.runtime.endings import DAMAGED, one_line_errors
+from coldstill.pipeline.runtime.errors import RecipeError
 
 cache_app = typer.Typer(name="cache", no_args_is_help=True, help="List, check, repair and remove stores.")
 
@@ -32,7 +45,6 @@ def list_stores(root: RootArgument = "caches", as_json: JsonOption = False) -> N
     """List the stores of a root."""
     with one_line_errors():
         from coldstill.cache.inventory import describe_store, list_stores
-        from coldstill.pipeline.commands import summaries
 
         stores, damaged = [], []
         for name in list_stores(root):
@@ -43,7 +55,7 @@ def list_stores(root: RootArgument = "caches", as_json: JsonOption = False) -> N
         if as_json:
             print_json({"stores": stores, "damaged": damaged})
         else:
-            summaries.console().print(summaries.store_table(stores))
+            console().print(store_table(stores))
         for message in damaged:
             typer.echo(f"coldstill: {message}", err=True)
         if damaged:
@@ -55,16 +67,15 @@ def show_store(root: RootArgument = "caches", store: StoreOption = None, as_json
     """Show columns, share complete, size, age, teacher and selections of a store, or of all in a root."""
     with one_line_errors():
         from coldstill.cache.inventory import choose_stores, describe_store
-        from coldstill.pipeline.commands import summaries
 
         described = [describe_store(root, name) for name in choose_stores(root, store)]
         if as_json:
             print_json(described)
             return
         for summary in described:
-            print_lines(summaries.store_lines(summary))
-            summaries.console().print(summaries.column_table(summary))
-            summaries.console().print(summaries.selection_table(summary))
+            print_lines(store_lines(summary))
+            console().print(column_table(summary))
+            console().print(selection_table(summary))
 
 
 @cache_app.command("verify")
@@ -92,25 +103,27 @@ def verify_root(
 ) -> None:
     """Read every byte of a root and hold it against its checksum; exit code 1 where anything is wrong."""
     with one_line_errors():
-        from coldstill.cache.root_audit import verify
-        from coldstill.pipeline.commands import summaries
+        from coldstill.pipeline.verify import verify
 
         if live is None and (store or teacher):
             raise RecipeError("--store and --teacher belong to --live N; without it all stores are read, by no teacher")
         audit = verify(root)
         if not as_json:
-            print_lines(summaries.verify_lines(audit))
+            print_lines(verify_lines(audit))
         checked = None
         if live is not None and audit.is_clean:
             quieten_libraries()
-            checked = call("stage_one.live_check", root, store=store, num_rows=live, teacher_path=teacher)
+            with libraries_print_to_stderr():
+                from coldstill.pipeline.stage_one.live_check import live_check
+
+                checked = live_check(root, store=store, num_rows=live, teacher_path=teacher)
         if as_json:
             answer = {**dataclasses.asdict(audit), "is_clean": audit.is_clean}
             found = checked and {**dataclasses.asdict(checked), "is_within": checked.is_within}
             print_json(answer if live is None else {**answer, "live": found})
         elif checked:
-            summaries.console().print(summaries.live_table(checked))
-            print_lines(summaries.live_lines(checked))
+            console().print(live_table(checked))
+            print_lines(live_lines(checked))
         if not audit.is_clean or (checked and not checked.is_within):
             raise typer.Exit(DAMAGED)
 
@@ -119,13 +132,15 @@ def verify_root(
 def repair_store(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
     """Drop exactly what is damaged in the store of a recipe's teacher, and compute it again."""
     with one_line_errors():
-        from coldstill.pipeline.commands import summaries
+        loaded = load_one_recipe(recipe, overrides, command="repair")
+        with libraries_print_to_stderr():
+            from coldstill.pipeline.repair import repair
 
-        result = run_stage("repair", recipe, overrides)
+            result = repair(loaded)
         if as_json:
             print_json(result)
         else:
-            print_lines(summaries.repair_lines(result))
+            print_lines(repair_lines(result))
 
 
 @cache_app.command("rm")
@@ -140,7 +155,6 @@ def remove(
     with one_line_errors():
         from coldstill.cache.inventory import choose_stores, describe_store, remove_column, remove_store
         from coldstill.cache.store import open_store, store_path
-        from coldstill.pipeline.commands import summaries
 
         (name,) = choose_stores(root, store, just_one=True)
         path = store_path(root, name)
@@ -148,7 +162,7 @@ def remove(
         if not column:
             # What cannot be opened can still be removed.
             with contextlib.suppress(ColdstillError):
-                what = f"{path}: {summaries.what_is_lost(describe_store(root, name))}"
+                what = f"{path}: {what_is_lost(describe_store(root, name))}"
         if not yes:
             typer.confirm(f"remove {what}?", abort=True, err=True)
         if column:

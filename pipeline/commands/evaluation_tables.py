@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from coldstill.pipeline.commands.summaries import console
+from coldstill.pipeline.commands.shared import console
 from coldstill.pipeline.outputs.retention import NO_GAP, NO_GAP_REASON
 from rich.table import Table
 

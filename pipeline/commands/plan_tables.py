@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from coldstill.pipeline.commands.summaries import console
+from coldstill.pipeline.commands.shared import console
 from coldstill.pipeline.runtime.units import format_size
 from rich.table import Table
 

@@ -1,13 +1,13 @@
-"""The `coldstill report` command."""
+"""The command `coldstill report`: one page of what a run or a sweep found, and the student on the hub."""
 
 import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from coldstill.cache.errors import RecipeError
-from coldstill.pipeline.commands.shared import JsonOption, call, print_json, quieten_libraries
+from coldstill.pipeline.commands.shared import JsonOption, libraries_print_to_stderr, print_json, quieten_libraries
 from coldstill.pipeline.runtime.endings import one_line_errors
+from coldstill.pipeline.runtime.errors import RecipeError
 
 
 def report(
@@ -19,7 +19,7 @@ def report(
         Path | None,
         typer.Option("--output", help="Where the report goes; by default report/ beside the run.", show_default=False),
     ] = None,
-    push: Annotated[
+    repository: Annotated[
         str | None,
         typer.Option(
             "--push", metavar="OWNER/NAME", help="Upload the run's student and its card to the hub.", show_default=False
@@ -31,10 +31,14 @@ def report(
     """Write what a run or a sweep found as one HTML page and its figures; it opens without a network."""
     with one_line_errors():
         quieten_libraries()
-        if private and push is None:
+        if private and repository is None:
             raise RecipeError("--private belongs to --push OWNER/NAME")
-        result = call("report", path, output=output)
-        pushed = call("push", path, push, private=private) if push else None
+        with libraries_print_to_stderr():
+            from coldstill.pipeline.push import push
+            from coldstill.pipeline.report import report
+
+            result = report(path, output=output)
+            pushed = push(path, repository, private=private) if repository else None
         if pushed and not pushed.has_numbers:
             typer.echo("coldstill: the card has no numbers yet; run: coldstill evaluate, and push again", err=True)
         if as_json:

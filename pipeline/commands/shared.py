@@ -1,21 +1,23 @@
-"""What commands share: their arguments, how a stage is called, and how a summary is printed as JSON.
+"""What commands share: their arguments, how recipes are loaded, where libraries print, how a summary is printed.
 
-Torch and transformers are imported by the commands that need them, so that `--help` answers at once. What libraries
-print while a stage runs goes to standard error; standard output is the summary's alone.
+Each command imports its stage's function inside itself: importing torch takes seconds, and `--help` answers at once.
 """
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.runtime.errors import RecipeError
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from coldstill.pipeline.recipe.sections import Recipe
 
 RecipesArgument = Annotated[
     list[str],
@@ -28,24 +30,37 @@ OverridesArgument = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
+_FILE_WIDTH = 160
 
-def run_stage(name: str, recipe: Path, overrides: list[str] | None, **options: Any) -> Any:
-    """Load the recipe and call the stage's function."""
+
+def load_one_recipe(recipe: Path, overrides: list[str] | None, *, command: str) -> "Recipe":
+    """Load a command's only recipe, and say what of it has no effect, or will be slow here.
+
+    Raises:
+        RecipeError: It cannot be read, is wrong, or is not the only one.
+    """
     quieten_libraries()
     from coldstill.pipeline.recipe.file import load_recipe
 
     file, changes = one_file(recipe, overrides)
     loaded = load_recipe(file, changes)
-    _say_notes(loaded, name)
-    return call(name, loaded, **options)
+    _print_notes([loaded], command)
+    return loaded
 
 
-def call(name: str, *arguments: Any, **options: Any) -> Any:
-    """Call a stage; what libraries print meanwhile goes to standard error."""
-    with contextlib.redirect_stdout(sys.stderr):  # while they are imported, too: transformers speaks of WANDB_MODE then
-        module = importlib.import_module(f"coldstill.pipeline.{name}")
-        stage = getattr(module, name.rpartition(".")[2])
-        return stage(*arguments, **options)
+def load_recipes(arguments: list[str], *, command: str) -> "list[Recipe]":
+    """Load several recipes, each with all the overrides, and say the same of them, each note once.
+
+    Raises:
+        RecipeError: One of them cannot be read or is wrong, or there is none.
+    """
+    quieten_libraries()
+    from coldstill.pipeline.recipe.file import load_recipe
+
+    files, overrides = _files_and_overrides(arguments, "recipe")
+    recipes = [load_recipe(Path(file), overrides) for file in files]
+    _print_notes(recipes, command)
+    return recipes
 
 
 def one_file(first: Path, rest: list[str] | None, *, what: str = "recipe") -> tuple[Path, list[str]]:
@@ -71,31 +86,26 @@ def _files_and_overrides(arguments: list[str], what: str) -> tuple[list[str], li
     return files, overrides
 
 
-def load_recipes(arguments: list[str]) -> list[Any]:
-    """Load recipes, each with all the overrides."""
-    quieten_libraries()
-    from coldstill.pipeline.recipe.file import load_recipe
-
-    files, overrides = _files_and_overrides(arguments, "recipe")
-    recipes = [load_recipe(Path(file), overrides) for file in files]
-    for note in dict.fromkeys(note for recipe in recipes for note in _notes(recipe, "precompute")):
-        typer.echo(f"coldstill: {note}", err=True)
-    return recipes
-
-
-def _say_notes(recipe: Any, stage: str) -> None:
-    for note in _notes(recipe, stage):
-        typer.echo(f"coldstill: {note}", err=True)
-
-
-def _notes(recipe: Any, stage: str) -> list[str]:
-    """Give, where this process speaks, which keys of a recipe do nothing, and what a stage bears with here."""
+def _print_notes(recipes: "list[Recipe]", command: str) -> None:
+    """Say on standard error which keys of recipes do nothing, and what a command bears with on this machine."""
     if not speaks():
-        return []
-    with contextlib.redirect_stdout(sys.stderr):
+        return
+    with libraries_print_to_stderr():
         from coldstill.pipeline.models.machine import machine_notes
 
-        return [*recipe.idle_keys(), *machine_notes(recipe, stage)]
+        notes = [note for recipe in recipes for note in (*recipe.idle_keys(), *machine_notes(recipe, command))]
+    for note in dict.fromkeys(notes):
+        typer.echo(f"coldstill: {note}", err=True)
+
+
+@contextlib.contextmanager
+def libraries_print_to_stderr() -> Iterator[None]:
+    """Send to standard error what is printed meanwhile: standard output is the summary's alone.
+
+    A command imports its stage in here too: transformers prints when it is imported, of WANDB_MODE for one.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def speaks() -> bool:
@@ -107,6 +117,17 @@ def print_lines(lines: Iterable[str]) -> None:
     """Print a summary line by line."""
     for line in lines:
         print(line)
+
+
+def console() -> Console:
+    """Return the screen, or for a file or a pipe one that is wide enough for every table."""
+    screen = Console()
+    return screen if screen.is_terminal else Console(width=_FILE_WIDTH)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where it is not one."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def quieten_libraries() -> None:

@@ -14,11 +14,14 @@ from coldstill.pipeline.models import load_model
 from coldstill.pipeline.models.labels import counts_of
 from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.stage_one.byte_estimates import measured_bytes
-from coldstill.pipeline.stage_one.capture import CaptureRequest, capture
-from coldstill.pipeline.stage_two.target_forms import logits_columns, read_batch, read_logits
+from coldstill.pipeline.stage_one.capture import capture
+from coldstill.pipeline.stage_two.target_sources import StoredTargets
 from coldstill.pipeline.students.folders import find_student
-from coldstill.pipeline.targets.columns import HIDDEN_PREFIX, columns_of, hidden_form
+from coldstill.pipeline.targets.captured import CaptureRequest
+from coldstill.pipeline.targets.kinds import teacher_targets
+from coldstill.pipeline.targets.logits_kinds import logits_targets
+from coldstill.pipeline.targets.states import BlockOutput
+from coldstill.pipeline.targets.wanted import block_output
 
 _JUDGED_ROWS = 4
 _CODED_STEPS = (0.02, 0.03, 0.05, 0.08)
@@ -54,13 +57,11 @@ def measure_kinds(recipe: Recipe, trial: Trial, *, show_progress: bool) -> list[
     shards = trial.run.selections["train"].shard_names
     plans = []
     for setting, variant in variants.items():
-        target = read_logits(
-            variant, trial.run, split="train", num_rows=_JUDGED_ROWS, temperature=temperature, device=judge.device
-        )
-        wanted = columns_of(variant.targets, blocks=[], split="train", manifest=manifest, shards=shards)
-        own = {*logits_columns(wanted, temperature).values(), *(wanted.names() if wanted.topk else ())}
-        own -= {"tokens", "label_logit"}
-        num_bytes = sum(measured_bytes(manifest, name, shards=shards) or 0.0 for name in own)
+        source = StoredTargets.of_recipe(variant, trial.run, blocks=[], temperature=temperature)
+        batch = source.first_rows("train", _JUDGED_ROWS, device=judge.device)
+        stored = logits_targets(variant.targets.logits).stored(manifest, shards)
+        num_bytes = sum(manifest.bytes_per_token(target.name, shards=shards) or 0.0 for target in stored)
+        target = source.distribution(batch, temperature)
         plans.append(KindPlan(setting, setting == chosen, num_bytes, judge.judge(target)))
     return plans
 
@@ -78,10 +79,9 @@ def measure_hidden(recipe: Recipe, trial: Trial, *, show_progress: bool) -> list
     per_token = trial.bytes_per_token()
     options = []
     for setting, variant in variants.items():
-        form = hidden_form(variant.targets.hidden)
-        sizes = [
-            size for name, size in per_token.items() if name.startswith(HIDDEN_PREFIX) and name.endswith(f"/{form}")
-        ]
+        form = block_output(variant.targets.hidden, 0).form
+        blocks = [target for target in teacher_targets(per_token) if isinstance(target, BlockOutput)]
+        sizes = [per_token[target.name] for target in blocks if target.form == form]
         # Rounding to a step makes an error of a twelfth of its square in each coefficient, in units of the spread.
         error = _INT8_ERROR if form.step is None else form.step**2 / 12
         options.append(HiddenOption(setting, sum(sizes) / len(sizes), error, len(sizes)))
@@ -117,7 +117,7 @@ def _judge(trial: Trial, temperature: float) -> FidelityJudge:
     """Hold the trial's student, and the live teacher, over a few of its train rows."""
     teacher = Teacher.locate(trial.recipe.teacher)
     parts = teacher.parts
-    batch = read_batch(trial.recipe, trial.run, split="train", num_rows=_JUDGED_ROWS, device=teacher.device)
+    batch = StoredTargets(trial.run).first_rows("train", _JUDGED_ROWS, device=teacher.device)
     ids_BT, counts_BT = batch["input_ids"], counts_of(batch)
     lengths = (
         batch["attention_mask"].sum(dim=1).tolist() if "attention_mask" in batch else [ids_BT.shape[1]] * len(ids_BT)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldstill.cache.errors import RecipeError
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import CONSTANTS
 from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows
@@ -22,9 +21,9 @@ from coldstill.pipeline.precompute import PrecomputeSummary, precompute
 from coldstill.pipeline.recipe.file import dump_recipe, parse_recipe
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime import program
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.interruptions import what_stays
 from coldstill.pipeline.runtime.peak_memory import release_memory
-from coldstill.pipeline.stage_one.byte_estimates import measured_bytes
 
 _STEPS = 2
 _EVAL_ROWS = 2
@@ -55,7 +54,7 @@ class Trial:
     def bytes_per_token(self) -> dict[str, float]:
         """Give the bytes a token of each column in the trial's store."""
         manifest = Manifest(self.run.store)
-        measured = {name: measured_bytes(manifest, name) for name in manifest.columns()}
+        measured = {name: manifest.bytes_per_token(name) for name in manifest.columns()}
         return {name: value for name, value in measured.items() if value is not None}
 
     def constant_bytes(self) -> dict[str, int]:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.figures.svg import ROLE, page_svg
+from coldstill.pipeline.runtime.errors import RecipeError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,12 +13,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from coldstill.cache.errors import RecipeError
-from coldstill.pipeline.judging.held_out import HIGHER_IS_BETTER, shares_closed
+from coldstill.pipeline.judging.qualities import HIGHER_IS_BETTER, shares_closed
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, write_record
 from coldstill.pipeline.outputs.retention import Estimate, improvement, is_above_zero
 from coldstill.pipeline.outputs.run_index import trained_student
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.whole import write_whole
 from coldstill.pipeline.stage_two.run_folder import claimed_run
 

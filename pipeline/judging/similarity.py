@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coldstill.cache.errors import IncompleteError, ModelError, StoreError, StoreNotFoundError
-from coldstill.cache.identity import digest_of, weights_digest
-from coldstill.cache.manifest import Manifest
+from coldstill.cache.errors import IncompleteError, StoreError, StoreNotFoundError
+from coldstill.cache.identity import digest_of
 from coldstill.pipeline.judging.similarity_measures import cka_matrix, cosine_matrix, mean_cosine
 from coldstill.pipeline.models import (
     find_structure,
@@ -27,20 +26,21 @@ from coldstill.pipeline.models import (
     text_config,
 )
 from coldstill.pipeline.models.forward import model_inputs, run_body
+from coldstill.pipeline.models.identity import weights_digest
 from coldstill.pipeline.models.labels import counts_of
 from coldstill.pipeline.models.machine import check_device
 from coldstill.pipeline.models.projectors import create_projectors
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE
 from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained_student
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.runtime.whole import write_whole
-from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, StoredRows
 from coldstill.pipeline.stage_two.run_folder import check_run
-from coldstill.pipeline.stage_two.target_forms import column_axes, target_forms
+from coldstill.pipeline.stage_two.target_sources import StoredTargets
 from coldstill.pipeline.stage_two.trainer import PROJECTORS_FILE
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.pruning_record import read_kept_channels
-from coldstill.pipeline.targets.columns import hidden_block, hidden_form
+from coldstill.pipeline.targets.wanted import block_output
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -123,18 +123,18 @@ def block_similarity(
     kept = _read(file)
     try:
         run = find_run_rows(recipe)
-        columns = _hidden_columns(recipe, run)
+        source = _stored_blocks(recipe, run)
     except StoreError:
         # What was found of these very students stays true when the store is gone.
         if kept is not None and {name: kept["key"].get(name) for name in facts} == facts:
             return _parse(kept["similarity"])
         raise
-    key = {**facts, "columns": sorted(columns.values())}
+    key = {**facts, "columns": sorted(source.columns.hidden.values())}
     if kept is not None and kept["key"] == key:
         return _parse(kept["similarity"])
     students = {"pruned": find_student(recipe), "recovered": trained_student(recipe)}
     with tqdm(students.items(), unit="model", desc=label, disable=not show_progress) as bar:
-        found = _compare(recipe, run, columns, layer_map, num_rows, bar)
+        found = _compare(recipe, source, layer_map, num_rows, bar)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps({"key": key, "similarity": _rounded(asdict(found))}, indent=1) + "\n")
     return _parse(_rounded(asdict(found)))
@@ -150,23 +150,16 @@ def _student_facts(recipe: Recipe) -> dict[str, str]:
     return {"run": digest_of(run), "student": weights_digest(folder)}
 
 
-def _hidden_columns(recipe: Recipe, run: RunRows) -> dict[int, str]:
-    """Give, by teacher block, the column of its outputs, where all eval rows have it in the recipe's encoding."""
-    manifest, form = Manifest(run.store), str(hidden_form(recipe.targets.hidden))
-    shards = set(run.selections["eval"].shard_names)
-    columns = {
-        block: name
-        for name in manifest.columns()
-        if (block := hidden_block(name)) is not None
-        and name.endswith(f"/{form}")
-        and shards.issubset(manifest.shards(name))
-    }
-    if not columns:
+def _stored_blocks(recipe: Recipe, run: RunRows) -> StoredTargets:
+    """Return the outputs of teacher blocks that all eval rows have in the recipe's form."""
+    source = StoredTargets.of_all_blocks(recipe, run, split="eval")
+    if not source.columns.hidden:
+        form = block_output(recipe.targets.hidden, 0).form
         raise IncompleteError(
             f"store {run.store.path} has no block outputs of the eval rows in {form}; name blocks in "
             "targets.hidden.blocks, and run: coldstill precompute"
         )
-    return dict(sorted(columns.items()))
+    return source
 
 
 @dataclass(frozen=True)
@@ -181,19 +174,18 @@ class _Rows:
 
 def _compare(
     recipe: Recipe,
-    run: RunRows,
-    columns: dict[int, str],
+    source: StoredTargets,
     layer_map: Mapping[int, int],
     num_rows: int,
     students: Iterable[tuple[str, Path]],
 ) -> BlockSimilarity:
-    rows = _read_rows(recipe, run, columns, num_rows)
+    rows = _read_rows(source, num_rows)
     matrices: dict[str, list[list[float]]] = {}
     pairs: list[ProjectedPair] = []
     channels: Any = None
     for name, folder in students:
         if name == "pruned":  # training leaves the stream's channels what they were
-            channels = _teacher_channels(recipe, folder, run.store.teacher["hidden_size"])
+            channels = _teacher_channels(recipe, folder, source.run.store.teacher["hidden_size"])
         states = _student_states(recipe, folder, rows)
         if channels is None:
             matrices[name] = cka_matrix(states, rows.teacher)
@@ -204,7 +196,7 @@ def _compare(
             pairs = _pairs(recipe, layer_map, states, rows.teacher, channels)
     return BlockSimilarity(
         measure="cka" if channels is None else "cosine",
-        teacher_blocks=list(columns),
+        teacher_blocks=list(source.columns.hidden),
         **matrices,
         pairs=pairs,
         num_rows=len(rows.ids_BT),
@@ -212,19 +204,12 @@ def _compare(
     )
 
 
-def _read_rows(recipe: Recipe, run: RunRows, hidden: dict[int, str], num_rows: int) -> _Rows:
-    selection, columns = run.selections["eval"], BatchColumns(logits={}, hidden=hidden)
-    stored = StoredRows(run.store.path, selection, columns, local_copy=recipe.local_copy)
-    collate = BatchCollator(columns, column_axes(Manifest(run.store), columns, selection.shard_names[0]))
-    batch = collate(stored.__getitems__(range(min(num_rows, len(stored)))))
-    form = target_forms(recipe, run.store, columns).hidden
-    assert form is not None
+def _read_rows(source: StoredTargets, num_rows: int) -> _Rows:
+    batch = source.first_rows("eval", num_rows)
     counts_BT = counts_of(batch)
     counts_BT[:, 0] = False
-    # Which positions are stored is the same for every block.
-    counts_BT = form.chosen(batch["hidden"], next(iter(hidden)), counts_BT)
-    teacher = {block: form.decode(batch["hidden"], block)[counts_BT] for block in hidden}
-    return _Rows(batch["input_ids"], batch.get("attention_mask"), counts_BT, teacher)
+    teacher, chosen_BT = source.states(batch, counts_BT)
+    return _Rows(batch["input_ids"], batch.get("attention_mask"), chosen_BT, teacher)
 
 
 @torch.inference_mode()

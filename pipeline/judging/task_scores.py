@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from coldstill.cache.errors import IdentityError, ModelError
+from coldstill.cache.errors import IdentityError
 from coldstill.cache.index import kept_entry, write_entry
 from coldstill.pipeline.judging.tasks import LoadedTask, TaskScore, answer, harness_version
 from coldstill.pipeline.models import identify, load_config, load_model, load_tokenizer, resolve_device
@@ -28,6 +28,7 @@ from coldstill.pipeline.outputs.retention import (
 from coldstill.pipeline.outputs.run_index import RunRows
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.rows.building import tokenizer_digest
+from coldstill.pipeline.runtime.errors import ModelError
 
 _STUDENT_DTYPE = "float32"
 

@@ -22,9 +22,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from coldstill.cache.errors import RecipeError
 from coldstill.cache.identity import digest_of
 from coldstill.pipeline.recipe.sections import EvaluateConfig
+from coldstill.pipeline.runtime.errors import RecipeError
 
 # The metric that a task is judged by, where it has it; the first of its own where it has neither.
 _MAIN_METRICS = ("acc_norm", "acc")

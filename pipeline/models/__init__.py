@@ -1,9 +1,9 @@
 """Models: found, loaded whole, taken apart by structure, and held against each other's vocabulary."""
 
+from coldstill.pipeline.models.identity import identify
 from coldstill.pipeline.models.loading import (
     KEPT_BLOCKS,
     first_non_finite,
-    identify,
     kept_blocks_of,
     kept_channels_of,
     load_config,

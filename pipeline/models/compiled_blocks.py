@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.models import find_structure
+from coldstill.pipeline.runtime.errors import RecipeError
+from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from transformers import PreTrainedModel
 
 KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
@@ -63,6 +64,8 @@ def compile_blocks(student: PreTrainedModel, compilation: Compilation, device: t
     try:
         compilation.compile(torch.sin)(torch.zeros(1, device=device))
     except Exception as error:  # whatever a backend finds missing
+        if is_out_of_memory(error):
+            raise
         raise RecipeError(
             f"train.torch_compile: backend {compilation.backend} does not work here: {_in_a_line(error)}"
         ) from None

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coldstill.cache.errors import ModelError
-from coldstill.cache.identity import teacher_identity, weights_digest
+from coldstill.pipeline.runtime.errors import ModelError
+from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -157,6 +157,8 @@ def load_model(folder: Path, *, dtype: str, trust_remote_code: bool = False) -> 
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
     except _LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {_reason(error)}") from None
     _check_whole(folder, type(model).__name__, loaded)
     _check_tie(folder, model)
@@ -186,11 +188,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except _LOADING_ERRORS as error:
         raise ModelError(f"{folder} holds no tokenizer: {_reason(error)}") from None
-
-
-def identify(folder: Path, config: PreTrainedConfig, *, dtype: str) -> dict[str, str]:
-    """Say which model a folder holds, by content: its config, its weights and the dtype that it is to run in."""
-    return teacher_identity(config=config.to_dict(), weights=weights_digest(folder), dtype=dtype)
 
 
 def _other_kind(config: PreTrainedConfig) -> str | None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.models import kept_blocks_of, text_config
 from coldstill.pipeline.models.layer_map import create_layer_map, spread_pairs
 from coldstill.pipeline.recipe.sections import MappingConfig, Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from transformers import PreTrainedConfig
 
 

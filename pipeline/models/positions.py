@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.models.loading import text_config
+from coldstill.pipeline.runtime.errors import RecipeError
 from torch import Tensor
 from transformers import PreTrainedConfig
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from coldstill.cache.errors import ModelError
 from coldstill.pipeline.models.loading import load_tokenizer, text_config
+from coldstill.pipeline.runtime.errors import ModelError
 from transformers import PreTrainedConfig
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "*.tiktoken")

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import psutil
-from coldstill.cache.errors import RecipeError
 from coldstill.cache.objects import open_objects
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 
 # What the kernel lets nobody keep files on, whatever their permissions say.
 _NO_FILES = {

@@ -10,6 +10,9 @@ from coldstill.cache.store import Store, open_store, store_path
 from coldstill.pipeline.recipe.sections import Recipe
 
 STUDENT = "student"
+# Pruned students are kept beside the stores, each in a folder of this one; the index leads to them by the kind.
+PRUNED_STUDENTS = "students"
+KEPT_FOLDERS = {STUDENT: PRUNED_STUDENTS}
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldstill.cache.errors import ColdstillError, RecipeError
+from coldstill.cache.errors import ColdstillError
 from coldstill.cache.manifest import Manifest
 from coldstill.pipeline.judging.results import read_evaluation
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, RECIPE_FILE
 from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained_student
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.stage_one.byte_estimates import measured_bytes
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.pruning_record import read_pruning
-from coldstill.pipeline.targets.columns import columns_of
+from coldstill.pipeline.targets.wanted import wanted_targets
 
 _METRICS_FILE = "train.json"
 
@@ -137,8 +137,8 @@ def read_run(folder: Path) -> RunRecord:
 def _read_store(recipe: Recipe, run: RunRows, layer_map: Mapping[int, int]) -> StoreRecord:
     manifest, shards = Manifest(run.store), run.selections["train"].shard_names
     blocks = list(layer_map.values())
-    wanted = columns_of(recipe.targets, blocks=blocks, split="train", manifest=manifest, shards=shards)
-    measured = {name: measured_bytes(manifest, name, shards=shards) for name in wanted.names()}
+    wanted = wanted_targets(recipe.targets, blocks=blocks, split="train", manifest=manifest, shards=shards)
+    measured = {name: manifest.bytes_per_token(name, shards=shards) for name in wanted.names()}
     return StoreRecord(
         path=run.store.path,
         teacher=run.store.teacher,

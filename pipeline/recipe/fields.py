@@ -26,8 +26,8 @@ Nameable = Annotated[float, Field(gt=0), AfterValidator(_nameable)]
 Weight = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
 BlockIndex = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-WarmupShare = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+WarmupFraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 # A place on this machine; `~` is somebody's home, which a shell leaves as it is behind a `=`. A URL stays as it is.

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.recipe.yaml_text import parse_yaml
+from coldstill.pipeline.runtime.errors import RecipeError
 from pydantic import BaseModel, ValidationError
 
 _Model = TypeVar("_Model", bound=BaseModel)

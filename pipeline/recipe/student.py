@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from coldstill.pipeline.recipe.fields import BlockIndex, Count, Section, Share
+from coldstill.pipeline.recipe.fields import BlockIndex, Count, Fraction, Section
 from coldstill.pipeline.recipe.training_keys import check_lora_keys
 from pydantic import field_validator, model_validator
 
@@ -34,7 +34,7 @@ class PruneLayersConfig(Section):
 class PruneMlpConfig(Section):
     """How many neurons each block's gated MLP keeps."""
 
-    keep: Share | None = None
+    keep: Fraction | None = None
     size: Count | None = None
     method: MlpImportance = "activations"  # the default by measured perplexity: docs/results.md
 
@@ -100,7 +100,7 @@ class InitConfig(Section):
     """A smaller architecture of the teacher's family, and where its weights come from."""
 
     parameters: Count | None = None
-    compression: Share | None = None
+    compression: Fraction | None = None
     shape: DesignShape = "balanced"
     weights: InitialWeights = "copy"
     calibration_rows: Count = 16

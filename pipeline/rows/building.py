@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from coldstill.cache.errors import DataError
 from coldstill.cache.identity import row_id
 from coldstill.pipeline.recipe.sections import DataConfig
 from coldstill.pipeline.rows.faults import source_name
 from coldstill.pipeline.rows.sources import Document, load_documents
 from coldstill.pipeline.rows.tokenising import DocumentTokenizer, TokenisedDocument
+from coldstill.pipeline.runtime.errors import DataError
 
 _TOKENISED_AT_ONCE = 64
 

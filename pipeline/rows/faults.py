@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
-from coldstill.cache.errors import DataError
 from coldstill.pipeline.recipe.sections import SourceConfig
+from coldstill.pipeline.runtime.errors import DataError
 
 # The readers of `datasets` that take files, by name.
 FILE_READERS = frozenset({"text", "json", "csv", "parquet", "arrow"})

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import typer
 from coldstill.cache.errors import ColdstillError
 from coldstill.pipeline.runtime.interruptions import Terminated, raise_terminated, what_stayed
+from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory, out_of_memory_line
 
 DAMAGED = 1
 UNFINISHED = 1
@@ -42,13 +43,10 @@ def one_line_errors() -> Iterator[None]:
             raise
         stays = what_stayed(error)
         _fail(f"{error.filename or 'disk'}: {error.strerror}" + (f", {stays}" if stays else ""))
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        _fail(
-            f"{str(error).partition('. ')[0]}; take smaller batches (teacher.batch_size, "
-            "train.per_device_train_batch_size, evaluate.batch_size), or cpu as teacher.device or evaluate.device"
-        )
+        _fail(out_of_memory_line(error))
     except Terminated as error:
         _say_interrupted(error)
         raise typer.Exit(TERMINATED) from None
@@ -57,12 +55,6 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an accelerator had no memory left; torch is loaded where it raised that."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _end_progress() -> None:

@@ -6,14 +6,13 @@ Shapes: B rows, T positions, N real positions of all rows, V vocabulary, K store
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from coldstill.cache.errors import NonFiniteError
 from coldstill.pipeline.models import ModelParts, rope_switches
 from coldstill.pipeline.models.forward import model_inputs, pad_rows, run_body, what_to_try
-from coldstill.pipeline.targets.columns import Tail
+from coldstill.pipeline.runtime.errors import NonFiniteError
+from coldstill.pipeline.targets.captured import Captured, CaptureRequest, Draws, TailRequest
 from coldstill.pipeline.targets.tail_sampling import draw_tail
 from coldstill.pipeline.targets.teacher_logits import largest_logits, logsumexp_at
 from torch import Tensor
@@ -21,74 +20,6 @@ from torch import Tensor
 NO_LABEL = -1
 # Of a chunk's logits: without gradients there is room for more rows, with which the head is faster.
 _CHUNK_BYTES = 64 << 20
-
-Draws = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class CaptureRequest:
-    """What to keep of a forward.
-
-    Attributes:
-        blocks: Decoder blocks whose outputs to keep.
-        ks: How many of the largest logits to keep, for each number that is asked: where logits tie, the largest
-            sixteen need not be among the largest sixty-four.
-        temperatures: Where to take the logsumexp over the whole vocabulary.
-        labels: Whether to keep the logit of the token that follows.
-        final_state: Whether to keep the post-norm last state.
-        tails: What to draw from the tail.
-    """
-
-    blocks: tuple[int, ...] = ()
-    ks: tuple[int, ...] = ()
-    temperatures: tuple[float, ...] = ()
-    labels: bool = False
-    final_state: bool = False
-    tails: tuple[Tail, ...] = ()
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether the output head has to run at all."""
-        return bool(self.ks or self.temperatures or self.labels or self.tails)
-
-
-@dataclass(frozen=True)
-class Captured:
-    """What was kept, for the N real positions of the batch's rows, one row behind the other.
-
-    Attributes:
-        hidden_ND: Each asked block's output, in the teacher's dtype.
-        final_state_ND: The post-norm last state, in the teacher's dtype.
-        top_NK: By number K, the largest logits, float32 and descending, and their token ids, int64.
-        label_logit_N: The logit of the token that follows, float32; 0 at a row's last position, which has none.
-        logsumexp_N: By temperature T, the logsumexp of logits / T over the vocabulary, float32.
-        tail_NM: For each asked tail the draws' logits, ids and log-weights, as `draw_tail` gives them.
-    """
-
-    hidden_ND: dict[int, Tensor]
-    final_state_ND: Tensor | None
-    top_NK: dict[int, tuple[Tensor, Tensor]]
-    label_logit_N: Tensor | None
-    logsumexp_N: dict[float, Tensor]
-    tail_NM: dict[Tail, Draws] = field(default_factory=dict)
-
-    def to(self, device: torch.device) -> "Captured":
-        """Give the same on a device."""
-
-        def there(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(device)
-
-        return Captured(
-            hidden_ND={block: values.to(device) for block, values in self.hidden_ND.items()},
-            final_state_ND=there(self.final_state_ND),
-            top_NK={k: (logits.to(device), ids.to(device)) for k, (logits, ids) in self.top_NK.items()},
-            label_logit_N=there(self.label_logit_N),
-            logsumexp_N={temperature: values.to(device) for temperature, values in self.logsumexp_N.items()},
-            tail_NM={
-                tail: (logits.to(device), ids.to(device), log_weights.to(device))
-                for tail, (logits, ids, log_weights) in self.tail_NM.items()
-            },
-        )
 
 
 @torch.inference_mode()
@@ -144,7 +75,7 @@ class _Logits:
     ) -> None:
         self._request = request
         self._uniforms_N = None if uniforms_N is None else uniforms_N.to(device)
-        self._draws: dict[Tail, list[Draws]] = {tail: [] for tail in request.tails}
+        self._draws: dict[TailRequest, list[Draws]] = {tail: [] for tail in request.tails}
         self._top_NK = {
             k: (
                 torch.empty(num_positions, k, device=device),
@@ -192,7 +123,7 @@ class _Logits:
             top_NK=self._top_NK,
             label_logit_N=self._label_logit_N,
             logsumexp_N=self._logsumexp_N,
-            tail_NM={tail: join_parts(draws) for tail, draws in self._draws.items()},
+            tail_NM={tail: _joined(draws) for tail, draws in self._draws.items()},
         )
 
 
@@ -219,9 +150,9 @@ class _Places:
             index -= len(row)
 
 
-def join_parts(batches: Sequence[tuple[Tensor, ...]]) -> Any:
-    """Lay what several batches kept behind one another, part by part."""
-    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+def _joined(chunks: Sequence[Draws]) -> Draws:
+    logits, ids, log_weights = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return logits, ids, log_weights
 
 
 def _next_tokens(row: Tensor) -> Tensor:

@@ -7,25 +7,24 @@ from coldstill.cache.manifest import Manifest
 from coldstill.cache.objects import open_objects
 from coldstill.cache.rows import split_shards
 from coldstill.cache.store import ROOT_METADATA, Store, open_store, store_path
-from coldstill.pipeline.models import text_config
+from coldstill.pipeline.models.sizes import ModelSizes
 from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.rows.building import Rows, tokenizer_digest
-from coldstill.pipeline.stage_one.byte_estimates import measured_bytes, raw_bytes
 from coldstill.pipeline.stage_one.preflight import planned_layer_map
 from coldstill.pipeline.stage_one.requests import (
+    RecipeRows,
     Request,
     RowRegistry,
     blocks_to_store,
-    build_requested_rows,
     demand_of,
-    locate_teacher,
+    gather,
     missing_jobs,
-    needed_columns,
+    needed_targets,
 )
 from coldstill.pipeline.students.folders import find_student, has_student, students_folder
 from coldstill.pipeline.students.preparing import calibration_rows, student_name
-from coldstill.pipeline.targets.columns import hidden_form, hidden_name
+from coldstill.pipeline.targets.target import Target
+from coldstill.pipeline.targets.wanted import block_output
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class ColumnCost:
         missing_tokens: Tokens of the others.
         missing_bytes: How many bytes these will take.
         is_measured: Whether that is by what the column takes elsewhere in the store; it is at most so many otherwise.
+        is_undecided: Whether it stands for several columns, which are known when the student is made.
     """
 
     name: str
@@ -47,6 +47,7 @@ class ColumnCost:
     missing_tokens: int
     missing_bytes: int
     is_measured: bool
+    is_undecided: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,25 +85,22 @@ def dry_run(*recipes: Recipe, trains_here: bool = False) -> DryRun:
     Raises:
         ColdstillError: Something in a recipe cannot be carried out.
     """
-    teacher = locate_teacher(recipes, trains_here=trains_here)
-    built = build_requested_rows(recipes, teacher)
-    tokenizer = tokenizer_digest(teacher.tokenizer)
-    students = [_Student.of(recipe, teacher, rows["train"]) for recipe, rows in zip(recipes, built, strict=True)]
-    requests = [
-        Request(recipe, rows, tokenizer, student.blocks or [])
-        for recipe, rows, student in zip(recipes, built, students, strict=True)
-    ]
+    teacher, gathered = gather(recipes, trains_here=trains_here)
+    students = [_Student.of(item, teacher) for item in gathered]
+    requests = [Request(student.of_recipe, student.blocks or []) for student in students]
     store = _store_of(recipes[0], teacher)
     manifest = Manifest(store)
     registry = RowRegistry(store, manifest, is_dry=True)
-    vocab_size = int(text_config(teacher.config).vocab_size)
-    demands = [demand_of(request, registry.register(request, vocab_size=vocab_size), manifest) for request in requests]
-    needed = needed_columns(demands)
+    sizes = ModelSizes.of(teacher.config)
+    demands = [
+        demand_of(request, registry.register(request, vocab_size=sizes.vocab_size), manifest) for request in requests
+    ]
+    needed = needed_targets(demands)
     tokens = {shard: int(np.sum(rows["length"].to_numpy())) for shard, rows in split_shards(registry.known).items()}
-    columns = _costs(manifest, needed, tokens, teacher)
+    columns = _costs(manifest, needed, tokens, sizes)
     undecided = max(student.num_undecided for student in students)
     if undecided:
-        columns.append(_undecided_cost(recipes[0], needed, tokens, teacher, undecided))
+        columns.append(_undecided_cost(recipes[0], needed, tokens, sizes, undecided))
         computed_tokens = sum(tokens[shard] for shard in needed)
     else:
         computed_tokens = sum(job.num_tokens for job in missing_jobs(manifest, registry.known, demands))
@@ -122,28 +120,30 @@ def dry_run(*recipes: Recipe, trains_here: bool = False) -> DryRun:
 class _Student:
     """A recipe's student, which need not exist yet."""
 
+    of_recipe: RecipeRows
     name: str
     is_there: bool
     blocks: list[int] | None
-    num_undecided: int
+    num_undecided: int = 0
 
     @classmethod
-    def of(cls, recipe: Recipe, teacher: Teacher, train_rows: Rows) -> "_Student":
+    def of(cls, item: RecipeRows, teacher: Teacher) -> "_Student":
+        recipe = item.recipe
         section = recipe.student.made_from_teacher
         if section is None:
             folder = find_student(recipe)
-            return cls(folder.name, True, blocks_to_store(recipe, teacher, folder), 0)
-        name = student_name(section, teacher, calibration_rows(section, train_rows))
+            return cls(item, folder.name, True, blocks_to_store(recipe, teacher, folder))
+        name = student_name(section, teacher, calibration_rows(section, item.rows["train"]))
         folder = students_folder(recipe) / name
         if has_student(recipe, folder):
-            return cls(name, True, blocks_to_store(recipe, teacher, folder), 0)
+            return cls(item, name, True, blocks_to_store(recipe, teacher, folder))
         wanted = recipe.targets.hidden.blocks
         if wanted != "mapped":
-            return cls(name, False, wanted if isinstance(wanted, list) else [], 0)
+            return cls(item, name, False, wanted if isinstance(wanted, list) else [])
         layer_map, is_decided = planned_layer_map(recipe, teacher)
         if not is_decided:
-            return cls(name, False, None, len(layer_map))
-        return cls(name, False, list(layer_map.values()), 0)
+            return cls(item, name, False, None, len(layer_map))
+        return cls(item, name, False, list(layer_map.values()))
 
 
 def _store_of(recipe: Recipe, teacher: Teacher) -> Store:
@@ -154,35 +154,45 @@ def _store_of(recipe: Recipe, teacher: Teacher) -> Store:
 
 
 def _costs(
-    manifest: Manifest, needed: dict[str, dict[str, None]], tokens: dict[str, int], teacher: Teacher
+    manifest: Manifest, needed: dict[str, dict[Target, None]], tokens: dict[str, int], sizes: ModelSizes
 ) -> list[ColumnCost]:
-    columns = dict.fromkeys(name for names in needed.values() for name in names)
+    targets = dict.fromkeys(target for of_shard in needed.values() for target in of_shard)
     costs = []
-    for name in columns:
-        shards = [shard for shard, names in needed.items() if name in names]
-        missing = [shard for shard in shards if (shard, name) not in manifest]
-        per_token = measured_bytes(manifest, name)
+    for target in targets:
+        shards = [shard for shard, of_shard in needed.items() if target in of_shard]
+        missing = [shard for shard in shards if (shard, target.name) not in manifest]
+        per_token = manifest.bytes_per_token(target.name)
         num_tokens = sum(tokens[shard] for shard in missing)
         num_bytes = (
             num_tokens * per_token
             if per_token is not None
-            else raw_bytes(name, num_tokens=num_tokens, num_shards=len(missing), teacher=teacher)
+            else target.raw_bytes(sizes, num_tokens=num_tokens, num_shards=len(missing))
         )
-        num_complete = len(shards) - len(missing)
         costs.append(
-            ColumnCost(name, len(shards), num_complete, num_tokens, round(num_bytes), is_measured=per_token is not None)
+            ColumnCost(
+                name=target.name,
+                num_shards=len(shards),
+                num_complete=len(shards) - len(missing),
+                missing_tokens=num_tokens,
+                missing_bytes=round(num_bytes),
+                is_measured=per_token is not None,
+            )
         )
     return costs
 
 
 def _undecided_cost(
-    recipe: Recipe, needed: dict[str, dict[str, None]], tokens: dict[str, int], teacher: Teacher, count: int
+    recipe: Recipe, needed: dict[str, dict[Target, None]], tokens: dict[str, int], sizes: ModelSizes, count: int
 ) -> ColumnCost:
-    """Give the cost of blocks that are known only after pruning: in every shard, as nobody knows which are there."""
-    form = hidden_form(recipe.targets.hidden)
+    """Return the cost of blocks that are known only after pruning: in every shard, as nobody knows which are there."""
+    any_block = block_output(recipe.targets.hidden, 0)
     num_tokens = sum(tokens[shard] for shard in needed)
-    name = hidden_name(0, form)
-    num_bytes = count * raw_bytes(name, num_tokens=num_tokens, num_shards=len(needed), teacher=teacher)
     return ColumnCost(
-        f"hidden/({count} blocks)/{form}", len(needed), 0, count * num_tokens, num_bytes, is_measured=False
+        name=any_block.name_of_several(count),
+        num_shards=len(needed),
+        num_complete=0,
+        missing_tokens=count * num_tokens,
+        missing_bytes=count * any_block.raw_bytes(sizes, num_tokens=num_tokens, num_shards=len(needed)),
+        is_measured=False,
+        is_undecided=True,
     )

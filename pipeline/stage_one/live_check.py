@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from coldstill.cache.errors import IdentityError, IncompleteError, ModelError
+from coldstill.cache.errors import IdentityError, IncompleteError
 from coldstill.cache.inventory import choose_stores
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader
@@ -24,19 +24,19 @@ from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.models import ModelParts, resolve_folder, text_config
 from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.recipe.sections import TeacherConfig
-from coldstill.pipeline.stage_one.capture import Captured, CaptureRequest, capture
-from coldstill.pipeline.stage_one.live_errors import Comparison, Difference, Live, measure_of
-from coldstill.pipeline.targets.calibrations import read_codes
-from coldstill.pipeline.targets.columns import FINAL_PREFIX, LABEL_LOGIT, hidden_block, logsumexp_name, state_form
-from coldstill.pipeline.targets.stored_head import load_head
-from coldstill.pipeline.targets.transform_coding import logit_correction
+from coldstill.pipeline.runtime.errors import ModelError
+from coldstill.pipeline.stage_one.capture import capture
+from coldstill.pipeline.targets.captured import union_of
+from coldstill.pipeline.targets.kinds import stored_targets
+from coldstill.pipeline.targets.live_errors import Comparison, Difference, Live
+from coldstill.pipeline.targets.stored_constants import StoredConstants
+from coldstill.pipeline.targets.target import TeacherTarget
 from torch import Tensor
 from tqdm import tqdm
 
 _BATCH_ROWS = 8
 # Tokens that one row is stretched by: no multiple of what kernels cut their work into, which would hide the noise.
 _STRETCH = 7
-_LOGSUMEXP_PREFIX = "logsumexp/"
 
 
 @dataclass(frozen=True)
@@ -125,49 +125,53 @@ def live_check(
     manifest = Manifest(opened)
     groups = _choose_rows(opened, manifest, num_rows)
     teacher = _find_teacher(opened, teacher_path, device)
-    columns = list(dict.fromkeys(column for _, names in groups for column in names))
-    comparison = _comparison(opened, manifest, teacher, columns)
-    tallies = {column: _Tally() for column in columns}
+    targets = list(dict.fromkeys(target for _, of_group in groups for target in of_group))
+    comparison = _comparison(opened, manifest, teacher, targets)
+    tallies = {target: _Tally() for target in targets}
     selections = [selection for selection, _ in groups]
     num_tokens = sum(selection.num_tokens for selection in selections)
     with tqdm(total=num_tokens, unit="tok", unit_scale=True, desc="live", disable=not show_progress) as bar:
-        for selection, names in groups:
-            for batch in _read_batches(opened, selection, names):
-                for column, live in _run_twice(teacher.parts, batch, names).items():
+        for selection, of_group in groups:
+            for batch in _read_batches(opened, selection, [target.name for target in of_group]):
+                for target, live in _run_twice(teacher.parts, batch, of_group).items():
                     stored = [
-                        {array: values.to(teacher.device) for array, values in row[column].items()}
+                        {array: values.to(teacher.device) for array, values in row[target.name].items()}
                         for row in batch.stored
                     ]
-                    tallies[column].add(comparison.compare(column, stored, live), batch)
+                    tallies[target].add(target.compare(stored, live, comparison), batch)
                 bar.update(sum(batch.lengths))
     return LiveCheck(
         store=opened.path,
         teacher=str(teacher.folder),
         num_rows=sum(map(len, selections)),
         num_tokens=num_tokens,
-        columns=[tallies[column].finish(column, _stated_text(manifest, column)) for column in sorted(columns)],
-        unchecked=[column for column in manifest.columns() if measure_of(column) and column not in columns],
+        columns=[
+            tallies[target].finish(target, _stated_text(manifest, target.name))
+            for target in sorted(targets, key=lambda target: target.name)
+        ],
+        unchecked=[target.name for target in stored_targets(manifest) if target not in tallies],
     )
 
 
-def _choose_rows(store: Store, manifest: Manifest, num_rows: int) -> list[tuple[Selection, list[str]]]:
-    """Take rows spread evenly over those of which the store has more than tokens, by the columns that they have."""
+def _choose_rows(store: Store, manifest: Manifest, num_rows: int) -> list[tuple[Selection, tuple[TeacherTarget, ...]]]:
+    """Take rows spread evenly over those of which the store has more than tokens, by the targets that they have."""
+    stored = stored_targets(manifest)
     complete = {
-        shard: tuple(name for name in manifest.columns() if measure_of(name) and (shard, name) in manifest)
+        shard: tuple(target for target in stored if (shard, target.name) in manifest)
         for shard in manifest.shards(TOKENS)
     }
     known = read_rows(store)
-    shards = pa.array(sorted(shard for shard, names in complete.items() if names), pa.string())
+    shards = pa.array(sorted(shard for shard, targets in complete.items() if targets), pa.string())
     usable = known.filter(pc.is_in(known["shard"].cast(pa.string()), value_set=shards))
     if not len(usable):
         raise IncompleteError(f"store {store.path} has no row to compare with its teacher; run: coldstill precompute")
     count = min(num_rows, len(usable))
     chosen = usable.take([(2 * index + 1) * len(usable) // (2 * count) for index in range(count)])
-    columns_of_rows = [complete[shard] for shard in chosen["shard"].to_pylist()]
+    targets_of_rows = [complete[shard] for shard in chosen["shard"].to_pylist()]
     groups = []
-    for names in dict.fromkeys(columns_of_rows):
-        rows = chosen.take([index for index, own in enumerate(columns_of_rows) if own == names])
-        groups.append((to_selection(*make_selection(rows, [0] * len(rows), {})), list(names)))
+    for targets in dict.fromkeys(targets_of_rows):
+        rows = chosen.take([index for index, own in enumerate(targets_of_rows) if own == targets])
+        groups.append((to_selection(*make_selection(rows, [0] * len(rows), {})), targets))
     return groups
 
 
@@ -189,21 +193,17 @@ def _find_teacher(store: Store, path: str | None, device: str) -> Teacher:
     return teacher
 
 
-def _comparison(store: Store, manifest: Manifest, teacher: Teacher, columns: Sequence[str]) -> Comparison:
+def _comparison(store: Store, manifest: Manifest, teacher: Teacher, targets: Sequence[TeacherTarget]) -> Comparison:
     """Bring what the store holds once, calibrations and output head, to the teacher's device."""
-    codes = {name: code.to(teacher.device) for name, code in read_codes(store, manifest, columns).items()}
-    head = teacher.parts.output_head
-    finals = {name: state_form(name) for name in columns if name.startswith(FINAL_PREFIX)}
-    stored_head = load_head(store, teacher.device) if finals else head
+    constants, head = StoredConstants(store, manifest), teacher.parts.output_head
+    codes = {name: code.to(teacher.device) for name, code in constants.codes(targets).items()}
+    stored_head = constants.head(teacher.device) if any(target.needs_stored_head for target in targets) else head
+    corrections = {target.name: target.correction(stored_head, codes.get(target.name)) for target in targets}
     return Comparison(
         head=head,
         stored_head=stored_head,
         codes=codes,
-        corrections={
-            name: logit_correction(stored_head, codes[name], form.step)
-            for name, form in finals.items()
-            if form is not None and form.step is not None
-        },
+        corrections={name: values for name, values in corrections.items() if values is not None},
         dtype=head.weight_VD.dtype,
     )
 
@@ -276,11 +276,11 @@ class _Tally:
             self.excess = excess
             self.worst = batch.place(int(difference.kept_N.nonzero()[place]))
 
-    def finish(self, column: str, stated: str) -> ColumnError:
+    def finish(self, target: TeacherTarget, stated: str) -> ColumnError:
         mean, noise_mean = (total / max(self.count, 1) for total in self.sums)
         return ColumnError(
-            column=column,
-            measure=measure_of(column) or "",
+            column=target.name,
+            measure=target.measure,
             num_positions=self.positions,
             mean=mean,
             largest=self.largest[0],
@@ -292,19 +292,12 @@ class _Tally:
         )
 
 
-def _run_twice(parts: ModelParts, batch: _Batch, names: Sequence[str]) -> dict[str, Live]:
-    """Give what each column is made of: each row run alone, and all side by side in the other order.
+def _run_twice(parts: ModelParts, batch: _Batch, targets: Sequence[TeacherTarget]) -> dict[TeacherTarget, Live]:
+    """Return what each target is held against: each row run alone, and all side by side in the other order.
 
     Beside them stands one row more, of another length, so that shapes differ and there is padding in any case.
     """
-    blocks = {hidden_block(name) for name in names}
-    temperatures = {float(name.removeprefix(_LOGSUMEXP_PREFIX)) for name in names if name.startswith(_LOGSUMEXP_PREFIX)}
-    request = CaptureRequest(
-        blocks=tuple(sorted(block for block in blocks if block is not None)),
-        temperatures=tuple(sorted(temperatures)),
-        labels=LABEL_LOGIT in names,
-        final_state=True,
-    )
+    request = union_of(target.live_needs for target in targets)
     single = [
         capture(parts, [row], request, row_names=[name]) for row, name in zip(batch.tokens, batch.names, strict=True)
     ]
@@ -312,11 +305,11 @@ def _run_twice(parts: ModelParts, batch: _Batch, names: Sequence[str]) -> dict[s
     many = capture(parts, rows, request, row_names=[*batch.names[::-1], batch.names[0]])
     lengths = [len(row) for row in rows]
     return {
-        name: (
-            torch.cat([_live_values(captured, name) for captured in single]),
-            torch.cat(_live_values(many, name).split(lengths)[:-1][::-1]),
+        target: (
+            torch.cat([target.live_values(captured) for captured in single]),
+            torch.cat(target.live_values(many).split(lengths)[:-1][::-1]),
         )
-        for name in names
+        for target in targets
     }
 
 
@@ -326,21 +319,6 @@ def _row_of_another_length(parts: ModelParts, batch: _Batch) -> Tensor:
     limit = getattr(text_config(parts.model.config), "max_position_embeddings", None)
     stretched = torch.cat([longest, longest[:1].repeat(_STRETCH)])
     return stretched if limit is None or len(stretched) <= limit else longest[: -(-len(longest) // 2)]
-
-
-def _live_values(captured: Captured, name: str) -> Tensor:
-    """Give what a column is made of: a block's output, the final state, or a number for each position."""
-    block = hidden_block(name)
-    if block is not None:
-        return captured.hidden_ND[block]
-    if name == LABEL_LOGIT:
-        assert captured.label_logit_N is not None
-        return captured.label_logit_N
-    by_name = {logsumexp_name(temperature): values for temperature, values in captured.logsumexp_N.items()}
-    if name in by_name:
-        return by_name[name]
-    assert captured.final_state_ND is not None
-    return captured.final_state_ND
 
 
 def _stated_text(manifest: Manifest, column: str) -> str:

@@ -7,7 +7,6 @@ never begin. Training checks the same again by the same functions: it may begin 
 import functools
 from pathlib import Path
 
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.judging.tasks import harness_version
 from coldstill.pipeline.models import load_config, text_config
 from coldstill.pipeline.models.machine import check_device, training_problem
@@ -18,6 +17,7 @@ from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.outputs.places import check_places
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.recipe.student import InitConfig
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_two.arguments import check_launch, check_train_section
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.making import kept_blocks_before_measuring, num_student_blocks, student_width

@@ -6,42 +6,43 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from coldstill.cache.errors import DataError, RecipeError
 from coldstill.cache.identity import row_id
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.rows import find_rows, lay_rows, publish_rows, read_rows, shard_rows, sorted_rows
 from coldstill.cache.selections import Selection, make_selection, to_selection, write_selection
 from coldstill.cache.store import Store
 from coldstill.cache.tokens import TOKENS, write_tokens
-from coldstill.pipeline.models import check_length, load_config, text_config
+from coldstill.pipeline.models import check_length, load_config
 from coldstill.pipeline.models.pairing import check_layer_map, layer_map_of
+from coldstill.pipeline.models.sizes import ModelSizes
 from coldstill.pipeline.models.teacher import Teacher
-from coldstill.pipeline.recipe.sections import DataConfig, Recipe
-from coldstill.pipeline.rows.building import Rows, build_rows
+from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.rows.building import Rows, build_rows, tokenizer_digest
+from coldstill.pipeline.runtime.errors import DataError, RecipeError
 from coldstill.pipeline.stage_one.preflight import check_before_teacher
 from coldstill.pipeline.stage_one.shard_jobs import ShardJob
 from coldstill.pipeline.stage_two.arguments import check_row_count
-from coldstill.pipeline.students.preparing import check_student
-from coldstill.pipeline.targets.columns import TargetColumns, columns_of
+from coldstill.pipeline.students.preparing import PreparedStudent, check_student
+from coldstill.pipeline.targets.logits_kinds import logits_targets
+from coldstill.pipeline.targets.target import Target, TeacherTarget
+from coldstill.pipeline.targets.wanted import WantedTargets, wanted_targets
 
 SPLITS = ("eval", "train")
 
 
 @dataclass(frozen=True)
-class Request:
-    """One recipe's rows and blocks.
+class RecipeRows:
+    """A recipe and its rows, by split.
 
     Attributes:
         recipe: The recipe.
-        rows: Its rows, by split.
+        rows: Its rows.
         tokenizer: Digest of the tokenizer that made them.
-        blocks: The teacher blocks whose outputs it needs.
     """
 
     recipe: Recipe
     rows: Mapping[str, Rows]
     tokenizer: str
-    blocks: Sequence[int]
 
     def provenance(self, split: str) -> dict[str, object]:
         """Say where the rows of a split came from."""
@@ -51,6 +52,35 @@ class Request:
             "num_documents": self.rows[split].num_documents,
             "num_shared": self.rows[split].num_shared,
         }
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one recipe asks of the teacher's store.
+
+    Attributes:
+        of: The recipe and its rows.
+        blocks: The teacher blocks whose outputs it needs.
+        student: Its student; None where it need not exist yet.
+    """
+
+    of: RecipeRows
+    blocks: Sequence[int]
+    student: PreparedStudent | None = None
+
+
+def gather(recipes: Sequence[Recipe], *, trains_here: bool = False) -> tuple[Teacher, list[RecipeRows]]:
+    """Find the teacher that all recipes name, and make the rows of each.
+
+    Args:
+        recipes: One or more.
+        trains_here: Whether their students are trained on this machine too.
+
+    Raises:
+        ColdstillError: Something in a recipe cannot be carried out.
+    """
+    teacher = locate_teacher(recipes, trains_here=trains_here)
+    return teacher, _build_rows(recipes, teacher)
 
 
 def locate_teacher(recipes: Sequence[Recipe], *, trains_here: bool = False) -> Teacher:
@@ -80,32 +110,28 @@ def locate_teacher(recipes: Sequence[Recipe], *, trains_here: bool = False) -> T
     return teacher
 
 
-def build_requested_rows(recipes: Sequence[Recipe], teacher: Teacher) -> list[dict[str, Rows]]:
+def _build_rows(recipes: Sequence[Recipe], teacher: Teacher) -> list[RecipeRows]:
     """Make the rows of each recipe by split, once for recipes with the same data.
 
     Raises:
         DataError: A text source cannot give them, or the tokenizer does not fit the teacher.
     """
-    built: list[tuple[DataConfig, dict[str, Rows]]] = []
+    tokenizer = tokenizer_digest(teacher.tokenizer)
+    gathered: list[RecipeRows] = []
     for recipe in recipes:
-        if all(recipe.data != data for data, _ in built):
+        rows = next((other.rows for other in gathered if other.recipe.data == recipe.data), None)
+        if rows is None:
             train_rows, eval_rows = build_rows(recipe.data, teacher.tokenizer)
             _check_vocabulary([*train_rows.tokens, *eval_rows.tokens], teacher)
-            built.append((recipe.data, {"train": train_rows, "eval": eval_rows}))
-        rows = next(rows for data, rows in built if recipe.data == data)
+            rows = {"train": train_rows, "eval": eval_rows}
         check_row_count(recipe, len(rows["train"].tokens))
-    return [next(rows for data, rows in built if data == recipe.data) for recipe in recipes]
+        gathered.append(RecipeRows(recipe, rows, tokenizer))
+    return gathered
 
 
 def _check_recipe(recipe: Recipe, teacher: Teacher) -> None:
     """Refuse, before any work, what this teacher cannot do."""
-    config = text_config(teacher.config)
-    logits = recipe.targets.logits
-    if logits.kind in ("topk", "topk_sampled") and logits.k > config.vocab_size - (logits.kind == "topk_sampled"):
-        tail = ": no tail is left to draw from" if logits.k == config.vocab_size else ""
-        raise RecipeError(
-            f"targets.logits.k is {logits.k}, but the teacher's vocabulary has {config.vocab_size} entries{tail}"
-        )
+    logits_targets(recipe.targets.logits).check(ModelSizes.of(teacher.config).vocab_size)
     check_length(teacher.config, recipe.data.sequence_length, who="teacher")
     blocks = recipe.targets.hidden.blocks
     for block in blocks if isinstance(blocks, list) else []:
@@ -116,7 +142,7 @@ def _check_recipe(recipe: Recipe, teacher: Teacher) -> None:
 
 
 def _check_vocabulary(tokens: Iterable[np.ndarray], teacher: Teacher) -> None:
-    vocab_size = int(text_config(teacher.config).vocab_size)
+    vocab_size = ModelSizes.of(teacher.config).vocab_size
     largest = max(int(ids.max()) for ids in tokens)
     if largest >= vocab_size:
         raise DataError(
@@ -160,7 +186,7 @@ class RowRegistry:
         return {split: self._register_split(request, split, vocab_size) for split in SPLITS}
 
     def _register_split(self, request: Request, split: str, vocab_size: int) -> Selection:
-        rows = request.rows[split]
+        rows = request.of.rows[split]
         tokens = {row_id(ids): ids for ids in rows.tokens}
         row_ids = [row_id(ids) for ids in rows.tokens]
         laid = lay_rows(self.known, self._shards, row_ids, [len(ids) for ids in rows.tokens])
@@ -170,7 +196,7 @@ class RowRegistry:
         self.known = sorted_rows([self.known, laid])
         self._shards.update(laid["shard"].cast(pa.string()).to_pylist())
         found = find_rows(self._store, self.known, self._shards, row_ids)
-        provenance = request.provenance(split)
+        provenance = request.of.provenance(split)
         if self._is_dry:
             return to_selection(*make_selection(found, rows.loss_starts, provenance))
         return write_selection(self._store, found, rows.loss_starts, provenance)
@@ -178,17 +204,24 @@ class RowRegistry:
 
 @dataclass(frozen=True)
 class Demand:
-    """What one recipe needs in its shards: for each split the selection and the columns."""
+    """What one recipe needs in its shards.
 
+    Attributes:
+        request: What it asks for.
+        selections: Its rows, by split.
+        targets: What it wants of these, by split.
+    """
+
+    request: Request
     selections: Mapping[str, Selection]
-    targets: Mapping[str, TargetColumns]
+    targets: Mapping[str, WantedTargets]
 
 
 def demand_of(request: Request, selections: Mapping[str, Selection], manifest: Manifest) -> Demand:
-    """Say which columns a request needs of its rows."""
+    """Say which targets a request wants of its rows."""
     targets = {
-        split: columns_of(
-            request.recipe.targets,
+        split: wanted_targets(
+            request.of.recipe.targets,
             blocks=request.blocks,
             split=split,
             manifest=manifest,
@@ -196,35 +229,37 @@ def demand_of(request: Request, selections: Mapping[str, Selection], manifest: M
         )
         for split, selection in selections.items()
     }
-    return Demand(selections, targets)
+    return Demand(request, selections, targets)
 
 
-def needed_columns(demands: Sequence[Demand]) -> dict[str, dict[str, None]]:
-    """Map each shard to the columns that are asked of it, in the order in which they are written."""
-    needed: dict[str, dict[str, None]] = {}
+def needed_targets(demands: Sequence[Demand]) -> dict[str, dict[Target, None]]:
+    """Map each shard to the targets that are asked of it, in the order in which they are written."""
+    needed: dict[str, dict[Target, None]] = {}
     for demand in demands:
         for split, selection in demand.selections.items():
             for shard in selection.shard_names:
-                needed.setdefault(shard, {}).update(dict.fromkeys(demand.targets[split].names()))
+                needed.setdefault(shard, {}).update(dict.fromkeys(demand.targets[split].all()))
     return needed
 
 
 def missing_jobs(manifest: Manifest, known: pa.Table, demands: Sequence[Demand]) -> list[ShardJob]:
     """List the shards that lack a column, each with all that it lacks: one teacher pass serves every recipe."""
     missing = {
-        shard: tuple(name for name in names if (shard, name) not in manifest)
-        for shard, names in needed_columns(demands).items()
+        shard: tuple(
+            target for target in targets if isinstance(target, TeacherTarget) and (shard, target.name) not in manifest
+        )
+        for shard, targets in needed_targets(demands).items()
     }
-    missing = {shard: names for shard, names in missing.items() if names}
+    missing = {shard: targets for shard, targets in missing.items() if targets}
     tables = shard_rows(known, list(missing))
-    return [ShardJob(shard, tables[shard], names) for shard, names in missing.items()]
+    return [ShardJob(shard, tables[shard], targets) for shard, targets in missing.items()]
 
 
-def row_names(requests: Sequence[Request]) -> dict[bytes, str]:
+def row_names(demands: Sequence[Demand]) -> dict[bytes, str]:
     """Name rows as errors do: by split and number."""
     return {
         row_id(np.asarray(ids)): f"{split} row {index}"
-        for request in requests
-        for split, rows in request.rows.items()
+        for demand in demands
+        for split, rows in demand.request.of.rows.items()
         for index, ids in enumerate(rows.tokens)
     }

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from coldstill.cache.errors import NoRoomError
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import Store
-from coldstill.pipeline.models.teacher import Teacher
-from coldstill.pipeline.stage_one.byte_estimates import measured_bytes, raw_bytes
+from coldstill.pipeline.models.sizes import ModelSizes
 from coldstill.pipeline.stage_one.shard_jobs import ShardJob
+from coldstill.pipeline.targets.target import TeacherTarget
 
 # What entropy coding leaves of a column at best: measured forms keep between 0.4 and 0.95 of their raw bytes.
 _BEST_COMPRESSION = 0.25
 
 
-def require_room(store: Store, manifest: Manifest, teacher: Teacher, jobs: Sequence[ShardJob]) -> None:
+def require_room(store: Store, manifest: Manifest, sizes: ModelSizes, jobs: Sequence[ShardJob]) -> None:
     """Hold the bytes that some jobs will write against the room that is left; object storage has room.
 
     Raises:
@@ -26,7 +26,7 @@ def require_room(store: Store, manifest: Manifest, teacher: Teacher, jobs: Seque
     free = store.objects.free_bytes()
     if free is None:
         return
-    needed = sum(least_bytes(manifest, teacher, jobs).values())
+    needed = sum(least_bytes(manifest, sizes, jobs).values())
     if needed > free:
         raise NoRoomError(
             f"precompute needs {needed / 1e9:,.1f} GB more, {store.path} has {free / 1e9:,.1f} GB free; store fewer "
@@ -34,18 +34,18 @@ def require_room(store: Store, manifest: Manifest, teacher: Teacher, jobs: Seque
         )
 
 
-def least_bytes(manifest: Manifest, teacher: Teacher, jobs: Sequence[ShardJob]) -> dict[str, float]:
-    """Give the bytes that jobs will write at least, by column."""
-    tokens: dict[str, int] = {}
+def least_bytes(manifest: Manifest, sizes: ModelSizes, jobs: Sequence[ShardJob]) -> dict[str, float]:
+    """Return the bytes that jobs will write at least, by column."""
+    tokens: dict[TeacherTarget, int] = {}
     for job in jobs:
-        for name in job.columns:
-            tokens[name] = tokens.get(name, 0) + job.num_tokens
+        for target in job.targets:
+            tokens[target] = tokens.get(target, 0) + job.num_tokens
     needed = {}
-    for name, num_tokens in tokens.items():
-        per_token = measured_bytes(manifest, name)
+    for target, num_tokens in tokens.items():
+        per_token = manifest.bytes_per_token(target.name)
         if per_token is None:
-            raw = raw_bytes(name, num_tokens=num_tokens, num_shards=len(jobs), teacher=teacher)
-            needed[name] = _BEST_COMPRESSION * raw
+            raw = target.raw_bytes(sizes, num_tokens=num_tokens, num_shards=len(jobs))
+            needed[target.name] = _BEST_COMPRESSION * raw
         else:
-            needed[name] = per_token * num_tokens
+            needed[target.name] = per_token * num_tokens
     return needed

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.runtime.errors import RecipeError
 
 _SHARE = re.compile(r"(\d+)/(\d+)")
 

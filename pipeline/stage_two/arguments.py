@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coldstill.cache.errors import RecipeError
+from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models import compiled_blocks
 from coldstill.pipeline.models.compiled_blocks import Compilation
 from coldstill.pipeline.models.machine import training_problem
 from coldstill.pipeline.models.selective_checkpointing import SELECTIVE
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
+from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from coldstill.pipeline.stage_two.run_folder import checkpoints_folder
 from coldstill.pipeline.students.adapters import check_adapters
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
-from transformers.integrations import get_available_reporting_integrations, is_deepspeed_available
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.integrations import get_available_reporting_integrations, is_azureml_available, is_deepspeed_available
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks, is_flytekit_available
 
 _READERS = 2
 _OF_WORKERS = ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context")
@@ -38,9 +40,14 @@ _OF_THE_MACHINE = {
     "ddp_backend": None,
     "dataloader_pin_memory": False,
 }
-_PACKAGE_OF_INTEGRATION = {"tensorboard": "'coldstill[tensorboard]'", "comet_ml": "comet-ml"}
-# Which of them are installed, transformers says of all but these.
-_NEVER_LISTED = {"azure_ml", "flyte"}
+_PACKAGE_OF_INTEGRATION = {
+    "tensorboard": "'coldstill[tensorboard]'",
+    "comet_ml": "comet-ml",
+    "azure_ml": "azureml-sdk",
+    "flyte": "flytekit",
+}
+# Which of them are installed, transformers lists; but never flyte, and azure_ml only where mlflow is not there.
+_NOT_LISTED = {"azure_ml": is_azureml_available, "flyte": is_flytekit_available}
 _A_FEW_STEPS = 100
 # Of activation_checkpointing_kwargs, what is no argument of torch's.
 _CHECKPOINT_KEYS = {"preserve_rng_state", "every_n_layers", "offload", SELECTIVE}
@@ -134,8 +141,8 @@ def _values(recipe: Recipe, has_accelerator: bool) -> dict[str, Any]:
         "use_cpu": not has_accelerator,
         # A GPU computes while others read and decompress; without one, both want the same cores.
         "dataloader_num_workers": _READERS if has_accelerator else 0,
-        # With the hidden term alone the student's output head gets no gradient, and DDP must be told to look.
-        "ddp_find_unused_parameters": not (recipe.loss.ever("alpha") or recipe.loss.ever("beta")),
+        # With terms over block outputs alone the student's output head gets no gradient, and DDP must be told to look.
+        "ddp_find_unused_parameters": not Objective.of(recipe.loss).over_vocabulary,
         # Of the exported student: training asks for no cache in each call.
         "use_cache": True,
         # Whatever evaluation gives is a loss; the Trainer would take `eval_loss_logits` for a score.
@@ -178,6 +185,8 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         text = " ".join(str(error).split()) or type(error).__name__
         raise RecipeError(f"train: {re.sub(r'--(?=[a-z])', 'train.', text)}") from None
 
@@ -197,7 +206,8 @@ def _check_integrations(arguments: TrainingArguments) -> None:
     with _one_line():
         get_reporting_integration_callbacks(arguments.report_to)
     # Asked, and not tried: one that is missing may write to the screen when it is thrown away.
-    missing = set(arguments.report_to) - set(get_available_reporting_integrations()) - _NEVER_LISTED
+    installed = {name for name, is_there in _NOT_LISTED.items() if is_there()}
+    missing = set(arguments.report_to) - set(get_available_reporting_integrations()) - installed
     for name in sorted(missing):
         package = _PACKAGE_OF_INTEGRATION.get(name, name)
         raise RecipeError(f"train.report_to names {name}, which is not installed; run: pip install {package}")

@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from coldstill.cache.columns import Axis
-from coldstill.cache.errors import DataError
 from coldstill.cache.reader import Reader, RowArrays
 from coldstill.cache.selections import Selection
 from coldstill.cache.store import open_store
 from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.models.labels import IGNORED, labels_of
+from coldstill.pipeline.runtime.errors import DataError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 # What a batch may hold, of whichever dataset and collator.
-BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "logits", "hidden")
+TARGET_KEYS = ("logits", "hidden")
+BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", *TARGET_KEYS)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from coldstill.cache.errors import ModelError, NonFiniteError
-from coldstill.pipeline.losses.hidden_terms import HiddenForm
-from coldstill.pipeline.losses.logits_targets import FINAL, FinalForm
 from coldstill.pipeline.models import find_structure, head_problem, rope_switches, text_config
 from coldstill.pipeline.models.forward import model_inputs, run_body, what_to_try
 from coldstill.pipeline.models.output_head import OutputHead
+from coldstill.pipeline.runtime.errors import ModelError, NonFiniteError
 from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from coldstill.pipeline.targets.encodings import StateForm
+from coldstill.pipeline.targets.forms import FINAL, FinalForm, HiddenForm
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -61,15 +60,15 @@ class LiveTargets:
         """Bring a teacher to a device, unless a device map spread it already, and let a distiller read its targets."""
         if getattr(teacher, "hf_device_map", None) is None:
             teacher.to(device)
-        loss = distiller.loss
-        blocks = list(distiller.layer_map.values()) if loss.ever("gamma") or loss.ever("delta") else []
-        targets = cls(teacher, blocks=blocks, with_logits=loss.ever("beta"))
+        objective = distiller.objective
+        blocks = list(distiller.layer_map.values()) if objective.needs("hidden") else []
+        targets = cls(teacher, blocks=blocks, with_logits=objective.needs("logits"))
         distiller.forms = targets.forms
         return targets
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Run the teacher over a batch, and give its targets by the distiller's names, on the batch's device.
+        """Run the teacher over a batch, and return its targets by the distiller's names, on the batch's device.
 
         Args:
             batch: `input_ids` [B, T], and `attention_mask` and `position_ids` where it has them.

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coldstill.cache.errors import RecipeError, StoreNotFoundError
+from coldstill.cache.errors import StoreNotFoundError
 from coldstill.cache.local_objects import sync_path
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.interruptions import WaitingSignal
 from coldstill.pipeline.runtime.peak_memory import peak_memory_bytes
 from coldstill.pipeline.runtime.whole import write_whole

@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coldstill.cache.errors import RecipeError, StoreError
+from coldstill.cache.errors import StoreError
 from coldstill.cache.identity import digest_of
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, RECIPE_FILE, write_record
 from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, rows_key, trained_student
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.whole import whole_file, whole_folder, write_whole
 from coldstill.pipeline.stage_two.model_card import CARD_FILE
 from coldstill.pipeline.stage_two.resumable_trainer import newest_checkpoint, planned_steps

@@ -1,14 +1,11 @@
 """From a recipe to the trainer of stage two: student, projectors, losses and rows, each checked against the others."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from coldstill.cache.errors import ModelError, RecipeError
-from coldstill.cache.manifest import Manifest
-from coldstill.cache.reader import require_complete
-from coldstill.pipeline.losses.divergences import Divergence
-from coldstill.pipeline.losses.schedules import Schedule
+from coldstill.cache.errors import ColdstillError
+from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models import (
     check_length,
     check_vocabularies,
@@ -22,15 +19,13 @@ from coldstill.pipeline.models.outlines import outline_of
 from coldstill.pipeline.models.pairing import check_layer_map, layer_map_of
 from coldstill.pipeline.models.projectors import create_projectors
 from coldstill.pipeline.outputs.run_index import RunRows
-from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.stage_two.arguments import arguments_here, check_row_count, check_train_section
-from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, StoredRows
-from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights
-from coldstill.pipeline.stage_two.target_forms import column_axes, logits_columns, target_forms
+from coldstill.pipeline.stage_two.distiller import Distiller
+from coldstill.pipeline.stage_two.target_sources import StoredTargets
 from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from coldstill.pipeline.students.adapters import add_adapters
-from coldstill.pipeline.targets.columns import columns_of
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 
@@ -49,40 +44,34 @@ def create_trainer(recipe: Recipe, run: RunRows, student_folder: Path) -> Univer
     arguments = arguments_here(recipe)
     check_train_section(recipe, lambda: outline_of(config, trust_remote_code=trust), arguments=arguments)
     check_row_count(recipe, len(run.selections["train"]), num_processes=arguments.world_size)
-    layer_map, collator = _plan(recipe, run, config)
+    layer_map, source = _plan(recipe, run, config)
     # In float32: mixed precision is `train.bf16`, over float32 weights.
     student = load_model(student_folder, dtype="float32", trust_remote_code=trust)
     if recipe.student.lora is not None:
         student = add_adapters(student, recipe.student.lora, seed=recipe.seed)
     if compilation := Compilation.of(recipe.train):
         compile_blocks(student, compilation, arguments.device)
-    return _make_trainer(recipe, run, student, layer_map, collator, student_folder, arguments)
+    return _make_trainer(recipe, source, student, layer_map, student_folder, arguments)
 
 
-def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict[int, int], BatchCollator]:
-    """Decide the layer map and the columns of a batch, and check that the store has them."""
+def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict[int, int], StoredTargets]:
+    """Decide the layer map and where targets come from, and check that the store has them."""
     loss = recipe.loss
     layer_map: dict[int, int] = {}
     if loss.needs_hidden:
         layer_map = layer_map_of(recipe.mapping, student, num_teacher_blocks=run.store.teacher["num_blocks"])
         check_layer_map(recipe, layer_map)
-    manifest = Manifest(run.store)
-    blocks = list(layer_map.values())
-    shards = run.selections["train"].shard_names
-    wanted = columns_of(recipe.targets, blocks=blocks, split="train", manifest=manifest, shards=shards)
-    of_logits = logits_columns(wanted, loss.temperature) if loss.ever("beta") else {}
-    columns = BatchColumns(logits=of_logits, hidden=wanted.hidden)
-    for selection in run.selections.values():
-        require_complete(manifest, selection, columns.names(), store=run.store.path)
-    return layer_map, BatchCollator(columns, column_axes(manifest, columns, shards[0]))
+    temperature = loss.temperature if loss.needs_logits else None
+    source = StoredTargets.of_recipe(recipe, run, blocks=list(layer_map.values()), temperature=temperature)
+    source.require_complete()
+    return layer_map, source
 
 
 def _make_trainer(
     recipe: Recipe,
-    run: RunRows,
+    source: StoredTargets,
     student: PreTrainedModel,
     layer_map: dict[int, int],
-    collator: BatchCollator,
     student_folder: Path,
     arguments: TrainingArguments,
 ) -> UniversalDistillationTrainer:
@@ -90,50 +79,41 @@ def _make_trainer(
     projectors = create_projectors(
         layer_map,
         student_dim=int(text_config(student.config).hidden_size),
-        teacher_dim=run.store.teacher["hidden_size"],
+        teacher_dim=source.run.store.teacher["hidden_size"],
         kind=projector.kind,
         learnable=projector.learnable,
         seed=recipe.seed,
     )
-    datasets = {
-        split: StoredRows(run.store.path, selection, collator.columns, local_copy=recipe.local_copy)
-        for split, selection in run.selections.items()
-    }
     tokenizer = None
     with contextlib.suppress(ModelError):
         tokenizer = load_tokenizer(student_folder, trust_remote_code=recipe.student.trust_remote_code)
-    forms = target_forms(recipe, run.store, collator.columns)
-    distiller = Distiller(student, projectors, layer_map=layer_map, loss=_loss_of(recipe.loss), forms=forms)
-    try:
+    objective = Objective.of(recipe.loss)
+    distiller = Distiller(student, projectors, layer_map=layer_map, objective=objective, forms=source.forms)
+    with as_error_of_train():
         return UniversalDistillationTrainer(
             distiller,
             arguments,
-            data_collator=collator,
-            train_dataset=datasets["train"],
-            eval_dataset=datasets["eval"],
+            data_collator=source.collator,
+            train_dataset=source.rows("train"),
+            eval_dataset=source.rows("eval"),
             processing_class=tokenizer,
             projector_learning_rate=projector.learning_rate,
         )
-    except torch.OutOfMemoryError:
+
+
+@contextlib.contextmanager
+def as_error_of_train() -> Iterator[None]:
+    """Turn into an error of the recipe what accelerate and integrations say that the arguments alone do not show.
+
+    They say it by ImportError, for what is not installed, and by ValueError, for what does not go together. A
+    RuntimeError is no mistake in the `train` section: the device has no memory left, or something is broken.
+
+    Raises:
+        RecipeError: In place of these two.
+    """
+    try:
+        yield
+    except ColdstillError:
         raise
-    except (ImportError, RuntimeError, ValueError) as error:
-        # What accelerate and integrations say of a machine that arguments alone do not show.
+    except (ImportError, ValueError) as error:
         raise RecipeError(f"train: {' '.join(str(error).split())}") from None
-
-
-def _loss_of(section: LossConfig) -> Loss:
-    given = {name: schedule for name, schedule in section.schedule if schedule is not None}
-    schedules = {}
-    for name, schedule in given.items():
-        start = getattr(section, name)
-        end = start if schedule.end is None else schedule.end
-        schedules[name] = Schedule(schedule.shape, start, end, schedule.warmup)
-    return Loss(
-        weights=LossWeights(section.alpha, section.beta, section.gamma, section.temperature, section.delta),
-        divergence=Divergence(
-            section.divergence, section.divergence_weight, section.selective_k, section.selective_entropy
-        ),
-        hidden=section.hidden,
-        dynamics=section.dynamics,
-        schedules=schedules,
-    )

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from coldstill.cache.errors import CorruptError, ModelError, NonFiniteError, RecipeError, StoreNotFoundError
+from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.pipeline.models import first_non_finite, load_model
+from coldstill.pipeline.runtime.errors import ModelError, NonFiniteError, RecipeError
+from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from coldstill.pipeline.runtime.whole import disk_errors
 from coldstill.pipeline.stage_two.assembly import LayerMap, Projectors, assemble
 from coldstill.pipeline.stage_two.batches import EpochOrder, StoredRows, complete_batch
@@ -188,7 +190,7 @@ class UniversalDistillationTrainer(ResumableTrainer):
             if not all(math.isfinite(logs[name]) for name in self._terms):
                 self.require_finite()
             self._terms = {}
-            logs |= {name: getattr(self._distiller.weights, name) for name in self._distiller.loss.schedules}
+            logs |= self._distiller.now.scheduled_values()
         super().log(logs, start_time)
 
     def require_finite(self) -> None:
@@ -245,7 +247,9 @@ class UniversalDistillationTrainer(ResumableTrainer):
             return
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
+        # Not the arguments, which the Trainer would pickle here and nobody reads: training goes on with those of its
+        # own recipe. What the Trainer itself adds, optimizer.pt, scheduler.pt and rng_state.pth, stays in torch's
+        # format, since it reads these files back; it does so with `weights_only`, and so runs no code of theirs.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -297,9 +301,9 @@ def _as_it_was_saved(checkpoint: Path) -> Iterator[None]:
     """Refuse a checkpoint that has not all that was saved in it."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (ModelError, SafetensorError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CorruptError(
             f"checkpoint {checkpoint} is not as it was saved: {' '.join(str(error).split())}; remove it to go on from "
             "an earlier one, or begin anew: coldstill train --restart"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coldstill.cache.errors import ModelError, RecipeError
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from transformers import PreTrainedModel
 
 try:

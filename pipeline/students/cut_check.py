@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from coldstill.cache.errors import ModelError
 from coldstill.pipeline.models import ModelParts, text_config
 from coldstill.pipeline.models.forward import block_input
+from coldstill.pipeline.runtime.errors import ModelError
+from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from coldstill.pipeline.students.layer_patterns import period_keys
 from coldstill.pipeline.students.model_copies import load_state
 from torch import Tensor, nn
@@ -86,9 +87,9 @@ def check_cut(parts: ModelParts, student: PreTrainedModel, kept_blocks: Sequence
     try:
         with _entering(blocks, instead=wanted) as got:
             logits = student(input_ids=ids, use_cache=False).logits
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         problem = f"a model of that config does not run ({_first_line(error)})"
         raise ModelError(_refusal(parts, kept_blocks, problem)) from None
     if not _is_same(got[0], wanted[0], wanted[0]):
@@ -118,6 +119,8 @@ def _cache_problem(model: PreTrainedModel) -> str | None:
     try:
         model(input_ids=_probe(model), use_cache=True)
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         return _first_line(error)
     return None
 

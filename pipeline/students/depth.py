@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from coldstill.cache.errors import ModelError, RecipeError
 from coldstill.pipeline.models import KEPT_BLOCKS, ModelParts, text_config
 from coldstill.pipeline.models.forward import block_input, block_output, padded_batches
 from coldstill.pipeline.recipe.student import PruneLayersConfig
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.students.cut_check import OTHER_CUTS, check_cut, load_weights, warn_without_cache
 from coldstill.pipeline.students.cut_weights import cut_weights
 from coldstill.pipeline.students.layer_patterns import cut_patterns

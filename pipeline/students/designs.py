@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from coldstill.cache.errors import ModelError, RecipeError
 from coldstill.pipeline.models import find_parts
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.students.axes import mlp_size, parameter_axes
 from coldstill.pipeline.students.model_copies import changed_config
 from coldstill.pipeline.students.width import NEURON_MULTIPLE

@@ -14,11 +14,11 @@ from typing import Any
 from coldstill.cache.array_object import REPAIR_HINT
 from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.cache.index import read_entry, write_entry
+from coldstill.cache.kept_folders import CHECKSUMS, find_damage
 from coldstill.cache.objects import Objects, full_path, open_objects
-from coldstill.cache.student_files import CHECKSUMS, STUDENTS, find_damage
 from coldstill.pipeline.models import resolve_folder
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, RECIPE_FILE
-from coldstill.pipeline.outputs.run_index import rows_key
+from coldstill.pipeline.outputs.run_index import PRUNED_STUDENTS, STUDENT, rows_key
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.whole import whole_folder
 
@@ -28,18 +28,18 @@ _RECORD = (PROVENANCE_FILE, RECIPE_FILE)
 def students_folder(recipe: Recipe) -> Path:
     """Give the local folder that pruned students are in: beside the stores, or a copy where those are remote."""
     if "://" not in recipe.cache:
-        return Path(recipe.cache) / STUDENTS
+        return Path(recipe.cache) / PRUNED_STUDENTS
     if recipe.local_copy is not None:
-        return Path(recipe.local_copy) / STUDENTS
+        return Path(recipe.local_copy) / PRUNED_STUDENTS
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_home) / "coldstill" / STUDENTS
+    return Path(cache_home) / "coldstill" / PRUNED_STUDENTS
 
 
 def publish_student(recipe: Recipe, folder: Path) -> None:
     """Let the recipe's teacher, data and student sections lead to a pruned student."""
     if "://" in recipe.cache:
         _upload(open_objects(recipe.cache), folder)
-    write_entry(recipe.cache, "student", _student_key(recipe), {"folder": folder.name})
+    write_entry(recipe.cache, STUDENT, _student_key(recipe), {"folder": folder.name})
 
 
 def find_student(recipe: Recipe) -> Path:
@@ -52,7 +52,7 @@ def find_student(recipe: Recipe) -> Path:
     """
     if recipe.student.path is not None:
         return resolve_folder(recipe.student.path, revision=recipe.student.revision)
-    folder = students_folder(recipe) / read_entry(recipe.cache, "student", _student_key(recipe))["folder"]
+    folder = students_folder(recipe) / read_entry(recipe.cache, STUDENT, _student_key(recipe))["folder"]
     if not has_student(recipe, folder):
         raise StoreNotFoundError(f"the pruned student in {full_path(folder)} is gone; run: coldstill prune")
     check_student_files(folder)
@@ -71,7 +71,7 @@ def has_student(recipe: Recipe, folder: Path) -> bool:
     if is_there and find_damage(open_objects(folder.parent), folder.name) is None:
         return True
     objects = open_objects(recipe.cache)
-    remote = f"{STUDENTS}/{folder.name}"
+    remote = f"{PRUNED_STUDENTS}/{folder.name}"
     if not objects.exists(f"{remote}/{CHECKSUMS}"):
         return False
     with whole_folder(folder) as partial:
@@ -108,7 +108,7 @@ def _student_key(recipe: Recipe) -> dict[str, Any]:
 
 
 def _upload(objects: Objects, folder: Path) -> None:
-    remote = f"{STUDENTS}/{folder.name}"
+    remote = f"{PRUNED_STUDENTS}/{folder.name}"
     if objects.exists(f"{remote}/{CHECKSUMS}"):
         return
     for file in sorted(folder.iterdir(), key=lambda file: file.name == CHECKSUMS):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from coldstill.cache.errors import ModelError, RecipeError
 from coldstill.pipeline.models import ModelParts, kept_blocks_of, take_apart, text_config
 from coldstill.pipeline.recipe.student import InitConfig, PruneConfig, PruneMlpConfig, Reconstruct
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.students.axes import mlp_size
 from coldstill.pipeline.students.depth import (
     block_importances,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.recipe.fields import Place, Section
 from coldstill.pipeline.recipe.file import (
     apply_changes,
@@ -23,6 +22,7 @@ from coldstill.pipeline.recipe.file import (
     set_key,
 )
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from pydantic import Field, field_validator, model_validator
 
 _DEFAULT_SEED = 42

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.judging.results import read_results
+from coldstill.pipeline.runtime.errors import RecipeError
 
 SWEEP_FILE = "sweep.json"
 FORMAT = 1

@@ -5,7 +5,6 @@ calibration, so that none is ever decoded with another.
 """
 
 import hashlib
-from collections.abc import Iterable
 
 import torch
 from coldstill.cache.arrays import read_column
@@ -14,9 +13,11 @@ from coldstill.cache.errors import IdentityError, IncompleteError
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import CONSTANTS, Store
 from coldstill.cache.writer import write_column
-from coldstill.pipeline.targets.columns import calibration_name
-from coldstill.pipeline.targets.encodings import CALIBRATION, to_numpy
+from coldstill.pipeline.targets.encodings import to_numpy
 from coldstill.pipeline.targets.transform_coding import TransformCode
+
+# The attribute of a coded column that says which calibration it was coded with.
+CALIBRATION = "calibration"
 
 _ARRAYS = {"centre": "centre_D", "analysis": "analysis_DD", "synthesis": "synthesis_DD", "spread": "spread_D"}
 
@@ -29,7 +30,7 @@ def write_calibration(
     Args:
         store: The store.
         manifest: Its manifest.
-        name: As `coldstill.pipeline.targets.columns.calibration_name` gives it.
+        name: What a target's `calibration` says.
         code: What was fitted.
         num_positions: How many positions it was fitted to.
         metric: Which errors it weighs alike, for a person.
@@ -44,27 +45,19 @@ def write_calibration(
     write_column(store, manifest, CONSTANTS, Column(name, specs, attributes), arrays, num_tokens=0, num_rows=0)
 
 
-def read_codes(store: Store, manifest: Manifest, columns: Iterable[str]) -> dict[str, TransformCode]:
-    """Read the transform codes that some columns need, by the name of each column.
+def read_code(store: Store, manifest: Manifest, calibration: str, *, column: str) -> TransformCode:
+    """Read the transform code that a column's calibration keeps.
 
     Raises:
-        IncompleteError: One was never committed.
-        IdentityError: A committed shard of a column was coded with another.
+        IncompleteError: It was never committed.
+        IdentityError: A committed shard of the column was coded with another.
     """
-    codes: dict[str, TransformCode] = {}
-    read: dict[str, TransformCode] = {}
-    for column in columns:
-        name = calibration_name(column)
-        if name is None:
-            continue
-        if name not in read:
-            if (CONSTANTS, name) not in manifest:
-                raise IncompleteError(f"store {store.path} has no {name}; run: coldstill precompute")
-            arrays = read_column(store, manifest.record(CONSTANTS, name))
-            read[name] = TransformCode(**{_ARRAYS[array]: torch.from_numpy(values) for array, values in arrays.items()})
-        codes[column] = read[name]
-        _check_digest(store, manifest, column, code_digest(read[name]))
-    return codes
+    if (CONSTANTS, calibration) not in manifest:
+        raise IncompleteError(f"store {store.path} has no {calibration}; run: coldstill precompute")
+    arrays = read_column(store, manifest.record(CONSTANTS, calibration))
+    code = TransformCode(**{_ARRAYS[array]: torch.from_numpy(values) for array, values in arrays.items()})
+    _check_digest(store, manifest, column, code_digest(code))
+    return code
 
 
 def code_digest(code: TransformCode) -> str:

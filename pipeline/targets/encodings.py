@@ -6,7 +6,7 @@ Shapes: N positions of all rows, T positions of a row, D width.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,6 @@ Arrays = dict[str, Tensor]
 
 CODED = "coded"
 STORED = "stored"
-# The attribute of a coded column that says which calibration it was coded with.
-CALIBRATION = "calibration"
 
 _INT8_LEVELS = 127
 _INT8_BASE = 2 * _INT8_LEVELS + 1
@@ -36,6 +34,8 @@ _OUTLIER_SHARE = 64
 # A position whose norm is this many times the median's is an attention sink: it is stored, but sets no statistics.
 _SINK_RATIO = 10.0
 _SMALLEST_SPREAD = 1e-6
+# Of the value, and below the smallest normal number.
+_FLOAT_BOUNDS = {"float16": (2**-11, 2**-25), "bfloat16": (2**-8, 2**-134), "float32": (0.0, 0.0)}
 _FLOAT_ERRORS = {"float16": "2**-11 of the value", "bfloat16": "2**-8 of the value", "float32": "none"}
 _SAMPLED = "_sampled_"
 
@@ -127,6 +127,20 @@ def decode_state(arrays: Mapping[str, Tensor], *, form: StateForm, code: Transfo
     if values.dtype == torch.uint16:
         return values.view(torch.bfloat16).float()
     return values.float()
+
+
+def stated_error(form: StateForm, stored: Sequence[Mapping[str, Tensor]], states_ND: Tensor) -> Tensor:
+    """Return the error that a form which is not coded states of each element, [N, D], in float32.
+
+    Args:
+        form: The form.
+        stored: The arrays of each row.
+        states_ND: The exact states of all rows.
+    """
+    if form.encoding == "int8":
+        return torch.cat([0.5 * arrays["scale"].unsqueeze(1) * arrays["spread"] for arrays in stored])
+    relative, absolute = _FLOAT_BOUNDS[form.encoding]
+    return relative * states_ND.abs() + absolute
 
 
 def ordinary_positions(state_ND: Tensor) -> Tensor:

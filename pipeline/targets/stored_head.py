@@ -7,8 +7,9 @@ from coldstill.cache.reader import read_constants
 from coldstill.cache.store import CONSTANTS, Store
 from coldstill.cache.writer import write_column
 from coldstill.pipeline.models.output_head import OutputHead
-from coldstill.pipeline.targets.columns import OUTPUT_HEAD
 from coldstill.pipeline.targets.encodings import float_bits, from_float_bits, to_numpy
+
+OUTPUT_HEAD = "output_head"
 
 
 def write_head(store: Store, manifest: Manifest, head: OutputHead) -> None:

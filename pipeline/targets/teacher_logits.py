@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from coldstill.pipeline.targets.row_blocks import row_blocks
+from coldstill.pipeline.models.row_blocks import row_blocks
 from torch import Tensor
 
 _LARGEST_POWER = 24

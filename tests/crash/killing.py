@@ -96,8 +96,8 @@ def _work(run: Run, writing: int) -> None:
 
 def _run_command(run: Run) -> tuple[dict[str, int], int]:
     import coldstill.cache.rows
-    from coldstill.cache.root_audit import verify
     from coldstill.cli import app
+    from coldstill.pipeline.verify import verify
 
     os.fsync = lambda _descriptor: None  # a kill loses nothing that the kernel was given
     coldstill.cache.rows.SHARD_TOKENS = SHARD_TOKENS

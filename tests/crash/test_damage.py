@@ -14,9 +14,10 @@ import yaml
 from coldstill.cache.errors import StoreError
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader, read_constants
-from coldstill.cache.root_audit import RootAudit, verify
+from coldstill.cache.root_audit import RootAudit
 from coldstill.cache.selections import list_selections, read_selection
 from coldstill.cache.store import CONSTANTS, Store, open_store
+from coldstill.pipeline.verify import verify
 from crash.trees import difference, files_below, lasting, small_recipe
 
 NUM_DAMAGES = 200

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from coldstill.cache.root_audit import verify
+from coldstill.pipeline.verify import verify
 from crash.signals import CHILD_TIMEOUT_S, started
 from crash.trees import difference, lasting_files_below, small_recipe
 from forked import Forks

@@ -13,9 +13,10 @@ from coldstill.pipeline.models.forward import pad_rows
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
-from coldstill.pipeline.stage_one.capture import CaptureRequest, capture
-from coldstill.pipeline.targets.calibrations import read_codes
+from coldstill.pipeline.stage_one.capture import capture
+from coldstill.pipeline.targets.captured import CaptureRequest
 from coldstill.pipeline.targets.encodings import StateForm, decode_state
+from coldstill.pipeline.targets.stored_constants import read_codes
 from coldstill.pipeline.targets.token_encodings import decode_tail, decode_topk
 from coldstill.pipeline.targets.transform_coding import TransformCode
 from torch import Tensor

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from coldstill.cache.reader import Reader
 from coldstill.pipeline.evaluate import evaluate
+from coldstill.pipeline.models import load_model
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
@@ -48,16 +49,13 @@ def test_loss_kl_and_agreement_are_those_of_the_live_teacher(write_recipe: Calla
 def test_a_student_is_judged_once_for_all_runs_that_share_it(
     coldstill: Callable[..., Any], write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
-    import coldstill.pipeline.evaluate
-
     loaded: list[str] = []
-    load = coldstill.pipeline.evaluate.load_model
 
     def counting(folder: Path, **options: Any) -> Any:
         loaded.append(folder.name)
-        return load(folder, **options)
+        return load_model(folder, **options)
 
-    monkeypatch.setattr(coldstill.pipeline.evaluate, "load_model", counting)
+    monkeypatch.setattr("coldstill.pipeline.judging.eval_rows.load_model", counting)
     recipe = write_recipe()
     coldstill("precompute", recipe)
     coldstill("train", recipe)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.judging.results import read_evaluation, read_results
 from coldstill.pipeline.judging.similarity import block_similarity
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.report import report
+from coldstill.pipeline.runtime.errors import RecipeError
 
 Coldstill = Callable[..., Any]
 

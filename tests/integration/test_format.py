@@ -17,8 +17,8 @@ from coldstill.cache.reader import Reader
 from coldstill.cache.store import open_store
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.file import load_recipe
-from coldstill.pipeline.targets.calibrations import read_codes
 from coldstill.pipeline.targets.encodings import StateForm, decode_state
+from coldstill.pipeline.targets.stored_constants import read_codes
 from coldstill.pipeline.targets.token_encodings import decode_tail, decode_topk
 
 

@@ -16,7 +16,8 @@ from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.targets.calibrations import read_codes, write_calibration
+from coldstill.pipeline.targets.calibrations import write_calibration
+from coldstill.pipeline.targets.stored_constants import read_codes
 from coldstill.pipeline.targets.transform_coding import TransformCode
 from coldstill.pipeline.train import train
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coldstill.cache.student_files import CHECKSUMS
+from coldstill.cache.kept_folders import CHECKSUMS
 from coldstill.pipeline.judging.results import RESULTS_FILE
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.file import load_recipe

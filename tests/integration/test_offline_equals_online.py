@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.losses.divergences import DIVERGENCES
 from coldstill.pipeline.models.labels import counts_of
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_two.distiller import Distiller
 from coldstill.pipeline.stage_two.live_targets import LiveTargets
 from coldstill.pipeline.targets.encodings import decode_state
@@ -142,7 +142,9 @@ def compare_with_live(recipe: Recipe) -> dict[str, Tensor]:
 def live_loss(recipe: Recipe, distiller: Any, batch: dict[str, Any]) -> Tensor:
     """The same student and projectors on the batch without its stored targets, with a teacher beside them."""
     teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher.path, dtype=torch.float32)
-    live = Distiller(distiller.student, distiller.projectors, layer_map=distiller.layer_map, loss=distiller.loss)
+    live = Distiller(
+        distiller.student, distiller.projectors, layer_map=distiller.layer_map, objective=distiller.objective
+    )
     targets = LiveTargets.beside(live, teacher, torch.device("cpu"))
     ordinary = {name: values for name, values in batch.items() if name not in ("logits", "hidden")}
     return live(**ordinary, **targets(ordinary))["loss"]

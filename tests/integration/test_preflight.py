@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_two.run_folder import claimed_run
 from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from coldstill.pipeline.train import train
@@ -31,6 +31,8 @@ ALWAYS = [
     (["train.lr_scheduler_type=reduce_lr_on_plateau"], "train: lr_scheduler_type reduce_lr_on_plateau requires an "),
     (["train.report_to=foo"], "train: foo is not supported, only"),
     (["train.report_to=[mlflow, tensorboard]"], "train.report_to names mlflow, which is not installed; run: pip "),
+    (["train.report_to=azure_ml"], "train.report_to names azure_ml, which is not installed; run: pip install azureml"),
+    (["train.report_to=flyte"], "train.report_to names flyte, which is not installed; run: pip install flytekit"),
     (["train.save_strategy=foo"], "train: foo is not a valid SaveStrategy"),
     (["train.load_best_model_at_end=true"], "train: train.load_best_model_at_end requires the save and eval strategy"),
     (["train.deepspeed=x.json"], "train.deepspeed needs DeepSpeed, which is not installed; run: pip install deepspeed"),

@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from coldstill.cache.index import INDEX
-from coldstill.cache.root_audit import verify
 from coldstill.pipeline.commands.evaluation_tables import task_table
 from coldstill.pipeline.evaluate import Evaluation, evaluate
 from coldstill.pipeline.judging import task_scores, tasks
@@ -23,6 +22,7 @@ from coldstill.pipeline.judging.tasks import load_tasks
 from coldstill.pipeline.outputs.retention import Estimate
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import EvaluateConfig
+from coldstill.pipeline.verify import verify
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

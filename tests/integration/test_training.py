@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.train import train
 from safetensors.torch import load_file

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from coldstill.cache.errors import ColdstillError, CorruptError, NonFiniteError, RecipeError
+from coldstill.cache.errors import ColdstillError, CorruptError
 from coldstill.pipeline.evaluate import evaluate
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import NonFiniteError, RecipeError
 from coldstill.pipeline.train import train
 from safetensors.torch import load_file, save_file
 from training import train_and_die, without_times
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
 
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
 # The rate rises with each step, so that a student which gets better at first gets worse in the end.
@@ -169,6 +171,24 @@ def test_a_run_that_keeps_weights_alone_begins_anew_where_it_was_killed(
     train_and_die(broken, at_step=5, monkeypatch=monkeypatch)
     assert checkpoint(broken, 4).is_dir()
     assert train(broken).trained_steps == 6, "an optimizer that has forgotten would take other steps"
+    assert exported(broken) == exported(whole)
+
+
+def test_a_checkpoint_is_state_alone_and_one_with_pickled_arguments_is_gone_on_from_too(
+    recipes: Recipes, monkeypatch: pytest.MonkeyPatch
+):
+    training = {"max_steps": 6, "save_steps": 4}
+    whole, broken = recipes("whole", **training), recipes("broken", **training)
+    train(whole)
+    train_and_die(broken, at_step=5, monkeypatch=monkeypatch)
+    folder = checkpoint(broken, 4)
+    of_torch = {file.name: file for file in folder.iterdir() if file.suffix not in (".json", ".safetensors")}
+    assert of_torch.keys() == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    for file in of_torch.values():
+        with safe_globals():
+            torch.load(file, weights_only=True)
+    torch.save(TrainingArguments(str(folder)), folder / "training_args.bin")  # as earlier versions did
+    assert train(broken).trained_steps == 2
     assert exported(broken) == exported(whole)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.evaluate import evaluate
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.train import train
 from peft import PeftModel
 from safetensors.torch import load_file

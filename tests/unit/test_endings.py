@@ -4,11 +4,12 @@ import signal
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import typer
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.runtime.endings import one_line_errors
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.interruptions import signals_wait, what_stays
 
 
@@ -27,6 +28,42 @@ def test_an_accelerator_without_memory_is_one_line_that_says_what_to_make_smalle
     assert raised.value.exit_code == 2
     line = capsys.readouterr().err
     assert line.startswith("coldstill: CUDA out of memory; take smaller batches (teacher.batch_size, train.per_device")
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("allocate", "said"),
+    [
+        pytest.param(
+            lambda: torch.empty(10**15), ": 4,000.0 TB could not be allocated; take smaller batches", id="torch"
+        ),
+        pytest.param(lambda: np.empty(10**15), ": Unable to allocate 7.11 PiB for an array", id="numpy"),
+        pytest.param(lambda: bytearray(2**62), "; take smaller batches (teacher.batch_size, ", id="Python"),
+    ],
+)
+def test_a_machine_without_memory_is_one_line_that_offers_no_cpu(
+    capsys: pytest.CaptureFixture[str], allocate: Callable[[], object], said: str
+):
+    line = said_by(allocate, capsys, exit_code=2)
+    assert line.startswith(f"coldstill: this machine is out of memory{said}")
+    assert line.endswith("evaluate.batch_size)\n")
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call.",
+        "MPS backend out of memory (MPS allocated: 9.05 GB, max allowed: 9.07 GB). Tried to allocate 256 bytes.",
+    ],
+)
+def test_a_device_that_says_it_by_a_plain_error_is_out_of_memory_too(capsys: pytest.CaptureFixture[str], said: str):
+    def fill() -> None:
+        raise RuntimeError(said)
+
+    line = said_by(fill, capsys, exit_code=2)
+    assert "out of memory" in line
+    assert line.endswith(", or cpu as teacher.device or evaluate.device\n")
     assert line.count("\n") == 1
 
 

@@ -16,8 +16,8 @@ LAYERS = [
     "pipeline.outputs",
     "pipeline.rows",
     "pipeline.models",
-    "pipeline.targets",
     "pipeline.losses",
+    "pipeline.targets",
     "pipeline.students",
     "pipeline.stage_two",
     "pipeline.judging",
@@ -92,11 +92,33 @@ def test_no_stage_imports_another(imported):
         assert not imported[stage] & (STAGES - {stage})
 
 
+@pytest.mark.parametrize(
+    "command", ["ablate", "advise", "demo", "evaluate", "plan", "precompute", "prune", "report", "train"]
+)
+def test_each_command_has_a_file_that_leads_into_its_stage(imported, command):
+    assert f"pipeline.commands.{command}" in imported["cli"]
+    assert f"pipeline.{command}" in imported[f"pipeline.commands.{command}"]
+
+
+def test_no_command_imports_its_stage_by_a_string():
+    for name, file in modules().items():
+        if name.startswith("pipeline.commands."):
+            assert "importlib" not in imports(file), name
+
+
 def test_the_store_knows_neither_torch_nor_transformers():
     for name, file in modules().items():
         if name.startswith("cache."):
             roots = {found.partition(".")[0] for found in imports(file)}
             assert not roots & {"torch", "transformers", "datasets", "pipeline"}, name
+
+
+def test_the_store_knows_no_student_and_no_file_of_a_model():
+    for name, file in modules().items():
+        if name.startswith("cache."):
+            words = file.read_text().lower()
+            assert "student" not in words, name
+            assert "safetensors" not in words, name
 
 
 def test_stage_two_imports_no_teacher_no_capture_no_data_and_nothing_that_makes_students(imported):

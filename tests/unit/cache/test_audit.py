@@ -15,11 +15,11 @@ from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.errors import StoreNotFoundError
 from coldstill.cache.index import write_entry
 from coldstill.cache.manifest import Manifest
-from coldstill.cache.root_audit import verify
 from coldstill.cache.rows import publish_rows, read_rows, rows_table
 from coldstill.cache.selections import Selection
 from coldstill.cache.store import CONSTANTS, Store
 from coldstill.cache.writer import write_column
+from coldstill.pipeline.verify import verify
 
 HEAD = Column("output_head", {"weight": ArraySpec("float32", (3, 2), axis="shard")})
 MIXED = "hidden/12/mixed"

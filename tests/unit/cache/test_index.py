@@ -5,8 +5,8 @@ import pytest
 from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.cache.index import read_entry, write_entry
 from coldstill.cache.inventory import list_stores
-from coldstill.cache.root_audit import verify
 from coldstill.cache.store import open_store
+from coldstill.pipeline.verify import verify
 
 KEY = {"teacher": "some/teacher", "data": {"rows": 100}}
 

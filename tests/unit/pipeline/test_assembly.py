@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coldstill.cache.errors import ColdstillError, DataError, ModelError, NonFiniteError, RecipeError, TargetError
+from coldstill.cache.errors import ColdstillError
 from coldstill.pipeline.models.layer_map import create_layer_map
 from coldstill.pipeline.models.projectors import create_projectors
+from coldstill.pipeline.runtime.errors import DataError, ModelError, NonFiniteError, RecipeError, TargetError
 from coldstill.pipeline.stage_two.distiller import Distiller
 from coldstill.pipeline.stage_two.live_targets import LiveTargets
 from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer

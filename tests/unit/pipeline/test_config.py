@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.recipe.file import dump_recipe, load_recipe, parse_recipe
 from coldstill.pipeline.recipe.yaml_text import parse_yaml
+from coldstill.pipeline.runtime.errors import RecipeError
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))

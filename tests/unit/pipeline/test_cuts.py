@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from coldstill.cache.errors import ModelError
 from coldstill.pipeline.models import find_parts, load_model, take_apart
+from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.students.cut_check import check_cut
 from coldstill.pipeline.students.depth import block_importances, cut_blocks
 from coldstill.pipeline.students.layer_patterns import cut_patterns

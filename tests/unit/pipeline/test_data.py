@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coldstill.cache.errors import DataError
 from coldstill.pipeline.recipe.sections import DataConfig
 from coldstill.pipeline.rows.building import build_rows, tokenizer_digest
+from coldstill.pipeline.runtime.errors import DataError
 from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, EpochOrder, StoredRow
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing

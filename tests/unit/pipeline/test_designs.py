@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from coldstill.cache.errors import ModelError, RecipeError
 from coldstill.pipeline.models import take_apart
 from coldstill.pipeline.models.forward import mean_loss
 from coldstill.pipeline.recipe.student import (
@@ -12,6 +11,7 @@ from coldstill.pipeline.recipe.student import (
     PruneLayersConfig,
     PruneMlpConfig,
 )
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.students import making
 from coldstill.pipeline.students.designs import block_positions, design_student
 from coldstill.pipeline.students.making import kept_blocks_before_measuring, num_student_blocks

@@ -1,6 +1,6 @@
 import pytest
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.models.layer_map import create_layer_map, spread_pairs
+from coldstill.pipeline.runtime.errors import RecipeError
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from coldstill.cache.errors import ModelError
 from coldstill.pipeline.models import load_config, load_model, take_apart
+from coldstill.pipeline.runtime.errors import ModelError
+from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
@@ -215,3 +216,10 @@ def test_an_output_head_of_another_width_than_the_blocks_is_refused(build_model:
     model = build_model("opt", ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False)
     with pytest.raises(ModelError, match="its output head reads states of width 16, its blocks write 32"):
         take_apart(model)
+
+
+def test_a_model_for_which_there_is_no_memory_is_not_called_a_bad_one(change_config: Callable[..., Path]):
+    folder = change_config(vocab_size=10**12)
+    with pytest.raises(RuntimeError, match="can't allocate memory") as raised:
+        load_model(folder, dtype="float32")
+    assert is_out_of_memory(raised.value)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from coldstill.cache.errors import ModelError, RecipeError
 from coldstill.pipeline.models import (
     check_vocabularies,
     load_config,
@@ -16,6 +15,7 @@ from coldstill.pipeline.models import (
 )
 from coldstill.pipeline.models.forward import block_outputs
 from coldstill.pipeline.recipe.student import PruneLayersConfig
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.students.depth import block_importances, check_prune, choose_kept_blocks
 from hooks import has_hooks
 

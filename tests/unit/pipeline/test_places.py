@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.outputs.places import check_places, check_writable
 from coldstill.pipeline.recipe.file import parse_recipe
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import yaml
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.recipe.file import dump_recipe, load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 
 LAYERS, MLP, HIDDEN = {"layers": {"remove": 2}}, {"mlp": {"keep": 0.7}}, {"hidden": {"size": 448}}
 DEPTH, WIDTH = (0.5, 0.5, 0.1), (0.4, 0.4, 0.2)

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from coldstill.cache.errors import RecipeError
 from coldstill.pipeline.models.projectors import LearnableProjector, create_projectors
+from coldstill.pipeline.runtime.errors import RecipeError
 from torch import nn
 
 

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from coldstill.cache.errors import ModelError
 from coldstill.pipeline.models import take_apart
 from coldstill.pipeline.models.forward import block_outputs, mean_loss, padded_batches
 from coldstill.pipeline.recipe.student import PruneConfig, PruneHiddenConfig, PruneLayersConfig, PruneMlpConfig
+from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.students import reconstruction
 from coldstill.pipeline.students.depth import cut_blocks
 from coldstill.pipeline.students.making import make_student

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coldstill.cache.errors import DataError
 from coldstill.pipeline.recipe.sections import SourceConfig
 from coldstill.pipeline.rows.sources import Document, load_documents
+from coldstill.pipeline.runtime.errors import DataError
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "streaming"])

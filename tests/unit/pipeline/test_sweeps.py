@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from coldstill.cache.errors import InUseError, RecipeError
+from coldstill.cache.errors import InUseError
 from coldstill.cache.processes import is_dead
 from coldstill.pipeline.ablate import ablate
 from coldstill.pipeline.commands.sweep_tables import sweep_lines, sweep_tables
 from coldstill.pipeline.recipe.file import load_recipe, parse_recipe
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.sweeps.file import Sweep, load_sweep
 from coldstill.pipeline.sweeps.keys import canonical, sweep_key
 from coldstill.pipeline.sweeps.processes import Outcome, run_command
@@ -454,7 +455,7 @@ def test_what_stage_one_refuses_of_one_variant_fails_that_one_until_it_is_told_t
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, base: dict[str, Any]
 ):
     commands = Commands({"text_column: nope": "no column nope"})
-    monkeypatch.setattr("coldstill.pipeline.ablate.run_command", commands)
+    monkeypatch.setattr("coldstill.pipeline.sweeps.stages.run_command", commands)
     path = write(recipe=base, seeds=[1, 2], variants={"near": {}, "far": {"data.train.text_column": "nope"}})
     said: list[str] = []
     result = ablate(path, say=said.append)
@@ -483,7 +484,7 @@ def test_what_stage_one_refuses_for_all_ends_the_sweep_and_fails_none(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, base: dict[str, Any]
 ):
     commands = Commands({base["teacher"]["path"]: "no network"})
-    monkeypatch.setattr("coldstill.pipeline.ablate.run_command", commands)
+    monkeypatch.setattr("coldstill.pipeline.sweeps.stages.run_command", commands)
     path = write(recipe=base, variants={"near": {}, "far": {"data.train.text_column": "nope"}})
     with pytest.raises(RecipeError, match=r"^stage one of .*/out: no network$"):
         ablate(path)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coldstill.cache.errors import ModelError
 from coldstill.pipeline.models import check_tokenizers
+from coldstill.pipeline.runtime.errors import ModelError
 from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from coldstill.cache.errors import ModelError
 from coldstill.pipeline.models import take_apart
+from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.students.axes import parameter_axes
 from coldstill.pipeline.students.norms import scaled_weight
 from coldstill.pipeline.students.width import (

@@ -1,6 +1,7 @@
-"""The files of pruned students, which lie beside the stores: `students/<name>/`, with a checksum for each.
+"""Folders that are kept beside the stores, `<place>/<name>/`, with a checksum for each of their files.
 
-`checksums.json` is written last: a student without it was never finished.
+What they hold, and which files of them count, is their owner's affair. `checksums.json` is written last: a folder
+without it was never finished.
 """
 
 import hashlib
@@ -9,12 +10,11 @@ from pathlib import Path
 
 from coldstill.cache.objects import Objects
 
-STUDENTS = "students"
 CHECKSUMS = "checksums.json"
 
 
 def find_damage(objects: Objects, folder: str) -> str | None:
-    """Say what is wrong with a pruned student in a folder of a root, None where all is as it was written."""
+    """Say what is wrong with a kept folder, None where all is as it was written."""
     try:
         sums: dict[str, str] = json.loads(objects.read(f"{folder}/{CHECKSUMS}"))
         for name, expected in sums.items():

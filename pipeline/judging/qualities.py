@@ -1,4 +1,4 @@
-"""Models on held-out text: means over positions, and by how much one model is better than another, with its error.
+"""Models on eval rows: means over positions, and by how much one model is better than another, with its error.
 
 Floats in, floats out: no model, no store. All models read the same rows, so the error of a difference is estimated from
 the rows' paired differences: rows are taken as independent draws of all the text that could have been read. Rows of one

@@ -1,0 +1,62 @@
+"""The command `coldstill prune`: the recipe's student, cut from its teacher."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from coldstill.pipeline.commands.shared import (
+    JsonOption,
+    OverridesArgument,
+    RecipeArgument,
+    libraries_print_to_stderr,
+    load_one_recipe,
+    print_json,
+    print_lines,
+)
+from coldstill.pipeline.runtime.endings import one_line_errors
+
+if TYPE_CHECKING:  # a command's help does not wait for torch
+    from coldstill.pipeline.students.preparing import PreparedStudent
+
+
+def prune(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+    """Make the recipe's student from its teacher."""
+    with one_line_errors():
+        loaded = load_one_recipe(recipe, overrides, command="prune")
+        with libraries_print_to_stderr():
+            from coldstill.pipeline.prune import prune
+
+            result = prune(loaded)
+        if as_json:
+            print_json(result)
+        else:
+            print_lines(_lines(result))
+
+
+def _lines(result: "PreparedStudent") -> Iterator[str]:
+    """Say what was cut of the teacher, and what that cost."""
+    yield f"student    {result.folder}" + ("" if result.was_made or result.report is None else " (there already)")
+    report = result.report
+    if report is None:
+        yield "nothing was cut: the recipe's student is there already"
+        return
+    parameters, blocks, loss = report["parameters"], report["blocks"], report["judged"]["perplexity"]
+    share = parameters["student"] / parameters["teacher"]
+    yield f"parameters {parameters['student']:,} of {parameters['teacher']:,} ({share:.1%})"
+    removed = "" if blocks["kept"] is None else _removed(blocks["kept"], blocks["teacher"])
+    yield f"blocks     {blocks['student']} of {blocks['teacher']}{removed}"
+    for name, what in (("mlp", "neurons a block"), ("hidden", "channels")):
+        sizes = report[name]
+        if sizes["student"] != sizes["teacher"]:
+            yield f"{name:10} {sizes['student']:,} of {sizes['teacher']:,} {what}"
+    if report["reconstructed"]:
+        yield "fitted     what blocks write, to the teacher's residual stream (student.prune.reconstruct)"
+    rows = "the calibration rows" if report["judged"]["are_calibration"] else "train rows behind the calibration rows"
+    yield (
+        f"perplexity {loss['student']:,.2f}, the teacher's {loss['teacher']:,.2f}, on "
+        f"{report['judged']['num_tokens']:,} tokens of {rows}"
+    )
+
+
+def _removed(kept: list[int], num_blocks: int) -> str:
+    gone = [str(block) for block in range(num_blocks) if block not in kept]
+    return f", without {', '.join(gone)}" if gone else ""

@@ -1,0 +1,100 @@
+"""Which model it is: by the content of its config and of its safetensors files, never by its path or its date."""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from coldstill.cache.identity import digest_of
+from coldstill.pipeline.runtime.errors import ModelError
+from transformers import PreTrainedConfig
+
+# Fields of a model's config that say nothing about what it computes.
+_VOLATILE_CONFIG_KEYS = frozenset(
+    {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+)
+_HASH_BLOCK_BYTES = 1 << 22
+_LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+
+def identify(folder: Path, config: PreTrainedConfig, *, dtype: str) -> dict[str, str]:
+    """Say which model a folder holds, by content: its config, its weights and the dtype that it is to run in."""
+    return teacher_identity(config=config.to_dict(), weights=weights_digest(folder), dtype=dtype)
+
+
+def teacher_identity(*, config: Mapping[str, Any], weights: str, dtype: str) -> dict[str, str]:
+    """Say which teacher: digests of its config and weights, and the dtype that it computes in.
+
+    Args:
+        config: The model's config as a dictionary; keys that change nothing computed are left out.
+        weights: What `weights_digest` gave.
+        dtype: The name of the floating-point type of the forward pass, such as `float32`.
+    """
+    meaningful = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG_KEYS}
+    return {"config": digest_of(_without_infinity(meaningful)), "weights": weights, "dtype": dtype}
+
+
+def _without_infinity(value: Any) -> Any:
+    """Write infinities, which JSON has not and some hybrids' time steps go up to, as words."""
+    if isinstance(value, Mapping):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def weights_digest(folder: Path) -> str:
+    """Sha256 over the tensors of a folder's safetensors files, whatever their order or their split into files.
+
+    Raises:
+        ModelError: The folder holds no safetensors file, or one that is damaged.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"no *.safetensors file in {folder}; Coldstill reads safetensors only")
+    tensors: dict[str, list[Any]] = {}
+    for file in files:
+        tensors.update(_tensor_digests(file))
+    return digest_of(tensors)
+
+
+def _tensor_digests(file: Path) -> dict[str, list[Any]]:
+    """Map each tensor of one safetensors file to its dtype, shape and the sha256 of its bytes."""
+    digests: dict[str, list[Any]] = {}
+    with file.open("rb") as stream:
+        try:
+            data_start, entries = _read_header(stream)
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{file} is not a safetensors file: {type(error).__name__}: {error}") from None
+        for name, dtype, shape, start, end in entries:
+            stream.seek(data_start + start)
+            digests[name] = [dtype, shape, _hash_stream(stream, end - start, file)]
+    return digests
+
+
+def _read_header(stream: BinaryIO) -> tuple[int, list[tuple[str, str, list[int], int, int]]]:
+    """Give where a safetensors file's data starts, and each tensor's name, dtype, shape, start and end within it."""
+    (header_bytes,) = struct.unpack("<Q", stream.read(8))
+    header = json.loads(stream.read(min(header_bytes, _LARGEST_HEADER_BYTES)))
+    header.pop("__metadata__", None)
+    entries = []
+    for name, entry in header.items():
+        start, end = map(int, entry["data_offsets"])
+        if not 0 <= start <= end:
+            raise ValueError(f"tensor {name} has data_offsets {start} to {end}")
+        entries.append((name, entry["dtype"], entry["shape"], start, end))
+    return 8 + header_bytes, entries
+
+
+def _hash_stream(stream: BinaryIO, num_bytes: int, file: Path) -> str:
+    hasher = hashlib.sha256()
+    while num_bytes:
+        block = stream.read(min(num_bytes, _HASH_BLOCK_BYTES))
+        if not block:
+            raise ModelError(f"{file} is cut short: {num_bytes} bytes are missing; download or save it again")
+        hasher.update(block)
+        num_bytes -= len(block)
+    return hasher.hexdigest()
