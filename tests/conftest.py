@@ -1,37 +1,40 @@
 """Tiny real models, a tiny real tokenizer, a text and a recipe that fits them."""
 
 import copy
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Tests share the cores as processes, and models this small gain nothing from threads. Read when torch is imported,
 # here and in the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 import yaml
 from forked import Forks, serving
-from tokenizers import ByteLevelBPETokenizer, Tokenizer
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from typer.testing import CliRunner, Result
+from tiny import NARROW, TINY, VOCAB_SIZE, text_data
 
-VOCAB_SIZE = 384
-COMMON = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
+# Torch and transformers are imported where they are used: the process that shares the tests out does without.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from typer.testing import Result
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported and collected by now out of every collection of garbage to come: it stays."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_syncs() -> Iterator[None]:
+    """Save the time of syncs: no test outlives its machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -43,12 +46,14 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 @pytest.fixture(scope="session")
-def build_model() -> Callable[..., PreTrainedModel]:
+def build_model() -> "Callable[..., PreTrainedModel]":
     """Make a tiny random model of an architecture; keywords change its config."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    def build(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    def build(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> "PreTrainedModel":
         torch.manual_seed(seed)
-        config = CONFIG_MAPPING[architecture](**{**COMMON, **changes})
+        config = CONFIG_MAPPING[architecture](**{**TINY, **changes})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         # Random weights of the usual size give near-uniform logits; larger ones make every test sharper.
         for parameter in model.parameters():
@@ -69,7 +74,10 @@ def corpus() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
+def tokenizer(corpus: list[str]) -> "PreTrainedTokenizerFast":
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(corpus, vocab_size=VOCAB_SIZE, special_tokens=["<eos>"], show_progress=False)
     return PreTrainedTokenizerFast(
@@ -79,13 +87,12 @@ def tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def model_folders(
-    tmp_path_factory: pytest.TempPathFactory, build_model: Callable[..., PreTrainedModel], tokenizer: Any
+    tmp_path_factory: pytest.TempPathFactory, build_model: "Callable[..., PreTrainedModel]", tokenizer: Any
 ) -> dict[str, Path]:
     """A teacher of 4 blocks and width 32, and a student of 2 blocks and width 16."""
     root = tmp_path_factory.mktemp("models")
     build_model().save_pretrained(root / "teacher")
-    narrow = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    build_model(seed=1, **narrow).save_pretrained(root / "narrow")
+    build_model(seed=1, **NARROW).save_pretrained(root / "narrow")
     for name in ("teacher", "narrow"):
         tokenizer.save_pretrained(root / name)
     return {name: root / name for name in ("teacher", "narrow")}
@@ -95,13 +102,11 @@ def model_folders(
 def whole_run(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], corpus: list[str]) -> Path:
     """The output of a narrow student's run with every term of the loss, judged after each epoch; not to be changed."""
     root = tmp_path_factory.mktemp("whole")
-    (root / "text.txt").write_text("\n".join(corpus))
-    source = {"path": "text", "data_files": str(root / "text.txt")}
     data = {
         "output": str(root / "run"),
         "cache": str(root / "caches"),
         "teacher": {"path": str(model_folders["teacher"]), "dtype": "float32"},
-        "data": {"sequence_length": 24, "train": {**source, "max_rows": 16}, "eval": {**source, "max_rows": 6}},
+        "data": text_data(root, corpus, train_rows=16),
         "student": {"path": str(model_folders["narrow"])},
         "targets": {"hidden": {"blocks": [0, 1, 2, 3]}},
         "loss": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "delta": 0.1, "temperature": 2.0},
@@ -127,27 +132,33 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str,
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, model_folders: dict[str, Path], corpus: list[str]) -> Path:
-    """A folder with a teacher, a narrow student and a text of its own, which a test may delete."""
+def teacher(build_model: Callable[..., Any]) -> Any:
+    """A teacher of 4 blocks and width 32."""
+    return build_model()
+
+
+@pytest.fixture
+def student(build_model: Callable[..., Any]) -> Any:
+    """A student of 2 blocks and width 16."""
+    return build_model(seed=1, **NARROW)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, model_folders: dict[str, Path]) -> Path:
+    """A folder with a teacher and a narrow student of its own, which a test may delete."""
     for name, folder in model_folders.items():
         shutil.copytree(folder, tmp_path / name)
-    (tmp_path / "text.txt").write_text("\n".join(corpus))
     return tmp_path
 
 
 @pytest.fixture
-def recipe_data(workplace: Path) -> dict[str, Any]:
-    """A recipe as a map: prune 4 blocks to 3, packed rows of 24 tokens."""
-    source = {"path": "text", "data_files": str(workplace / "text.txt")}
+def recipe_data(workplace: Path, corpus: list[str]) -> dict[str, Any]:
+    """A recipe as a map: prune 4 blocks to 3, packed rows of 24 tokens of a text in the workplace."""
     return {
         "output": str(workplace / "run"),
         "cache": str(workplace / "caches"),
         "teacher": {"path": str(workplace / "teacher"), "dtype": "float32", "batch_size": 4},
-        "data": {
-            "sequence_length": 24,
-            "train": {**source, "max_rows": 20},
-            "eval": {**source, "max_rows": 6},
-        },
+        "data": text_data(workplace, corpus),
         "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
         "targets": {"logits": {"kind": "topk", "k": 16, "temperatures": [1, 2]}},
         "mapping": {"strategy": "kept"},
@@ -176,15 +187,8 @@ def write_recipe(workplace: Path, recipe_data: dict[str, Any]) -> Callable[..., 
 
 
 @pytest.fixture
-def coldstill() -> Callable[..., Result]:
+def coldstill() -> "Callable[..., Result]":
     """Run the command line in this process."""
-    from coldstill.cli import app
+    from commanding import run_command
 
-    def run(*arguments: Any, expect: int = 0) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == expect, result.output
-        return result
-
-    return run
+    return run_command

@@ -10,7 +10,6 @@ from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.stage_two.distiller import Distiller
 from transformers import TrainingArguments
 
-NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 LAYER_MAP = {0: 1, 1: 3}
 LENGTHS = (5, 24, 11, 17, 9, 24, 13, 20)
 CPU = torch.device("cpu")

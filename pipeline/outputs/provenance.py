@@ -1,5 +1,6 @@
 """The record beside every output: the resolved recipe, and where, when and with what it was made."""
 
+import functools
 import json
 import platform
 import sys
@@ -62,6 +63,7 @@ def _surroundings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+@functools.cache  # what is installed stays, and is read from files
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -20,9 +20,15 @@ _EXCLUDED_FOLDERS = frozenset(
 )
 
 
-def documents() -> list[str]:
-    """Give the corpus as documents, each once, in a fixed shuffled order, so that any prefix is a fair sample."""
-    distinct = dict.fromkeys(text.strip() for text in [*_language_reference(), *_docstrings()])
+def documents(library: Path | None = None) -> list[str]:
+    """Give the corpus as documents, each once, in a fixed shuffled order, so that any prefix is a fair sample.
+
+    Args:
+        library: The folder whose modules are read beside the language reference; Python's own standard library by
+            default.
+    """
+    library = library or Path(sysconfig.get_paths()["stdlib"])
+    distinct = dict.fromkeys(text.strip() for text in [*_language_reference(), *_docstrings(library)])
     texts = [text for text in distinct if len(text) >= _SHORTEST_CHARACTERS]
     random.Random(_SHUFFLE_SEED).shuffle(texts)  # noqa: S311 - nothing secret
     return texts
@@ -34,8 +40,7 @@ def _language_reference() -> Iterator[str]:
     yield from topics.values()
 
 
-def _docstrings() -> Iterator[str]:
-    library = Path(sysconfig.get_paths()["stdlib"])
+def _docstrings(library: Path) -> Iterator[str]:
     for file in sorted(library.rglob("*.py")):
         if not _EXCLUDED_FOLDERS.intersection(file.relative_to(library).parts):
             yield from _docstrings_of(file)

@@ -18,6 +18,7 @@ from coldstill.cache.root_audit import RootAudit
 from coldstill.cache.selections import list_selections, read_selection
 from coldstill.cache.store import CONSTANTS, Store, open_store
 from coldstill.pipeline.verify import verify
+from commanding import run_command
 from crash.trees import difference, files_below, lasting, small_recipe
 
 NUM_DAMAGES = 200
@@ -161,7 +162,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pat
     data = small_recipe(folder, model_folders["teacher"], corpus[:30], mapping=mapping)
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(data))
-    command_line("precompute", recipe)
+    run_command("precompute", recipe)
     root = folder / "caches"
     (path,) = (root / "stores").iterdir()
     store = open_store(str(path))
@@ -171,16 +172,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pat
         shards = set(read_selection(store, name).shard_names)
         columns[name] = [column for column in manifest.columns() if shards <= set(manifest.shards(column))]
     return Place(root, recipe, files_below(root), columns, read_all(store, columns))
-
-
-def command_line(*arguments: Any) -> None:
-    from coldstill.cli import app
-    from typer.testing import CliRunner
-
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
 
 
 def read_all(store: Store, columns: dict[str, list[str]]) -> dict[str, Any]:
@@ -299,7 +290,7 @@ def unmended(place: Place, damage: Damage) -> str | None:
         damage.apply(place.root)
         if is_unread(place.store, damage):
             return None
-        command_line("cache", "repair", place.recipe)
+        run_command("cache", "repair", place.recipe)
         audit = verify(str(place.root), show_progress=False)
         left = difference(lasting(files_below(place.root)), lasting(place.files))
     except Exception as error:
@@ -328,7 +319,7 @@ def test_repair_restores_root_metadata_outside_of_what_its_check_covers(place: P
     try:
         path.write_text(path.read_text().replace(old, new))
         assert not verify(str(place.root), show_progress=False).is_clean
-        command_line("cache", "repair", place.recipe)
+        run_command("cache", "repair", place.recipe)
         assert difference(lasting(files_below(place.root)), lasting(place.files)) == {}
     finally:
         place.restore()

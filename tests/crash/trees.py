@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tiny import text_data
+
 
 def files_below(root: Path) -> dict[str, bytes]:
     """Give every file below a root: relative path -> bytes."""
@@ -46,17 +48,11 @@ def small_recipe(
     **sections: Any,
 ) -> dict[str, Any]:
     """Write a text into a folder, and give a recipe of few rows and columns over it; `sections` replace its own."""
-    (folder / "text.txt").write_text("\n".join(text))
-    source = {"path": "text", "data_files": str(folder / "text.txt")}
     return {
         "output": str(folder / "run"),
         "cache": str(folder / "caches"),
         "teacher": {"path": str(teacher), "dtype": "float32", "batch_size": batch_size},
-        "data": {
-            "sequence_length": 24,
-            "train": {**source, "max_rows": train_rows},
-            "eval": {**source, "max_rows": eval_rows},
-        },
+        "data": text_data(folder, text, train_rows=train_rows, eval_rows=eval_rows),
         "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
         "targets": {
             "logits": {"kind": "topk", "k": 4, "temperatures": [1]},

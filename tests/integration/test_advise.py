@@ -16,6 +16,7 @@ from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.train import train
+from tiny import text_data
 
 
 @pytest.fixture
@@ -45,17 +46,11 @@ class Run:
 def finished(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], corpus: list[str]) -> Path:
     """The recipe of a run that all tests copy."""
     root = tmp_path_factory.mktemp("finished")
-    (root / "text.txt").write_text("\n".join(corpus))
-    source = {"path": "text", "data_files": str(root / "text.txt")}
     data = {
         "output": str(root / "run"),
         "cache": str(root / "caches"),
         "teacher": {"path": str(model_folders["teacher"]), "dtype": "float32"},
-        "data": {
-            "sequence_length": 24,
-            "train": {**source, "max_rows": 20},
-            "eval": {**source, "max_rows": 6},
-        },
+        "data": text_data(root, corpus),
         "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
         "preset": "auto",
         "train": {"max_steps": 5, "per_device_train_batch_size": 4},

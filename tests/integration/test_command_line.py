@@ -13,12 +13,9 @@ from typing import Any
 import pytest
 import yaml
 from coldstill.cli import app
+from crash.trees import files_below
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
-
-
-def files_below(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_the_whole_way_then_a_second_run_that_finds_everything_complete(

@@ -32,8 +32,10 @@ from coldstill.cache.objects import open_objects
 from coldstill.cache.reader import Reader
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.file import load_recipe
+from commanding import run_command
 from crash.trees import difference, files_below
 from forked import Forks
+from tiny import text_data
 from watched import wanted
 
 REGION = "us-east-1"
@@ -227,12 +229,13 @@ class Place:
     """A teacher, a text and what a run in a local cache made of them.
 
     Attributes:
+        data: The recipe's data section, over the text.
         tree: What `precompute` wrote of stores and index.
         evaluated: The same after `train` and `evaluate`, which keeps there what it measured.
     """
 
     folder: Path
-    coldstill: Callable[..., Any]
+    data: dict[str, Any]
     tree: dict[str, bytes] = field(default_factory=dict)
     evaluated: dict[str, bytes] = field(default_factory=dict)
     weights: bytes = b""
@@ -241,16 +244,11 @@ class Place:
 
     def recipe(self, file: Path, cache: str, **changes: Any) -> Path:
         """Write the recipe with changes to its sections, its output beside it."""
-        source = {"path": "text", "data_files": str(self.folder / "text.txt")}
         data: dict[str, Any] = {
             "output": str(file.parent / "run"),
             "cache": cache,
             "teacher": {"path": str(self.folder / "teacher"), "dtype": "float32", "batch_size": 4},
-            "data": {
-                "sequence_length": 24,
-                "train": {**source, "max_rows": 20},
-                "eval": {**source, "max_rows": 6},
-            },
+            "data": self.data,
             "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
             "targets": {"logits": {"kind": "topk", "k": 16, "temperatures": [2]}, "hidden": {"blocks": [2]}},
             "mapping": {"strategy": "pairs", "pairs": {2: 2}},
@@ -268,18 +266,6 @@ def _short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", SHARD_TOKENS)
 
 
-def in_this_process(*arguments: Any, expect: int = 0) -> Any:
-    """Run the command line in this process."""
-    from coldstill.cli import app
-    from typer.testing import CliRunner
-
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == expect, result.output
-    return result
-
-
 def local_tree(cache: Path) -> dict[str, bytes]:
     """Give every file of the stores and the index."""
     return {name: data for name, data in files_below(cache).items() if not name.startswith("students/")}
@@ -290,16 +276,15 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pat
     """Make the teacher's folder and the text, and run all stages with a local cache."""
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(model_folders["teacher"], folder / "teacher")
-    (folder / "text.txt").write_text("\n".join(corpus))
-    made = Place(folder, in_this_process)
+    made = Place(folder, text_data(folder, corpus))
     cache = folder / "local/caches"
     recipe = made.recipe(folder / "local/recipe.yaml", str(cache))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("coldstill.cache.rows.SHARD_TOKENS", SHARD_TOKENS)
-        in_this_process("precompute", recipe)
+        run_command("precompute", recipe)
         made.tree = local_tree(cache)
-        in_this_process("train", recipe)
-        made.evaluation = json.loads(in_this_process("evaluate", recipe, "--json").stdout)
+        run_command("train", recipe)
+        made.evaluation = json.loads(run_command("evaluate", recipe, "--json").stdout)
     made.evaluated = local_tree(cache)
     made.weights = (folder / "local/run/student/model.safetensors").read_bytes()
     (student,) = cache.glob("students/*/model.safetensors")
@@ -331,16 +316,16 @@ def test_all_stages_over_a_bucket_give_the_bytes_of_a_local_cache(
     use(endpoint.url)
     bucket = endpoint.make_bucket()
     recipe = place.recipe(tmp_path / "recipe.yaml", f"s3://{bucket}/caches")
-    assert f"store      s3://{bucket}/caches/stores/" in in_this_process("precompute", recipe).output
+    assert f"store      s3://{bucket}/caches/stores/" in run_command("precompute", recipe).output
     assert difference(endpoint.tree(bucket), place.tree) == {}
-    in_this_process("train", recipe)
+    run_command("train", recipe)
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == place.weights
-    assert json.loads(in_this_process("evaluate", recipe, "--json").stdout)["models"] == place.evaluation["models"]
+    assert json.loads(run_command("evaluate", recipe, "--json").stdout)["models"] == place.evaluation["models"]
     # The pruned student is kept beside the stores, and this machine's copy is in its cache folder.
     (weights,) = [name for name in endpoint.names(bucket) if name.endswith("model.safetensors")]
     assert endpoint.read(bucket, weights) == place.student
     assert (tmp_path / "home/coldstill" / weights).read_bytes() == place.student
-    assert json.loads(in_this_process("precompute", recipe, "--json").stdout)["computed_tokens"] == 0
+    assert json.loads(run_command("precompute", recipe, "--json").stdout)["computed_tokens"] == 0
     assert difference(endpoint.tree(bucket), place.evaluated) == {}
 
 
@@ -349,7 +334,7 @@ def test_another_machine_trains_from_the_bucket_alone(
 ):
     use(endpoint.url)
     monkeypatch.setattr("coldstill.pipeline.models.teacher.Teacher.locate", None)
-    in_this_process("train", place.recipe(tmp_path / "recipe.yaml", f"s3://{kept}/caches"))
+    run_command("train", place.recipe(tmp_path / "recipe.yaml", f"s3://{kept}/caches"))
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == place.weights
     (copy,) = (tmp_path / "home/coldstill/students").iterdir()
     assert (copy / "model.safetensors").read_bytes() == place.student
@@ -387,12 +372,12 @@ def test_a_local_copy_is_read_in_place_of_the_bucket(
 ):
     use(proxy.url)
     cache, copies = f"s3://{kept}/caches", str(tmp_path / "copies")
-    in_this_process("train", place.recipe(tmp_path / "one/recipe.yaml", cache, local_copy=copies))
+    run_command("train", place.recipe(tmp_path / "one/recipe.yaml", cache, local_copy=copies))
     first = array_reads(proxy)
     assert first
     assert len(first) == len(set(first)), "an object was fetched twice"
     proxy.seen.clear()
-    in_this_process("train", place.recipe(tmp_path / "two/recipe.yaml", cache, local_copy=copies))
+    run_command("train", place.recipe(tmp_path / "two/recipe.yaml", cache, local_copy=copies))
     assert proxy.seen, "the second run did not ask this proxy"
     assert array_reads(proxy) == []
     for run in ("one", "two"):
@@ -433,15 +418,15 @@ def test_a_local_copy_that_was_altered_is_never_trained_on_and_made_again_once_i
 ):
     use(endpoint.url)
     cache, copies = f"s3://{kept}/caches", tmp_path / "copies"
-    in_this_process("train", place.recipe(tmp_path / "one/recipe.yaml", cache, local_copy=str(copies)))
+    run_command("train", place.recipe(tmp_path / "one/recipe.yaml", cache, local_copy=str(copies)))
     for copy in copied_objects(copies):
         copy.write_bytes(flip(copy.read_bytes()))
     recipe = place.recipe(tmp_path / "two/recipe.yaml", cache, local_copy=str(copies))
-    refused = one_line(in_this_process("train", recipe, expect=2).stderr)
+    refused = one_line(run_command("train", recipe, expect=2).stderr)
     assert "corrupt" in refused
     assert f"remove {copies}" in refused, "nothing says that the copy is to blame, not the store"
     shutil.rmtree(copies)
-    in_this_process("train", recipe)
+    run_command("train", recipe)
     assert (tmp_path / "two/run/student/model.safetensors").read_bytes() == place.weights
 
 
@@ -450,10 +435,10 @@ def test_a_damaged_copy_of_a_pruned_student_is_copied_again(
 ):
     use(endpoint.url)
     recipe = place.recipe(tmp_path / "recipe.yaml", f"s3://{filled}/caches")
-    in_this_process("precompute", recipe)
+    run_command("precompute", recipe)
     (weights,) = (tmp_path / "home/coldstill/students").glob("*/model.safetensors")
     weights.write_bytes(flip(weights.read_bytes()))
-    in_this_process("train", recipe)
+    run_command("train", recipe)
     assert weights.read_bytes() == place.student
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == place.weights
 
@@ -466,11 +451,11 @@ def test_a_damaged_student_in_the_bucket_is_found_and_repaired(
     (name,) = [name for name in endpoint.names(filled) if name.endswith("model.safetensors")]
     endpoint.write(filled, name, flip(place.student))
     cache = f"s3://{filled}/caches"
-    assert "model.safetensors is not what was written" in in_this_process("cache", "verify", cache, expect=1).output
+    assert "model.safetensors is not what was written" in run_command("cache", "verify", cache, expect=1).output
     recipe = place.recipe(tmp_path / "recipe.yaml", cache)
-    in_this_process("cache", "repair", recipe)
+    run_command("cache", "repair", recipe)
     assert endpoint.read(filled, name) == place.student
-    in_this_process("cache", "verify", cache)
+    run_command("cache", "verify", cache)
 
 
 def test_a_store_in_a_bucket_is_listed_verified_repaired_and_removed(
@@ -478,31 +463,31 @@ def test_a_store_in_a_bucket_is_listed_verified_repaired_and_removed(
 ):
     use(endpoint.url)
     cache = f"s3://{filled}/caches"
-    in_this_process("cache", "verify", cache)
-    (listed,) = json.loads(in_this_process("cache", "ls", cache, "--json").stdout)["stores"]
+    run_command("cache", "verify", cache)
+    (listed,) = json.loads(run_command("cache", "ls", cache, "--json").stdout)["stores"]
     assert listed["path"] == f"{cache}/stores/{listed['name']}"
     assert listed["num_shards"] == NUM_SHARDS
     assert listed["age_s"] < 600
-    (described,) = json.loads(in_this_process("cache", "info", cache, "--json").stdout)
+    (described,) = json.loads(run_command("cache", "info", cache, "--json").stdout)
     assert {column["name"] for column in described["columns"]} >= {"tokens", "hidden/2/int8", "logits/topk/16/delta"}
     arrays = [name for name in place.tree if "/hidden/2/int8/" in name and "/c." in name]
     damaged, missing = arrays[0], arrays[-1]
     endpoint.write(filled, damaged, flip(place.tree[damaged]))
     endpoint.remove(filled, missing)
-    said = in_this_process("cache", "verify", cache, expect=1).output
+    said = run_command("cache", "verify", cache, expect=1).output
     assert "its object is not what was written" in said
     assert "its object is missing" in said
     recipe = place.recipe(tmp_path / "recipe.yaml", cache)
-    repaired = json.loads(in_this_process("cache", "repair", recipe, "--json").stdout)
+    repaired = json.loads(run_command("cache", "repair", recipe, "--json").stdout)
     assert len(repaired["mended"]["dropped"]) == 2
     assert 0 < repaired["precompute"]["computed_tokens"] <= 2 * SHARD_TOKENS
     assert difference(endpoint.tree(filled), place.tree) == {}
-    in_this_process("cache", "rm", cache, "--column", "hidden/2/int8", "--yes")
+    run_command("cache", "rm", cache, "--column", "hidden/2/int8", "--yes")
     assert not [name for name in endpoint.names(filled) if "/hidden/2/int8/" in name]
-    in_this_process("cache", "verify", cache)
-    in_this_process("cache", "rm", cache, "--yes")
+    run_command("cache", "verify", cache)
+    run_command("cache", "rm", cache, "--yes")
     assert [name for name in endpoint.names(filled) if name.startswith("stores/")] == []
-    assert "no store in" in in_this_process("cache", "ls", cache, expect=2).stderr
+    assert "no store in" in run_command("cache", "ls", cache, expect=2).stderr
 
 
 MISSING_BUCKET = {
@@ -523,7 +508,7 @@ def test_a_missing_bucket_is_one_clear_line(endpoint: Endpoint, use: Use, place:
     recipe = place.recipe(tmp_path / "recipe.yaml", cache)
     command, message = MISSING_BUCKET[case]
     arguments = [str({"RECIPE": recipe, "CACHE": cache}.get(argument, argument)) for argument in command]
-    line = one_line(in_this_process(*arguments, expect=2).stderr)
+    line = one_line(run_command(*arguments, expect=2).stderr)
     assert message.replace("CACHE", cache) in line
     assert "nobody-made-this" in line
 
@@ -534,7 +519,7 @@ def test_an_endpoint_that_refuses_the_key_is_one_clear_line(
     proxy.fault = lambda number, method, path: "403"
     use(proxy.url)
     for command in (["precompute", place.recipe(tmp_path / "recipe.yaml", f"s3://{kept}/caches")],):
-        line = one_line(in_this_process(*command, expect=2).stderr)
+        line = one_line(run_command(*command, expect=2).stderr)
         assert f"s3://{kept}/caches" in line
         assert "PermissionError" in line
     assert len(proxy.seen) < 10, "what lasts was tried again"
@@ -588,10 +573,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     left = endpoint.names(bucket)
     assert [name for name in left if "/writers/" in name], "it was killed outside of its work"
     use(endpoint.url)
-    result = json.loads(in_this_process("precompute", recipe, "--json").stdout)
+    result = json.loads(run_command("precompute", recipe, "--json").stdout)
     assert 0 < result["computed_tokens"] <= NUM_TOKENS
     assert difference(endpoint.tree(bucket), place.tree) == {}
-    in_this_process("cache", "verify", f"s3://{bucket}/caches")
+    run_command("cache", "verify", f"s3://{bucket}/caches")
 
 
 @pytest.mark.parametrize("share", [0.2, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.1, 0.3))])
@@ -616,7 +601,7 @@ def test_requests_that_fail_at_random_cost_nothing_but_time(
     assert proxy.num_faults > share * 300, "hardly a request failed"
     assert difference(endpoint.tree(bucket), place.tree) == {}
     use(proxy.url)
-    in_this_process("train", recipe)
+    run_command("train", recipe)
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == place.weights
 
 
@@ -641,7 +626,7 @@ def test_an_endpoint_that_goes_down_is_one_line_and_nothing_is_lost(
     assert "what was committed stays; run the command again to go on" in line
     committed = {name for name in endpoint.names(bucket) if "/commits/" in name}
     use(endpoint.url)
-    result = json.loads(in_this_process("precompute", recipe, "--json").stdout)
+    result = json.loads(run_command("precompute", recipe, "--json").stdout)
     if last_good == 400:
         assert committed
         assert result["computed_tokens"] < NUM_TOKENS, "what was committed was computed again"
@@ -658,5 +643,5 @@ def test_training_with_processes_that_load_batches_gives_the_same_weights(
     assert open_objects(f"s3://{kept}/caches").folders("") == ["index", "stores", "students"]
     loading = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": method}
     recipe = place.recipe(tmp_path / "recipe.yaml", f"s3://{kept}/caches", train=loading)
-    in_this_process("train", recipe)
+    run_command("train", recipe)
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == place.weights

@@ -15,6 +15,7 @@ from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_two.run_folder import claimed_run
 from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from coldstill.pipeline.train import train
+from tiny import text_data
 from training import gradients, trainer_of
 
 LORA = {"r": 4, "target_modules": ["q_proj"]}
@@ -76,13 +77,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pat
     root = tmp_path_factory.mktemp("preflight")
     for name, folder in model_folders.items():
         (root / name).symlink_to(folder)
-    (root / "text.txt").write_text("\n".join(corpus))
-    source = {"path": "text", "data_files": str(root / "text.txt")}
     recipe = {
         "output": str(root / "run"),
         "cache": str(root / "caches"),
         "teacher": {"path": str(root / "teacher"), "dtype": "float32"},
-        "data": {"sequence_length": 24, "train": {**source, "max_rows": 12}, "eval": {**source, "max_rows": 4}},
+        "data": text_data(root, corpus, train_rows=12, eval_rows=4),
         "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
         "mapping": {"strategy": "last"},
         "train": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.001, "logging_steps": 1},

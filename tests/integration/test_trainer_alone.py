@@ -12,8 +12,9 @@ from coldstill.pipeline.models.projectors import create_projectors
 from coldstill.pipeline.stage_two.live_targets import LiveTargets
 from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from datasets import Dataset
-from live_pair import CPU, LAYER_MAP, LENGTHS, NARROW, arguments, distiller_of, padded_batch, rows, uneven_rows
+from live_pair import CPU, LAYER_MAP, LENGTHS, arguments, distiller_of, padded_batch, rows, uneven_rows
 from safetensors.torch import load_file
+from tiny import NARROW
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import (
@@ -23,16 +24,6 @@ from transformers import (
     Trainer,
     default_data_collator,
 )
-
-
-@pytest.fixture
-def teacher(build_model: Callable[..., Any]) -> Any:
-    return build_model()
-
-
-@pytest.fixture
-def student(build_model: Callable[..., Any]) -> Any:
-    return build_model(seed=1, **NARROW)
 
 
 def test_the_books_usage_trains_student_and_projectors_and_leaves_the_teacher_alone(build_model, tmp_path: Path):

@@ -18,6 +18,7 @@ from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import NonFiniteError, RecipeError
 from coldstill.pipeline.train import train
 from safetensors.torch import load_file, save_file
+from tiny import text_data
 from training import train_and_die, without_times
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
@@ -42,15 +43,14 @@ Recipes = Callable[..., Recipe]
 def recipes(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], corpus: list[str]) -> Recipes:
     """Recipes over one store: 16 train rows, four batches of four an epoch, by the name of the output."""
     folder = tmp_path_factory.mktemp("again")
-    (folder / "text.txt").write_text("\n".join(corpus))
-    source = {"path": "text", "data_files": str(folder / "text.txt")}
+    data_section = text_data(folder, corpus, train_rows=16)
 
     def recipe(name: str, *, student: dict[str, Any] | None = None, **training: Any) -> Recipe:
         data = {
             "output": str(folder / name),
             "cache": str(folder / "caches"),
             "teacher": {"path": str(model_folders["teacher"]), "dtype": "float32"},
-            "data": {"sequence_length": 24, "train": {**source, "max_rows": 16}, "eval": {**source, "max_rows": 6}},
+            "data": data_section,
             "student": {"path": str(model_folders["narrow"]), **(student or {})},
             "targets": {"logits": {"kind": "topk", "k": 4, "temperatures": [1]}, "hidden": {"blocks": [0, 1, 2, 3]}},
             "loss": {"temperature": 1},

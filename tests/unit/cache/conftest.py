@@ -10,20 +10,16 @@ from coldstill.cache.identity import row_id
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.rows import find_rows, lay_rows, publish_rows, read_rows, shard_rows
 from coldstill.cache.selections import Selection, write_selection
-from coldstill.cache.store import Store, create_store
+from coldstill.cache.store import CONSTANTS, Store, create_store
 from coldstill.cache.tokens import TOKENS, write_tokens
 from coldstill.cache.writer import write_column
 
 VOCAB_SIZE = 65_536
 TEACHER = {"identity": {"config": "c0", "weights": "w0", "dtype": "float32"}, "model": "some/teacher"}
 
+OUTPUT_HEAD = Column("output_head", {"weight": ArraySpec("float32", (3, 2), axis="shard")})
+
 Values = dict[str, np.ndarray]
-
-
-@pytest.fixture(autouse=True)
-def _without_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Save the time of syncs: no test here outlives its machine."""
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture
@@ -115,6 +111,28 @@ def write_shards(fill: Callable[..., Values]) -> Callable[..., dict[str, Values]
         return values
 
     return written
+
+
+@pytest.fixture
+def fill_store(
+    store: Store,
+    small_shards: None,
+    make_rows: Callable[..., list[np.ndarray]],
+    lay: Callable[..., Selection],
+    write_shards: Callable[..., dict[str, Values]],
+    every_axis: Column,
+) -> Callable[..., Selection]:
+    """Fill the store: tokens of three rows in two shards, a column in both or in the first so many, and a constant."""
+
+    def filled(*, num_shards: int = 2) -> Selection:
+        selection = lay(store, make_rows([5, 3, 9]))
+        manifest = Manifest(store)
+        write_shards(store, manifest, list(selection.shard_names[:num_shards]), every_axis)
+        head = {"weight": np.arange(6, dtype="float32").reshape(3, 2)}
+        write_column(store, manifest, CONSTANTS, OUTPUT_HEAD, head, num_tokens=0, num_rows=0)
+        return selection
+
+    return filled
 
 
 @pytest.fixture

@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from bits import flip
 from coldstill.cache.audit import audit_store, stored_bytes
-from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.errors import StoreNotFoundError
 from coldstill.cache.index import write_entry
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.rows import publish_rows, read_rows, rows_table
 from coldstill.cache.selections import Selection
 from coldstill.cache.store import CONSTANTS, Store
-from coldstill.cache.writer import write_column
 from coldstill.pipeline.verify import verify
 
-HEAD = Column("output_head", {"weight": ArraySpec("float32", (3, 2), axis="shard")})
 MIXED = "hidden/12/mixed"
 
 
@@ -47,20 +44,8 @@ class Filled:
 
 
 @pytest.fixture
-def filled(
-    store: Store,
-    small_shards: None,
-    make_rows: Callable[..., Any],
-    lay: Callable[..., Any],
-    write_shards: Callable[..., Any],
-    every_axis: Column,
-    tmp_path: Path,
-) -> Filled:
-    selection = lay(store, make_rows([5, 3, 9]))
-    manifest = Manifest(store)
-    write_shards(store, manifest, list(selection.shard_names), every_axis)
-    head = {"weight": np.arange(6, dtype="float32").reshape(3, 2)}
-    write_column(store, manifest, CONSTANTS, HEAD, head, num_tokens=0, num_rows=0)
+def filled(store: Store, fill_store: Callable[..., Selection], tmp_path: Path) -> Filled:
+    selection = fill_store()
     root = tmp_path / "caches"
     write_entry(str(root), "rows", "a recipe", {"store": store.name, "selections": {"train": selection.name}})
     student = root / "students/s0"
@@ -70,11 +55,6 @@ def filled(
     (student / "checksums.json").write_text(json.dumps(sums))
     write_entry(str(root), "student", "a recipe", {"folder": "s0"})
     return Filled(store, selection, root)
-
-
-def flip(path: Path, index: int = 20) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :])
 
 
 def only(folder: Path, pattern: str = "*") -> Path:

@@ -5,23 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from coldstill.cache.audit import audit_store
-from coldstill.cache.columns import ArraySpec, Column
+from coldstill.cache.columns import Column
 from coldstill.cache.errors import CorruptError, InUseError, StoreNotFoundError
 from coldstill.cache.index import read_entry, write_entry
 from coldstill.cache.inventory import choose_stores, describe_store, list_stores, remove_column, remove_store
 from coldstill.cache.leases import hold
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.selections import Selection
-from coldstill.cache.store import CONSTANTS, Store, create_store
+from coldstill.cache.store import Store, create_store
 from coldstill.cache.tokens import TOKENS
-from coldstill.cache.writer import write_column
 from coldstill.cli import app
 from typer.testing import CliRunner
 
-HEAD = Column("output_head", {"weight": ArraySpec("float32", (3, 2), axis="shard")})
 MIXED = "hidden/12/mixed"
 OTHER_TEACHER = {"identity": {"config": "c1", "weights": "w1", "dtype": "float32"}, "model": "another/teacher"}
 
@@ -32,21 +29,9 @@ def root(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def selection(
-    store: Store,
-    small_shards: None,
-    make_rows: Callable[..., Any],
-    lay: Callable[..., Any],
-    write_shards: Callable[..., Any],
-    every_axis: Column,
-) -> Selection:
-    """Fill the store: tokens in two shards, a column in the first of them, and a constant."""
-    chosen = lay(store, make_rows([5, 3, 9]))
-    manifest = Manifest(store)
-    write_shards(store, manifest, [chosen.shard_names[0]], every_axis)
-    head = {"weight": np.arange(6, dtype="float32").reshape(3, 2)}
-    write_column(store, manifest, CONSTANTS, HEAD, head, num_tokens=0, num_rows=0)
-    return chosen
+def selection(fill_store: Callable[..., Selection]) -> Selection:
+    """Tokens in two shards, a column in the first of them, and a constant."""
+    return fill_store(num_shards=1)
 
 
 def test_a_store_is_described_with_its_columns_shares_and_sizes(store: Store, selection: Selection, root: str):

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bits import flip
 from coldstill.cache.arrays import read_column
 from coldstill.cache.audit import StoreAudit, audit_store
-from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.errors import InUseError
 from coldstill.cache.identity import row_id
 from coldstill.cache.leases import hold
@@ -19,30 +19,17 @@ from coldstill.cache.rows import compact_rows, lay_rows, publish_rows, read_rows
 from coldstill.cache.selections import Selection
 from coldstill.cache.store import CONSTANTS, Store
 from coldstill.cache.tokens import TOKENS, write_tokens
-from coldstill.cache.writer import write_column
 
-HEAD = Column("output_head", {"weight": ArraySpec("float32", (3, 2), axis="shard")})
 MIXED = "hidden/12/mixed"
 LENGTHS = [5, 3, 9]
 NOTHING = Mended(dropped=[], rewritten=0, adopted=0, removed=0)
 
 
 @pytest.fixture
-def selection(
-    store: Store,
-    small_shards: None,
-    make_rows: Callable[..., Any],
-    lay: Callable[..., Any],
-    write_shards: Callable[..., Any],
-    every_axis: Column,
-) -> Selection:
-    """Fill the store as a finished run leaves it: two shards with tokens and a column, and a constant."""
-    chosen = lay(store, make_rows(LENGTHS))
-    manifest = Manifest(store)
-    write_shards(store, manifest, list(chosen.shard_names), every_axis)
-    head = {"weight": np.arange(6, dtype="float32").reshape(3, 2)}
-    write_column(store, manifest, CONSTANTS, HEAD, head, num_tokens=0, num_rows=0)
-    manifest.compact()
+def selection(store: Store, fill_store: Callable[..., Selection]) -> Selection:
+    """The store as a finished run leaves it: two shards with tokens and a column, and a constant."""
+    chosen = fill_store()
+    Manifest(store).compact()
     compact_rows(store)
     return chosen
 
@@ -55,11 +42,6 @@ def shard(selection: Selection) -> str:
 
 def mend(store: Store) -> Mended:
     return mend_store(store, audit_store(store))
-
-
-def flip(path: Path, index: int = 20) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :])
 
 
 def only(folder: Path) -> Path:

@@ -14,19 +14,9 @@ from coldstill.pipeline.runtime.errors import DataError, ModelError, NonFiniteEr
 from coldstill.pipeline.stage_two.distiller import Distiller
 from coldstill.pipeline.stage_two.live_targets import LiveTargets
 from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
-from live_pair import CPU, LAYER_MAP, NARROW, arguments, distiller_of, ids_of, rows
+from live_pair import CPU, LAYER_MAP, arguments, distiller_of, ids_of, rows
 from torch import nn
 from transformers import default_data_collator
-
-
-@pytest.fixture
-def teacher(build_model: Callable[..., Any]) -> Any:
-    return build_model()
-
-
-@pytest.fixture
-def student(build_model: Callable[..., Any]) -> Any:
-    return build_model(seed=1, **NARROW)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The distiller alone, with a tiny student and targets by hand: it runs once for what the terms need, and adds up."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from coldstill.pipeline.runtime.errors import DataError, TargetError
 from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.forms import FINAL, FinalForm, HiddenForm
-from live_pair import LAYER_MAP, NARROW
+from live_pair import LAYER_MAP
 from torch import Tensor
 
 B, T, V, TEACHER_WIDTH = 3, 10, 384, 32
@@ -30,11 +29,6 @@ def random(*shape: int, seed: int) -> Tensor:
 
 HEAD = OutputHead(random(V, TEACHER_WIDTH, seed=0))
 FORMS = TargetForms(FinalForm(StateForm("float32"), HEAD), HiddenForm(StateForm("float32")))
-
-
-@pytest.fixture
-def student(build_model: Callable[..., Any]) -> Any:
-    return build_model(seed=1, **NARROW)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """Sweeps: their files, their keys, what they found, and the recipes and sweeps that are shipped."""
 
 import json
+import os
+import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from coldstill.pipeline.sweeps.keys import canonical, sweep_key
 from coldstill.pipeline.sweeps.processes import Outcome, run_command
 from coldstill.pipeline.sweeps.results import before_training, is_sweep, output_of, read_sweep, spread_of
 from coldstill.pipeline.sweeps.state import SweepState, hold_sweep
+from forked import Forks
 from rich.console import Console
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -519,27 +521,15 @@ def test_the_end_of_a_process_is_one_line(
     assert is_dead(tokens[0])
 
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from coldstill.pipeline.sweeps.state import hold_sweep
-with hold_sweep(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_second_process_is_refused_in_one_line_until_the_first_is_gone(tmp_path: Path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=CONFIGS.parent
-    )
-    with holder:
+def test_a_second_process_is_refused_in_one_line_until_the_first_is_gone(forks: Forks, tmp_path: Path):
+    with subprocess.Popen(forks.command("sweep_holder", tmp_path), stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
+        held_by = forks.pid_behind(holder.pid)
         with pytest.raises(InUseError) as raised, hold_sweep(tmp_path):
             pytest.fail("two processes hold one sweep")
-        holder.kill()
-    expected = f"sweep {tmp_path} is carried out by process {holder.pid} already; wait for it, or stop it"
+        os.kill(held_by, signal.SIGKILL)
+    expected = f"sweep {tmp_path} is carried out by process {held_by} already; wait for it, or stop it"
     assert str(raised.value) == expected
     with hold_sweep(tmp_path):
         pass
