@@ -1,7 +1,8 @@
 """Judge models on the eval rows: loss, perplexity, KL to the teacher and agreement with it, exactly.
 
-The teacher speaks from the store: its post-norm last states and its output head give its whole distribution back. Where
-the recipe names tasks, all models answer these too, and there the teacher itself is run, once for all recipes.
+The teacher speaks from the store: its post-norm last states and its output head give its whole distribution back. A
+position counts where the token that follows weighs more than 0, and then it counts once, whatever the weight. Where the
+recipe names tasks, all models answer these too, and there the teacher itself is run, once for all recipes.
 Shapes: N positions that count, V vocabulary, D width.
 """
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from coldstill.cache.errors import NonFiniteError
 from coldstill.cache.index import kept_entry, write_entry
 from coldstill.cache.reader import Reader
+from coldstill.cache.spans import token_weights
 from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.judging.held_out import Quality, RowSums, differences, quality_of
 from coldstill.pipeline.judging.results import write_evaluation
@@ -169,8 +171,8 @@ class _StoredTeacher:
 
     def _counted(self, index: int) -> Tensor:
         """Give the positions of a row whose next token counts."""
-        first = max(int(self._selection.loss_starts[index]) - 1, 0)
-        return torch.arange(first, int(self._selection.lengths[index]) - 1)
+        weights = token_weights(self._selection.spans[index], int(self._selection.lengths[index]))
+        return torch.from_numpy(weights[1:] > 0).nonzero().squeeze(1)
 
 
 def _sums_of(

@@ -5,7 +5,7 @@ Knows nothing of files, models or stores; `coldstill.pipeline.recipe.file` reads
 
 from typing import Annotated, Any, Literal
 
-from coldstill.pipeline.recipe.fields import BlockIndex, Count, Nameable, Place, Positive, Section
+from coldstill.pipeline.recipe.fields import BlockIndex, Count, Nameable, Place, Positive, Section, Weight
 from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.presets import PresetName, with_preset
 from coldstill.pipeline.recipe.student import StudentConfig
@@ -65,21 +65,28 @@ class DataConfig(Section):
     sequence_length: Annotated[int, Field(ge=2)] = 512
     packing: bool = True
     append_eos: bool = True
+    prompt_weight: Annotated[Weight, Field(le=1)] = 0.0
     train: SourceConfig
     eval: SourceConfig
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
-        prompts = {self.train.prompt_column, self.eval.prompt_column} - {None}
-        if prompts and self.packing:
+        if self.has_prompts and self.packing:
             raise ValueError("prompt_column needs one document a row: set data.packing to false")
         if self.eval.max_rows is None and self.train.origin() == self.eval.origin():
             raise ValueError("train and eval read the same source, so eval.max_rows must say how many rows eval takes")
         return self
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a source names a column of prompts."""
+        return self.train.prompt_column is not None or self.eval.prompt_column is not None
+
     def identity(self) -> dict[str, Any]:
         """Give what decides the rows, as they are found by it in a root; see `SourceConfig.identity`."""
-        return {**self.model_dump(), "train": self.train.identity(), "eval": self.eval.identity()}
+        decides = self.has_prompts and self.prompt_weight > 0
+        own = self.model_dump(exclude=None if decides else {"prompt_weight"})
+        return {**own, "train": self.train.identity(), "eval": self.eval.identity()}
 
 
 class LogitsTargetConfig(Section):
@@ -244,6 +251,8 @@ class Recipe(Section):
         ]
         if is_final and not is_coded and "step" in _changed(logits):
             idle.append(f"targets.logits.step has no effect: encoding is {logits.encoding}")
+        if "prompt_weight" in _changed(self.data) and not self.data.has_prompts:
+            idle.append("data.prompt_weight has no effect: no source names a prompt_column")
         if hidden.encoding != "coded" and "step" in _changed(hidden):
             idle.append(f"targets.hidden.step has no effect: encoding is {hidden.encoding}")
         if not loss.ever("delta") and "dynamics" in _changed(loss):

@@ -167,7 +167,7 @@ def _choose_rows(store: Store, manifest: Manifest, num_rows: int) -> list[tuple[
     groups = []
     for names in dict.fromkeys(columns_of_rows):
         rows = chosen.take([index for index, own in enumerate(columns_of_rows) if own == names])
-        groups.append((to_selection(*make_selection(rows, [0] * len(rows), {})), list(names)))
+        groups.append((to_selection(*make_selection(rows, [()] * len(rows), {})), list(names)))
     return groups
 
 

@@ -170,10 +170,11 @@ class RowRegistry:
         self.known = sorted_rows([self.known, laid])
         self._shards.update(laid["shard"].cast(pa.string()).to_pylist())
         found = find_rows(self._store, self.known, self._shards, row_ids)
+        spans, labels = [row.spans for row in rows.rows], [row.labels for row in rows.rows]
         provenance = request.provenance(split)
         if self._is_dry:
-            return to_selection(*make_selection(found, rows.loss_starts, provenance))
-        return write_selection(self._store, found, rows.loss_starts, provenance)
+            return to_selection(*make_selection(found, spans, provenance, labels))
+        return write_selection(self._store, found, spans, provenance, labels)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ device that it runs on.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from coldstill.cache.columns import Axis
 from coldstill.cache.errors import DataError
 from coldstill.cache.reader import Reader, RowArrays
 from coldstill.cache.selections import Selection
+from coldstill.cache.spans import Span, token_weights
 from coldstill.cache.store import open_store
 from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.models.labels import IGNORED, labels_of
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 # What a batch may hold, of whichever dataset and collator.
-BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "logits", "hidden")
+BATCH_KEYS = ("input_ids", "labels", "weights", "attention_mask", "position_ids", "logits", "hidden")
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,17 @@ class BatchColumns:
 
 @dataclass(frozen=True)
 class StoredRow:
-    """One row as the store gives it, with the first token that counts in a loss."""
+    """One row as the store gives it, with what the selection says of it.
+
+    Attributes:
+        arrays: Of each column.
+        spans: What its tokens weigh in a loss.
+        labels: Its own labels, float32 [L].
+    """
 
     arrays: RowArrays
-    loss_start: int
+    spans: Sequence[Span] = ()
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 class StoredRows(Dataset[StoredRow]):
@@ -81,9 +89,9 @@ class StoredRows(Dataset[StoredRow]):
         if self._reader is None:
             names = self._columns.names()
             self._reader = Reader(open_store(self._path), self._selection, names, local_copy=self._local_copy)
-        loss_starts = self._selection.loss_starts
-        rows = self._reader.rows(indices)
-        return [StoredRow(row, int(loss_starts[index])) for row, index in zip(rows, indices, strict=True)]
+        spans, labels = self._selection.spans, self._selection.labels
+        rows = zip(self._reader.rows(indices), indices, strict=True)
+        return [StoredRow(arrays, spans[index], labels[index]) for arrays, index in rows]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None}
@@ -106,7 +114,7 @@ class BatchCollator:
         lengths = np.array([len(row.arrays[TOKENS]["ids"]) for row in rows])
         batch: dict[str, Any] = {
             "input_ids": self._stack(rows, TOKENS, "ids").long(),
-            "labels": _labels(rows, int(lengths.max())),
+            **_labels(rows, int(lengths.max())),
         }
         if (lengths < lengths.max()).any():
             batch["attention_mask"] = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]).long()
@@ -133,16 +141,35 @@ class BatchCollator:
 def complete_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Give an ordinary batch with its labels, the token ids themselves where it has none.
 
+    Where it has `weights`, they are 0 where a label is `IGNORED`, and a label is `IGNORED` where its weight is 0.
+
     Raises:
-        DataError: It has no token ids, labels of another shape, or what would be left out without a word.
+        DataError: It has no token ids, labels or weights of another shape, weights that are no weights, or what would
+            be left out without a word.
     """
     unknown = [name for name in batch if name not in BATCH_KEYS]
     if unknown or "input_ids" not in batch:
         raise DataError(
-            f"a batch holds {', '.join(batch) or 'nothing'}; training takes input_ids, and labels, attention_mask and "
-            "position_ids with them: leave the rest out of the dataset, or out of what its collator gives"
+            f"a batch holds {', '.join(batch) or 'nothing'}; training takes input_ids, and labels, weights, "
+            "attention_mask and position_ids with them: leave the rest out of the dataset, or out of what its collator "
+            "gives"
         )
-    return {**batch, "labels": labels_of(batch)}
+    labels_BT, weights_BT = labels_of(batch), batch.get("weights")
+    if weights_BT is None:
+        return {**batch, "labels": labels_BT}
+    _check_weights(batch["input_ids"], weights_BT)
+    weights_BT = weights_BT.float().masked_fill(labels_BT == IGNORED, 0)
+    return {**batch, "labels": labels_BT.masked_fill(weights_BT == 0, IGNORED), "weights": weights_BT}
+
+
+def _check_weights(ids_BT: Tensor, weights_BT: Tensor) -> None:
+    if weights_BT.shape != ids_BT.shape:
+        raise DataError(
+            f"a batch has weights of shape {list(weights_BT.shape)} for input_ids of shape {list(ids_BT.shape)}; "
+            "expected one weight for each token, like its labels"
+        )
+    if not bool((weights_BT.isfinite() & (weights_BT >= 0)).all()):
+        raise DataError("a batch has weights that are negative or not finite; expected numbers of at least 0")
 
 
 class EpochOrder(Sampler[int]):
@@ -170,11 +197,22 @@ class EpochOrder(Sampler[int]):
         self._epoch = epoch
 
 
-def _labels(rows: Sequence[StoredRow], longest: int) -> Tensor:
-    """Give the ids themselves; `IGNORED` at the first one, which nothing predicts, in a prompt and behind a row."""
+def _labels(rows: Sequence[StoredRow], longest: int) -> dict[str, Tensor]:
+    """Give `labels`, and `weights` and `row_labels` where rows have them.
+
+    The labels are the ids themselves; `IGNORED` at the first one, which nothing predicts, where a token weighs nothing
+    and behind a row.
+    """
     labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
+    weights = np.zeros((len(rows), longest), dtype=np.float32)
     for index, row in enumerate(rows):
         ids = row.arrays[TOKENS]["ids"]
-        first = max(row.loss_start, 1)
-        labels[index, first : len(ids)] = ids[first:]
-    return torch.from_numpy(labels)
+        weights[index, 1 : len(ids)] = token_weights(row.spans, len(ids))[1:]
+        counted = weights[index] > 0
+        labels[index, counted] = ids[counted[: len(ids)]]
+    found = {"labels": torch.from_numpy(labels)}
+    if ((weights != 0) & (weights != 1)).any():
+        found["weights"] = torch.from_numpy(weights)
+    if len(rows[0].labels):
+        found["row_labels"] = torch.from_numpy(np.stack([row.labels for row in rows]))
+    return found

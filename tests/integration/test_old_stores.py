@@ -11,6 +11,7 @@ import pytest
 from coldstill.cache.inventory import list_stores
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader
+from coldstill.cache.spans import Span
 from coldstill.cache.store import open_store, store_path
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.file import load_recipe
@@ -61,9 +62,10 @@ def test_the_prompts_of_an_old_store_are_where_its_text_has_them():
     recipe = load_recipe(Path("topk.yaml"))
     run = find_run_rows(recipe)
     lines = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
-    starts = run.selections["train"].loss_starts
-    assert [bool(start) for start in starts] == [bool(line["question"]) for line in lines]
-    assert run.selections["eval"].loss_starts.tolist() == [5, 8, 0, 13, 12]
+    assert [bool(spans) for spans in run.selections["train"].spans] == [bool(line["question"]) for line in lines]
+    found = [(Span(0, length, 0.0),) if length else () for length in (5, 8, 0, 13, 12)]
+    assert list(run.selections["eval"].spans) == found
+    assert run.selections["eval"].labels.shape == (5, 0)
     assert len(Reader(run.store, run.selections["train"], ["tokens"])) == len(lines) == 14
 
 

@@ -162,6 +162,7 @@ def test_an_override_of_another_form_is_refused(data, tmp_path, override):
         ({"targets__logits": {"kind": "final", "encoding": "int8", "step": 0.1}}, "targets.logits.step has no effect"),
         ({"targets__logits": {"kind": "topk", "samples": 8}}, "targets.logits.samples has no effect: kind is topk"),
         ({"targets__hidden": {"step": 0.1}}, "targets.hidden.step has no effect: encoding is int8"),
+        ({"data__prompt_weight": 0.5}, "data.prompt_weight has no effect: no source names a prompt_column"),
         ({"loss__dynamics": "mse"}, "loss.dynamics has no effect: delta is 0"),
         ({"projector__init_rows": 4}, "projector.init_rows has no effect: init is xavier"),
         ({"projector": {"kind": "none", "init": "least_squares"}}, "projector.init has no effect: kind is none"),
