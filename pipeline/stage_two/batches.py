@@ -17,7 +17,7 @@ from coldstill.cache.selections import Selection
 from coldstill.cache.spans import Span, token_weights
 from coldstill.cache.store import open_store
 from coldstill.cache.tokens import TOKENS
-from coldstill.pipeline.models.labels import IGNORED, labels_of
+from coldstill.pipeline.models.labels import IGNORED, labels_of, weights_of
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -141,7 +141,7 @@ class BatchCollator:
 def complete_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Give an ordinary batch with its labels, the token ids themselves where it has none.
 
-    Where it has `weights`, they are 0 where a label is `IGNORED`, and a label is `IGNORED` where its weight is 0.
+    Where it has `weights`, one for each token as labels are, a label is `IGNORED` where its weight is 0.
 
     Raises:
         DataError: It has no token ids, labels or weights of another shape, weights that are no weights, or what would
@@ -154,22 +154,13 @@ def complete_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
             "attention_mask and position_ids with them: leave the rest out of the dataset, or out of what its collator "
             "gives"
         )
-    labels_BT, weights_BT = labels_of(batch), batch.get("weights")
-    if weights_BT is None:
-        return {**batch, "labels": labels_BT}
-    _check_weights(batch["input_ids"], weights_BT)
-    weights_BT = weights_BT.float().masked_fill(labels_BT == IGNORED, 0)
-    return {**batch, "labels": labels_BT.masked_fill(weights_BT == 0, IGNORED), "weights": weights_BT}
-
-
-def _check_weights(ids_BT: Tensor, weights_BT: Tensor) -> None:
-    if weights_BT.shape != ids_BT.shape:
-        raise DataError(
-            f"a batch has weights of shape {list(weights_BT.shape)} for input_ids of shape {list(ids_BT.shape)}; "
-            "expected one weight for each token, like its labels"
-        )
+    complete = {**batch, "labels": labels_of(batch)}
+    if weights_of(complete) is None:
+        return complete
+    weights_BT = batch["weights"]
     if not bool((weights_BT.isfinite() & (weights_BT >= 0)).all()):
         raise DataError("a batch has weights that are negative or not finite; expected numbers of at least 0")
+    return {**complete, "labels": complete["labels"].masked_fill(weights_BT == 0, IGNORED)}
 
 
 class EpochOrder(Sampler[int]):

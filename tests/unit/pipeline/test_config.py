@@ -93,6 +93,8 @@ WRONG = [
     ({"loss": {"divergence": "skewed_kl", "divergence_weight": 1}}, "loss.divergence_weight in r: Input should "),
     ({"data.eval.path": "text"}, "data in r: train and eval read the same source, so eval.max_rows must say"),
     ({"data.train.prompt_column": "q"}, "data in r: prompt_column needs one document a row: set data.packing to false"),
+    ({"data.prompt_weight": 1.5}, "data.prompt_weight in r: Input should be less than or equal to 1, got 1.5"),
+    ({"data.prompt_weight": -0.5}, "data.prompt_weight in r: Input should be greater than or equal to 0, got -0.5"),
     ({"train.lerning_rate": 1}, "train in r: unknown key 'train.lerning_rate': transformers' Training"),
     ({"train.output_dir": "x"}, "train in r: train.output_dir is decided by the recipe's output; remove it"),
     ({"train.activation_checkpointing": "half"}, "train in r: train.activation_checkpointing must be true, false or "),
