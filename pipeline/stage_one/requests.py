@@ -83,6 +83,20 @@ def gather(recipes: Sequence[Recipe], *, trains_here: bool = False) -> tuple[Tea
     return teacher, _build_rows(recipes, teacher)
 
 
+def require_stored(recipes: Sequence[Recipe]) -> None:
+    """Refuse recipes of which stage one has nothing to store.
+
+    Raises:
+        RecipeError: One keeps its teacher beside the student.
+    """
+    for recipe in recipes:
+        if recipe.targets.is_live:
+            raise RecipeError(
+                f"targets.source of {recipe.output} is live, so nothing is stored of its teacher: run coldstill train, "
+                "or set targets.source=stored"
+            )
+
+
 def locate_teacher(recipes: Sequence[Recipe], *, trains_here: bool = False) -> Teacher:
     """Find the teacher that all recipes name, and refuse, before any work, what cannot be carried out of them.
 
@@ -196,10 +210,11 @@ class RowRegistry:
         self.known = sorted_rows([self.known, laid])
         self._shards.update(laid["shard"].cast(pa.string()).to_pylist())
         found = find_rows(self._store, self.known, self._shards, row_ids)
+        spans, labels = [row.spans for row in rows.rows], [row.labels for row in rows.rows]
         provenance = request.of.provenance(split)
         if self._is_dry:
-            return to_selection(*make_selection(found, rows.loss_starts, provenance))
-        return write_selection(self._store, found, rows.loss_starts, provenance)
+            return to_selection(*make_selection(found, spans, provenance, labels))
+        return write_selection(self._store, found, spans, provenance, labels)
 
 
 @dataclass(frozen=True)
