@@ -18,7 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ import torch
 from coldstill.cache.manifest import Manifest
 from coldstill.pipeline.estimates.fidelity import FidelityJudge
 from coldstill.pipeline.losses.divergences import Events
-from coldstill.pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, StudentEvents
+from coldstill.pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget
+from coldstill.pipeline.losses.student_logits import Request, StudentEvents
 from coldstill.pipeline.models import load_model
 from coldstill.pipeline.models.labels import counts_of
 from coldstill.pipeline.models.teacher import Teacher
@@ -61,8 +62,6 @@ class RenormalisedTopk:
 
     stored: BucketedTopk
 
-    has_rest: bool = False
-
     @property
     def temperature(self) -> float:
         """What logits are divided by."""
@@ -73,15 +72,17 @@ class RenormalisedTopk:
         """The K tokens."""
         return self.stored.token_ids
 
-    @property
-    def event_ids(self) -> Tensor:
-        """The K tokens."""
-        return self.stored.event_ids
+    def request(self, chunk: slice, *, of_forward_kl: bool) -> Request:
+        """Ask for the K tokens, and for nothing of the others."""
+        return replace(self.stored.request(chunk, of_forward_kl=of_forward_kl), has_rest=False)
 
     def events(self, chunk: slice, student: StudentEvents) -> Events:
         """Give K events that sum to one for the teacher, and to less for the student."""
         events = self.stored.events(chunk, student)
         return Events(events.teacher_logprobs_NE.log_softmax(dim=-1), events.student_logprobs_NE)
+
+    def logprobs(self, _chunk: slice) -> None:
+        """Give nothing: no other token has a probability."""
 
 
 def main() -> None:

@@ -14,10 +14,13 @@ import sys
 import psutil
 import torch
 import torch.nn.functional as F
-from coldstill.pipeline.losses.chunked_loss import chunked_loss
 from coldstill.pipeline.losses.divergences import Divergence
-from coldstill.pipeline.losses.logits_targets import BucketedTopk, StudentEvents
-from coldstill.pipeline.losses.vocabulary_losses import vocabulary_losses
+from coldstill.pipeline.losses.logits import Logits
+from coldstill.pipeline.losses.logits_targets import BucketedTopk
+from coldstill.pipeline.losses.student_logits import StudentEvents
+from coldstill.pipeline.losses.task import Task
+from coldstill.pipeline.losses.term import Predictions
+from coldstill.pipeline.losses.vocabulary_losses import vocabulary_loss
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.runtime.peak_memory import peak_memory_bytes
 from torch import Tensor
@@ -66,14 +69,9 @@ def dense(state: Tensor, head: OutputHead, labels: Tensor, target: BucketedTopk)
 
 def chunked(state: Tensor, head: OutputHead, labels: Tensor, target: BucketedTopk) -> tuple[Tensor, Tensor, Tensor]:
     """As training does it."""
-
-    def terms_of_chunk(logits: Tensor, chunk: slice) -> Tensor:
-        losses = vocabulary_losses(
-            logits, chunk=chunk, next_tokens_C=labels[chunk], target=target, divergence=KL, overwrites=True
-        )
-        return torch.stack(losses) * torch.tensor([1.0, TEMPERATURE**2]) / POSITIONS
-
-    loss, _ = chunked_loss(state, head, terms_of_chunk, torch.tensor([0.5, 0.5]))
+    terms = [Task(0.5), Logits(0.5, KL)]
+    predictions = Predictions(labels, target)
+    loss, _ = vocabulary_loss(terms, predictions, state_ND=state, head=head, num_positions=POSITIONS)
     return loss.detach(), *torch.autograd.grad(loss, [state, head.weight_VD])
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coldstill.pipeline.losses.divergences import Divergence
+from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models.projectors import create_projectors
-from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights
+from coldstill.pipeline.recipe.loss import LossConfig
+from coldstill.pipeline.stage_two.distiller import Distiller
 from transformers import TrainingArguments
 
 NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -47,6 +48,6 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def distiller_of(student: Any, **weights: float) -> Distiller:
-    loss = Loss(LossWeights(**{"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2.0, **weights}), Divergence())
+    objective = Objective.of(LossConfig(**{"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2.0, **weights}))
     projectors = create_projectors(LAYER_MAP, student_dim=16, teacher_dim=32, seed=1)
-    return Distiller(student, projectors, layer_map=LAYER_MAP, loss=loss)
+    return Distiller(student, projectors, layer_map=LAYER_MAP, objective=objective)

@@ -9,10 +9,11 @@ import sys
 
 import torch
 import torch.distributed as dist
-from coldstill.pipeline.losses.divergences import Divergence
+from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.models.projectors import create_projectors
-from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights, TargetForms
+from coldstill.pipeline.recipe.loss import LossConfig
+from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.forms import FINAL, FinalForm, HiddenForm
 from torch.distributed.device_mesh import init_device_mesh
@@ -69,12 +70,12 @@ def build(*, tied: bool) -> Distiller:
         tie_word_embeddings=tied,
     )
     projectors = create_projectors(LAYER_MAP, student_dim=WIDTH, teacher_dim=TEACHER_WIDTH, seed=1)
-    loss = Loss(LossWeights(0.5, 0.5, 0.1, 2.0, delta=0.2), Divergence())
+    objective = Objective.of(LossConfig(alpha=0.5, beta=0.5, gamma=0.1, delta=0.2, temperature=2.0))
     forms = TargetForms(
         FinalForm(StateForm("float32"), OutputHead(torch.randn(VOCAB, TEACHER_WIDTH))),
         HiddenForm(StateForm("float32")),
     )
-    return Distiller(LlamaForCausalLM(config), projectors, layer_map=LAYER_MAP, loss=loss, forms=forms)
+    return Distiller(LlamaForCausalLM(config), projectors, layer_map=LAYER_MAP, objective=objective, forms=forms)
 
 
 def make_batch() -> dict:

@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 from coldstill.pipeline.losses.chunked_loss import chunked_loss
 from coldstill.pipeline.losses.divergences import Divergence
-from coldstill.pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget
-from coldstill.pipeline.losses.vocabulary_losses import events_of, vocabulary_losses
+from coldstill.pipeline.losses.logits import Logits
+from coldstill.pipeline.losses.logits_targets import FullDistribution, LogitsTarget
+from coldstill.pipeline.losses.term import Predictions
+from coldstill.pipeline.losses.vocabulary_losses import chunk_losses
 from coldstill.pipeline.models import take_apart
 from torch import Tensor
 from transformers import PreTrainedModel
 
-_FORWARD_KL = Divergence("forward_kl")
+_FORWARD_KL = Logits(1.0, Divergence("forward_kl"))
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,11 @@ class FidelityJudge:
 
     def _gradient(self, target: LogitsTarget) -> list[Tensor]:
         """Give the gradient of the forward KL, summed over positions, by each of the student's parameters."""
+        # The divergence needs no tokens that follow.
+        predictions = Predictions(torch.empty(0, dtype=torch.int64), target)
 
         def divergence_of_chunk(logits_CV: Tensor, chunk: slice) -> Tensor:
-            losses = vocabulary_losses(
-                logits_CV, chunk=chunk, next_tokens_C=None, target=target, divergence=_FORWARD_KL
-            )
-            return torch.stack(losses)
+            return torch.stack(chunk_losses([_FORWARD_KL], predictions, chunk, logits_CV))
 
         state_ND = self._state_ND.detach().requires_grad_()
         weight_VD = self._head.weight_VD.detach().requires_grad_()
@@ -107,26 +108,14 @@ class FidelityJudge:
     def _distribution(self, target: LogitsTarget) -> tuple[float, float | None]:
         """Give the stored mass and the KL from the live distribution to the rebuilt one."""
         mass, kl, count = 0.0, 0.0, len(self._state_ND)
-        ids_NK = None if isinstance(target, FullDistribution) else target.token_ids
+        ids_NK, gives_all = target.token_ids, True
         for chunk in self._head.chunks(count):
             live_CV = self._teacher.logprobs(chunk)
             mass += float(len(live_CV) if ids_NK is None else live_CV.exp().gather(-1, ids_NK[chunk]).sum())
-            if isinstance(target, FullDistribution):
-                kl += float(_kl(live_CV, target.logprobs(chunk)))
-            elif isinstance(target, BucketedTopk):
-                kl += float(_kl(live_CV, _spread_bucket(target, chunk, live_CV)))
-        return mass / count, kl / count if isinstance(target, FullDistribution | BucketedTopk) else None
-
-
-def _spread_bucket(target: BucketedTopk, chunk: slice, live_CV: Tensor) -> Tensor:
-    """Give the whole distribution that stored tokens and a bucket say: the bucket's mass, equal for all in it."""
-    events = events_of(target, chunk, live_CV)
-    logprobs_CE, ids_CK = events.teacher_logprobs_NE, target.top_ids_NK[chunk]
-    num_rest = live_CV.shape[-1] - ids_CK.shape[-1]
-    if num_rest == 0:
-        return torch.empty_like(live_CV).scatter_(-1, ids_CK, logprobs_CE)
-    rest_C1 = logprobs_CE[:, -1:] - torch.log(torch.tensor(float(num_rest)))
-    return rest_C1.expand_as(live_CV).scatter(-1, ids_CK, logprobs_CE[:, :-1])
+            rebuilt_CV = target.logprobs(chunk)
+            gives_all &= rebuilt_CV is not None
+            kl += 0.0 if rebuilt_CV is None else float(_kl(live_CV, rebuilt_CV))
+        return mass / count, kl / count if gives_all else None
 
 
 def _kl(logprobs_CV: Tensor, other_CV: Tensor) -> Tensor:

@@ -21,15 +21,15 @@ TermsOfChunk = Callable[[Tensor, slice], Tensor]
 
 
 def chunked_loss(state_ND: Tensor, head: Head, terms_of_chunk: TermsOfChunk, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the weighted sum of some losses over the output head's logits, which carries the gradient, and each loss.
+    """Return the weighted sum of some losses over the output head's logits, which carries the gradient, and each loss.
 
     Under autocast the products with the head's matrix are in its dtype, and all else is in float32.
 
     Args:
         state_ND: The student's post-norm last states, or whatever its head makes logits of.
         head: Its output head.
-        terms_of_chunk: Gives, for logits [C, V] and a slice of positions, one sum for each term. It may overwrite the
-            logits unless the head keeps them.
+        terms_of_chunk: Returns, for logits [C, V] and a slice of positions, one sum for each term. It may overwrite
+            the logits unless the head keeps them.
         weights: Of each term, in the weighted sum.
 
     Returns:

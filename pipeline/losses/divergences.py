@@ -1,8 +1,8 @@
 """How far a student's next-token distribution is from the teacher's, as a sum over events. Pure tensor functions.
 
-An event is a token, or several poured into one. Where events are draws, each counts its importance weight, and the sum
-is an unbiased estimate of the one over the whole vocabulary. Every divergence here is a sum of terms that are never
-negative and are zero, with their gradient, where both probabilities agree: p log(p / q) - p + q in place of
+An event is a token, or several tokens taken together. Where events are draws, each counts its importance weight, and
+the sum is an unbiased estimate of the one over the whole vocabulary. Every divergence here is a sum of terms that are
+never negative and are zero, with their gradient, where both probabilities agree: p log(p / q) - p + q in place of
 p log(p / q), which is the same in sum. So an estimate is never negative either, and a student that equals its teacher
 is a fixed point for every draw, not only in expectation.
 
@@ -11,14 +11,14 @@ Shapes: N positions, E events.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
+from coldstill.pipeline.recipe.loss import DIVERGENCE_WEIGHTS, DivergenceName, LossConfig
 from torch import Tensor
 
-# The weight that a divergence has where the recipe gives none.
-DEFAULT_WEIGHTS = {"jensen_shannon": 0.5, "skewed_kl": 0.1, "bidirectional": 0.5}
 # exp of it is 0 in float32, and its product with 0 is 0 where that of minus infinity is not a number.
 _LOWEST_LOGPROB = -1e4
 
@@ -46,18 +46,34 @@ class Divergence:
 
     Attributes:
         name: One of `DIVERGENCES`.
-        weight: Of `jensen_shannon`, `skewed_kl` and `bidirectional`; see there.
+        weight: Of `jensen_shannon`, `skewed_kl` and `bidirectional`, see there; the recipe's default where it is None.
         selective_k: Of `selective`: how many of the teacher's likeliest tokens count.
         selective_entropy: Of `selective`: positions whose teacher entropy, in nats, is not above it count as zero.
     """
 
-    name: str = "forward_kl"
+    name: DivergenceName = "forward_kl"
     weight: float | None = None
     selective_k: int = 16
     selective_entropy: float = 0.0
 
+    @classmethod
+    def of(cls, section: LossConfig) -> Self:
+        """Make the divergence of a recipe's loss section."""
+        return cls(section.divergence, section.divergence_weight, section.selective_k, section.selective_entropy)
+
+    @property
+    def summary(self) -> str:
+        """Its name, with the parameters that it has."""
+        if self.name == "selective":
+            return f"selective (k = {self.selective_k}, entropy above {self.selective_entropy:g})"
+        return self.name if self.name not in DIVERGENCE_WEIGHTS else f"{self.name} (weight {self._weight:g})"
+
+    @property
+    def _weight(self) -> float:
+        return DIVERGENCE_WEIGHTS.get(self.name, 0.0) if self.weight is None else self.weight
+
     def __call__(self, events: Events) -> Tensor:
-        """Give the divergence at each position, [N]."""
+        """Return the divergence at each position, [N]."""
         log_p, log_q = (
             values.clamp(min=_LOWEST_LOGPROB) for values in (events.teacher_logprobs_NE, events.student_logprobs_NE)
         )
@@ -65,8 +81,7 @@ class Divergence:
             return self._selective(log_p, log_q, events)
         if self.name == "forward_kl" and events.weights_NE is None:
             return (log_p.exp() * (log_p - log_q)).sum(dim=-1)  # what cancels in the sum is not computed
-        weight = DEFAULT_WEIGHTS.get(self.name, 0.0) if self.weight is None else self.weight
-        return _sum(DIVERGENCES[self.name](log_p, log_q, weight), events.weights_NE)
+        return _sum(DIVERGENCES[self.name](log_p, log_q, self._weight), events.weights_NE)
 
     def _selective(self, log_p: Tensor, log_q: Tensor, events: Events) -> Tensor:
         entropy_N = _sum(-log_p.exp() * log_p, events.weights_NE)
@@ -80,17 +95,17 @@ class Divergence:
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor, _weight: float = 0.0) -> Tensor:
-    """Give the terms of KL(p || q)."""
+    """Return the terms of KL(p || q)."""
     return _kl_terms(log_p, log_q)
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor, _weight: float = 0.0) -> Tensor:
-    """Give the terms of KL(q || p), which sends the student to the teacher's modes (MiniLLM, arXiv 2306.08543)."""
+    """Return the terms of KL(q || p), which sends the student to the teacher's modes (MiniLLM, arXiv 2306.08543)."""
     return _kl_terms(log_q, log_p)
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
-    """Give the terms of weight KL(p || m) + (1 - weight) KL(q || m), m = weight p + (1 - weight) q.
+    """Return the terms of weight KL(p || m) + (1 - weight) KL(q || m), m = weight p + (1 - weight) q.
 
     The generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, equation 1).
     """
@@ -99,21 +114,21 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
 
 
 def skewed_kl(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
-    """Give the terms of KL(p || weight p + (1 - weight) q), the skewed KL of DistiLLM (arXiv 2402.03898)."""
+    """Return the terms of KL(p || weight p + (1 - weight) q), the skewed KL of DistiLLM (arXiv 2402.03898)."""
     return _kl_terms(log_p, _mixture(log_p, log_q, weight))
 
 
 def bidirectional(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
-    """Give the terms of weight KL(p || q) + (1 - weight) KL(q || p)."""
+    """Return the terms of weight KL(p || q) + (1 - weight) KL(q || p)."""
     return weight * _kl_terms(log_p, log_q) + (1 - weight) * _kl_terms(log_q, log_p)
 
 
 def total_variation(log_p: Tensor, log_q: Tensor, _weight: float = 0.0) -> Tensor:
-    """Give the terms of half the sum of |p - q|."""
+    """Return the terms of half the sum of |p - q|."""
     return 0.5 * (log_p.exp() - log_q.exp()).abs()
 
 
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+DIVERGENCES: Mapping[DivergenceName, Callable[[Tensor, Tensor, float], Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jensen_shannon": jensen_shannon,

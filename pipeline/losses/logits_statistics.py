@@ -153,14 +153,14 @@ class _Statistics(torch.autograd.Function):
 
 
 def _power(exps: Tensor, ratio: float) -> Tensor:
-    """Give exponentials at the highest temperature at another one, the highest over `ratio`."""
+    """Return exponentials at the highest temperature at another one, the highest over `ratio`."""
     if ratio == 1.0:
         return exps
     return exps.square() if ratio == 2.0 else exps.pow(ratio)
 
 
 def _compare(teacher: Tensor, shifted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Turn the teacher's logits into exponentials in place; give their sum and mean difference to the student's."""
+    """Turn the teacher's logits into exponentials in place; return their sum and mean difference to the student's."""
     teacher.sub_(teacher.amax(dim=-1, keepdim=True)).div_(temperature)
     difference = torch.sub(teacher, shifted, alpha=1.0 / temperature)
     total = teacher.exp_().sum(dim=-1)

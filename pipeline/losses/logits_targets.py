@@ -6,51 +6,42 @@ final state and the output head, which give every token. How stored columns are 
 Shapes: N positions that count, C positions of a chunk, K stored tokens, M draws, D width, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from coldstill.pipeline.losses.divergences import Events
+from coldstill.pipeline.losses.student_logits import Request, StudentEvents
 from coldstill.pipeline.models.output_head import OutputHead
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class StudentEvents:
-    """What events take of the student at a chunk of positions, in float32 and with its gradient.
-
-    Attributes:
-        logits_CE: Its logits of the target's tokens, undivided.
-        normaliser_C: Its logsumexp over the vocabulary of logits / temperature.
-        rest_C: The same over all but the target's tokens; None where the target has no use for it.
-    """
-
-    logits_CE: Tensor
-    normaliser_C: Tensor
-    rest_C: Tensor | None = None
-
-
-class ChosenTokens(Protocol):
-    """The teacher's probabilities of some tokens, at the N positions of a batch that count."""
+class LogitsTarget(Protocol):
+    """The teacher's next-token distribution, or what is known of it, at the N positions of a batch that count."""
 
     @property
     def temperature(self) -> float:
         """What logits are divided by."""
 
     @property
-    def token_ids(self) -> Tensor:
-        """The tokens that are stored exactly, [N, K] in int64."""
+    def token_ids(self) -> Tensor | None:
+        """The tokens whose probabilities are known one by one, [N, K] in int64; None where those of all are."""
 
-    @property
-    def event_ids(self) -> Tensor:
-        """The tokens that are compared, [N, E] in int64."""
+    def request(self, chunk: slice, *, of_forward_kl: bool) -> Request | None:
+        """Say what to take of the student's logits at some of the positions; None for all of them.
 
-    @property
-    def has_rest(self) -> bool:
-        """Whether all tokens but these, which are all different, are one more event."""
+        Args:
+            chunk: The positions.
+            of_forward_kl: Whether KL(teacher || student) is all that is wanted, so that the target may ask for that
+                number itself, and no events.
+        """
 
     def events(self, chunk: slice, student: StudentEvents) -> Events:
-        """Give the events of some of the positions."""
+        """Return the events of some of the positions, of what was taken of the student there."""
+
+    def logprobs(self, chunk: slice) -> Tensor | None:
+        """Return the distribution over every token at some of the positions, [C, V]; None where it says none."""
 
 
 @dataclass(frozen=True)
@@ -76,30 +67,44 @@ class BucketedTopk:
         """The K tokens."""
         return self.top_ids_NK
 
-    @property
-    def event_ids(self) -> Tensor:
-        """The K tokens."""
-        return self.top_ids_NK
-
-    @property
-    def has_rest(self) -> bool:
-        """Whether the bucket is an event: it is, unless the vocabulary has no more tokens."""
-        return self.top_ids_NK.shape[-1] < self.vocab_size
+    def request(self, chunk: slice, *, of_forward_kl: bool) -> Request:  # noqa: ARG002 - the protocol's signature
+        """Ask for the K tokens, and for all others together unless the vocabulary has no more."""
+        has_rest = self.top_ids_NK.shape[-1] < self.vocab_size
+        return Request(self.temperature, self.top_ids_NK[chunk], has_rest=has_rest)
 
     def events(self, chunk: slice, student: StudentEvents) -> Events:
-        """Give K + 1 events; K where the vocabulary has no more."""
+        """Return K + 1 events; K where nothing was taken of the other tokens."""
+        assert student.normaliser_C is not None
         num_tokens = self.top_ids_NK.shape[-1]
         normaliser_C1 = student.normaliser_C.unsqueeze(-1)
         student_CK = student.logits_CE / self.temperature - normaliser_C1
-        teacher_CK = self.top_logits_NK[chunk] / self.temperature - self.log_normaliser_N[chunk].unsqueeze(-1)
         if student.rest_C is None:
-            return Events(teacher_CK, student_CK, num_tokens=num_tokens)
+            return Events(self._stored_logprobs(chunk), student_CK, num_tokens=num_tokens)
+        rest_logprob_C1 = student.rest_C.unsqueeze(-1) - normaliser_C1
+        return Events(
+            self._logprobs_with_rest(chunk), torch.cat([student_CK, rest_logprob_C1], dim=-1), num_tokens=num_tokens
+        )
+
+    def logprobs(self, chunk: slice) -> Tensor:
+        """Return the distribution in which the tokens that are not stored share their bucket's mass equally, [C, V]."""
+        ids_CK = self.top_ids_NK[chunk]
+        num_rest = self.vocab_size - ids_CK.shape[-1]
+        if num_rest == 0:
+            stored_CK = self._stored_logprobs(chunk)
+            return stored_CK.new_empty(len(ids_CK), self.vocab_size).scatter_(-1, ids_CK, stored_CK)
+        logprobs_CE = self._logprobs_with_rest(chunk)
+        rest_C1 = logprobs_CE[:, -1:] - math.log(num_rest)
+        return rest_C1.expand(-1, self.vocab_size).scatter(-1, ids_CK, logprobs_CE[:, :-1])
+
+    def _stored_logprobs(self, chunk: slice) -> Tensor:
+        return self.top_logits_NK[chunk] / self.temperature - self.log_normaliser_N[chunk].unsqueeze(-1)
+
+    def _logprobs_with_rest(self, chunk: slice) -> Tensor:
+        teacher_CK = self._stored_logprobs(chunk)
         stored_C1 = teacher_CK.exp().sum(dim=-1, keepdim=True)
         rest_C1 = (1.0 - stored_C1).clamp(min=torch.finfo(torch.float32).tiny)
         # Rounded stored logits may sum to a little over one; divided by their total they are a distribution again.
-        teacher_CE = torch.cat([teacher_CK, rest_C1.log()], dim=-1) - (stored_C1 + rest_C1).log()
-        rest_logprob_C1 = student.rest_C.unsqueeze(-1) - normaliser_C1
-        return Events(teacher_CE, torch.cat([student_CK, rest_logprob_C1], dim=-1), num_tokens=num_tokens)
+        return torch.cat([teacher_CK, rest_C1.log()], dim=-1) - (stored_C1 + rest_C1).log()
 
 
 @dataclass(frozen=True)
@@ -129,21 +134,19 @@ class SampledTail:
         """The K likeliest tokens; a draw stands for others too."""
         return self.ids_NE[:, : self.num_tokens]
 
-    @property
-    def event_ids(self) -> Tensor:
-        """The K tokens and the M draws."""
-        return self.ids_NE
-
-    @property
-    def has_rest(self) -> bool:
-        """Whether there is a bucket: the draws stand for all others."""
-        return False
+    def request(self, chunk: slice, *, of_forward_kl: bool) -> Request:  # noqa: ARG002 - the protocol's signature
+        """Ask for the K tokens and the M draws, which stand for all others."""
+        return Request(self.temperature, self.ids_NE[chunk])
 
     def events(self, chunk: slice, student: StudentEvents) -> Events:
-        """Give K + M weighted events."""
+        """Return K + M weighted events."""
+        assert student.normaliser_C is not None
         student_CE = student.logits_CE / self.temperature - student.normaliser_C.unsqueeze(-1)
         teacher_CE = self.logits_NE[chunk] / self.temperature - self.log_normaliser_N[chunk].unsqueeze(-1)
         return Events(teacher_CE, student_CE, self.weights_NE[chunk], self.num_tokens)
+
+    def logprobs(self, _chunk: slice) -> None:
+        """Return nothing: draws say sums over the tail, and no token's probability."""
 
 
 @dataclass(frozen=True)
@@ -162,22 +165,27 @@ class FullDistribution:
     temperature: float
     correction_V: Tensor | None = None
 
+    @property
+    def token_ids(self) -> None:
+        """None: every token's probability is known."""
+
     @torch.no_grad()
     def logits(self, chunk: slice) -> Tensor:
-        """Give the teacher's logits of some of the positions, [C, V], undivided."""
+        """Return the teacher's logits of some of the positions, [C, V], undivided."""
         logits_CV = self.head(self.state_ND[chunk])
         if self.correction_V is not None:
             logits_CV += self.correction_V / self.temperature
         return logits_CV
 
     def logprobs(self, chunk: slice) -> Tensor:
-        """Give the teacher's log-probabilities of some of the positions, [C, V]."""
+        """Return the teacher's log-probabilities of some of the positions, [C, V]."""
         return self.logits(chunk).div_(self.temperature).log_softmax(dim=-1)
 
-    def events(self, chunk: slice, student_logits_CV: Tensor) -> Events:
-        """Give V events, with the student's logits in float32, undivided."""
-        return Events(self.logprobs(chunk), (student_logits_CV / self.temperature).log_softmax(dim=-1))
+    def request(self, chunk: slice, *, of_forward_kl: bool) -> Request | None:
+        """Ask for the KL itself where that is all that is wanted, and for all logits elsewhere."""
+        return Request(self.temperature, teacher_logits_CV=self.logits(chunk)) if of_forward_kl else None
 
-
-# The teacher's distribution at the N positions of a batch that count.
-LogitsTarget = ChosenTokens | FullDistribution
+    def events(self, chunk: slice, student: StudentEvents) -> Events:
+        """Return V events, of all of the student's logits."""
+        logits_CV = student.logits_CE.to(torch.promote_types(student.logits_CE.dtype, torch.float32))
+        return Events(self.logprobs(chunk), (logits_CV / self.temperature).log_softmax(dim=-1))

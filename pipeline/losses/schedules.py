@@ -2,6 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
+
+from coldstill.pipeline.recipe.loss import LossConfig, LossWeight, ScheduleShape
 
 
 @dataclass(frozen=True)
@@ -16,13 +19,22 @@ class Schedule:
         warmup: The share of the steps at the beginning that keep `start`.
     """
 
-    shape: str
+    shape: ScheduleShape
     start: float
     end: float
     warmup: float = 0.0
 
+    @classmethod
+    def of(cls, section: LossConfig, key: LossWeight | Literal["temperature"]) -> "Schedule | None":
+        """Return the schedule that a recipe gives a weight or the temperature; None where it gives none."""
+        schedule = getattr(section.schedule, key)
+        if schedule is None:
+            return None
+        start = getattr(section, key)
+        return cls(schedule.shape, start, start if schedule.end is None else schedule.end, schedule.warmup)
+
     def at(self, step: int, num_steps: int) -> float:
-        """Give the value at a step, counted from 0, of a run of so many."""
+        """Return the value at a step, counted from 0, of a run of so many."""
         first = int(self.warmup * num_steps)
         way = (step - first) / max(num_steps - 1 - first, 1)
         way = min(max(way, 0.0), 1.0)

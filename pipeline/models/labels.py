@@ -16,7 +16,7 @@ IGNORED = -100
 
 
 def next_tokens(batch: Mapping[str, Any]) -> Tensor:
-    """Give the token that follows each position, [B, T] in int64; `IGNORED` at the last, and where it does not count.
+    """Return the token that follows each position, [B, T] in int64; `IGNORED` at the last, and where it does not count.
 
     Raises:
         DataError: The labels are not one for each token id.
@@ -25,12 +25,38 @@ def next_tokens(batch: Mapping[str, Any]) -> Tensor:
 
 
 def counts_of(batch: Mapping[str, Any]) -> Tensor:
-    """Say at which positions the token that follows counts in the loss, [B, T]."""
-    return next_tokens(batch) != IGNORED
+    """Say at which positions the token that follows counts in the loss, [B, T]; one that weighs 0 does not."""
+    weights_BT = weights_of(batch)
+    return next_tokens(batch) != IGNORED if weights_BT is None else weights_BT > 0
+
+
+def weights_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return what each position, by the token that follows it, weighs in the loss; 0 where nothing counts.
+
+    A batch may hold `weights` [B, T], one for each token and not shifted, as labels are. Without them every token that
+    counts weighs 1, and there is nothing to return.
+
+    Returns:
+        Shifted as `next_tokens` is, [B, T] in float32; None where the batch has no weights.
+
+    Raises:
+        DataError: The weights, or the labels, are not one for each token id.
+    """
+    weights_BT = batch.get("weights")
+    if weights_BT is None:
+        return None
+    if weights_BT.shape != batch["input_ids"].shape:
+        raise DataError(
+            f"a batch has weights of shape {list(weights_BT.shape)} for input_ids of shape "
+            f"{list(batch['input_ids'].shape)}; expected one weight for each token: what it counts as something to be "
+            "predicted"
+        )
+    shifted_BT = F.pad(weights_BT[:, 1:].float(), (0, 1))
+    return shifted_BT.masked_fill(next_tokens(batch) == IGNORED, 0.0)
 
 
 def labels_of(batch: Mapping[str, Any]) -> Tensor:
-    """Give a batch's labels [B, T], with `IGNORED` at the first position, which no other one predicts.
+    """Return a batch's labels [B, T], with `IGNORED` at the first position, which no other one predicts.
 
     Where the batch has none, they are its token ids, but for padding and for what would be predicted from padding.
 

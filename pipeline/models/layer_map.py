@@ -1,10 +1,10 @@
 """Which teacher block each student block learns from. Block indices are 0-based decoder block outputs."""
 
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
+from coldstill.pipeline.recipe.sections import MappingStrategy
 from coldstill.pipeline.runtime.errors import RecipeError
-
-STRATEGIES = ("uniform", "last", "kept", "stride", "endpoints", "pairs")
 
 
 def create_layer_map(
@@ -25,7 +25,7 @@ def create_layer_map(
     Args:
         n_student: Number of the student's decoder blocks.
         n_teacher: Number of the teacher's; at least as many.
-        strategy: One of `STRATEGIES`.
+        strategy: One of `coldstill.pipeline.recipe.sections.MappingStrategy`.
         kept_blocks: For `kept`: the teacher block of each student block, from the student's config.
         pairs: For `pairs`: student block to teacher block.
 
@@ -51,7 +51,7 @@ def create_layer_map(
         return _kept_map(n_student, n_teacher, kept_blocks)
     if strategy == "pairs":
         return check_pairs(pairs or {}, n_student=n_student, n_teacher=n_teacher, name="mapping.pairs")
-    raise RecipeError(f"mapping.strategy {strategy!r} is unknown; one of {', '.join(STRATEGIES)}")
+    raise RecipeError(f"mapping.strategy {strategy!r} is unknown; one of {', '.join(get_args(MappingStrategy))}")
 
 
 def spread_pairs(layer_map: Mapping[int, int], num_pairs: int | None) -> dict[int, int]:

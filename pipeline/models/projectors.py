@@ -1,12 +1,13 @@
 """From the student's width to the teacher's, one projector for each mapped block."""
 
 from collections.abc import Iterable
+from typing import get_args
 
 import torch
+from coldstill.pipeline.recipe.sections import ProjectorKind
 from coldstill.pipeline.runtime.errors import RecipeError
 from torch import Tensor, nn
 
-KINDS = ("auto", "linear", "mlp", "none")
 _XAVIER_GAIN = 0.01
 
 
@@ -60,8 +61,8 @@ def check_projector(kind: str, *, student_dim: int, teacher_dim: int) -> None:
     Raises:
         RecipeError: The kind is unknown, or is `none` while the widths differ.
     """
-    if kind not in KINDS:
-        raise RecipeError(f"projector.kind {kind!r} is unknown; one of {', '.join(KINDS)}")
+    if kind not in get_args(ProjectorKind):
+        raise RecipeError(f"projector.kind {kind!r} is unknown; one of {', '.join(get_args(ProjectorKind))}")
     if kind == "none" and student_dim != teacher_dim:
         raise RecipeError(
             f"projector.kind is none, but the student's width {student_dim} is not the teacher's {teacher_dim}; "

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from coldstill.pipeline.recipe.loss import HiddenLoss
+
 # Of each measure of held-out text: its name, and its unit.
 MEASURES = {
     "loss": ("loss", "nats a token"),
@@ -11,8 +13,8 @@ MEASURES = {
     "kl": ("KL to teacher", "nats a token"),
     "agreement": ("top-1 agreement", "% of tokens"),
 }
-# What each kind of hidden loss is in; `coldstill.pipeline.losses.terms` has them.
-HIDDEN_UNITS = {
+# What each kind of hidden loss is in; `coldstill.pipeline.losses.state_losses` has them.
+HIDDEN_UNITS: Mapping[HiddenLoss, str] = {
     "mse": "mean squared error",
     "normalised_mse": "share of the teacher's variance",
     "cosine": "1 - cosine",

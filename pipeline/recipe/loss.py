@@ -1,7 +1,11 @@
-"""The loss section of a recipe: weights, divergence, kinds of the hidden terms, and what changes over the run."""
+"""The loss section of a recipe: weights, divergence, kinds of the hidden terms, and what changes over the run.
+
+The names that a recipe may use stand here, and nowhere else; what they do is in `coldstill.pipeline.losses`.
+"""
 
 from collections.abc import Mapping
-from typing import Literal, TypeVar, get_args
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 from coldstill.pipeline.recipe.fields import Count, Fraction, Positive, Section, WarmupFraction, Weight
 from pydantic import model_validator
@@ -9,22 +13,43 @@ from pydantic import model_validator
 DivergenceName = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "bidirectional", "selective", "total_variation"
 ]
+# The weight of each divergence that has one, where the recipe gives none.
+DIVERGENCE_WEIGHTS: Mapping[DivergenceName, float] = {"jensen_shannon": 0.5, "skewed_kl": 0.1, "bidirectional": 0.5}
 HiddenLoss = Literal["mse", "normalised_mse", "cosine"]
 LossWeight = Literal["alpha", "beta", "gamma", "delta"]
-# The terms of the loss, as the log calls them, and what the recipe calls the weight of each.
-WEIGHT_OF_TERM: Mapping[str, LossWeight] = {
-    "loss_task": "alpha",
-    "loss_logits": "beta",
-    "loss_hidden": "gamma",
-    "loss_dynamics": "delta",
+TermName = Literal["loss_task", "loss_logits", "loss_hidden", "loss_dynamics"]
+# Sections of `targets`.
+TargetName = Literal["logits", "hidden"]
+WeightShape = Literal["constant", "linear", "cosine"]
+ScheduleShape = Literal[WeightShape, "exponential"]
+
+
+@dataclass(frozen=True)
+class TermKeys:
+    """What in a recipe belongs to a term of the loss.
+
+    Attributes:
+        weight: The key of its weight.
+        targets: The sections of `targets` that say what it learns from.
+    """
+
+    weight: LossWeight
+    targets: tuple[TargetName, ...] = ()
+
+
+# By the names of the terms in the log.
+TERM_KEYS: Mapping[TermName, TermKeys] = {
+    "loss_task": TermKeys("alpha"),
+    "loss_logits": TermKeys("beta", ("logits",)),
+    "loss_hidden": TermKeys("gamma", ("hidden",)),
+    "loss_dynamics": TermKeys("delta", ("hidden",)),
 }
-WEIGHTED_DIVERGENCES = ("jensen_shannon", "skewed_kl", "bidirectional")
 
 
 class WeightScheduleConfig(Section):
     """How a weight of the loss changes over the run, from the value that the recipe gives it."""
 
-    shape: Literal["constant", "linear", "cosine"] = "linear"
+    shape: WeightShape = "linear"
     end: Weight | None = None
     warmup: WarmupFraction = 0.0
 
@@ -36,7 +61,7 @@ class WeightScheduleConfig(Section):
 class TemperatureScheduleConfig(Section):
     """How the temperature changes over the run, from the one that the recipe gives."""
 
-    shape: Literal["constant", "linear", "cosine", "exponential"] = "linear"
+    shape: ScheduleShape = "linear"
     end: Positive | None = None
     warmup: WarmupFraction = 0.0
 
@@ -73,11 +98,12 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "LossConfig":
-        if not any(map(self.ever, get_args(LossWeight))):
-            raise ValueError("alpha, beta, gamma and delta are all 0: there is nothing to learn from")
-        if self.divergence_weight is not None and self.divergence not in WEIGHTED_DIVERGENCES:
+        if not self.terms:
+            *weights, last = (keys.weight for keys in TERM_KEYS.values())
+            raise ValueError(f"{', '.join(weights)} and {last} are all 0: there is nothing to learn from")
+        if self.divergence_weight is not None and self.divergence not in DIVERGENCE_WEIGHTS:
             raise ValueError(
-                f"divergence_weight has no effect on {self.divergence}; it belongs to {', '.join(WEIGHTED_DIVERGENCES)}"
+                f"divergence_weight has no effect on {self.divergence}; it belongs to {', '.join(DIVERGENCE_WEIGHTS)}"
             )
         return self
 
@@ -87,14 +113,23 @@ class LossConfig(Section):
         return getattr(self, weight) > 0 or bool(schedule and schedule.end)
 
     @property
-    def terms(self) -> list[str]:
+    def terms(self) -> list[TermName]:
         """The terms that have a weight at any step, as the log calls them."""
-        return [term for term, weight in WEIGHT_OF_TERM.items() if self.ever(weight)]
+        return [term for term, keys in TERM_KEYS.items() if self.ever(keys.weight)]
+
+    def weights_on(self, target: TargetName) -> list[LossWeight]:
+        """Return the weights, of those above 0 at any step, whose terms learn from a target."""
+        return [TERM_KEYS[term].weight for term in self.terms if target in TERM_KEYS[term].targets]
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the teacher's distribution is learned from at any step."""
+        return bool(self.weights_on("logits"))
 
     @property
     def needs_hidden(self) -> bool:
         """Whether block outputs are learned from at any step."""
-        return self.ever("gamma") or self.ever("delta")
+        return bool(self.weights_on("hidden"))
 
     @property
     def temperature_moves(self) -> bool:

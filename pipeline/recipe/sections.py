@@ -200,12 +200,13 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         loss, kind = self.loss, self.targets.logits.kind
-        if kind == "none" and loss.ever("beta"):
-            raise ValueError(
-                "loss.beta is above 0 but targets.logits.kind is none: store logits, or set loss.beta to 0"
-            )
-        for weight in ("gamma", "delta"):
-            if self.targets.hidden.blocks == "none" and loss.ever(weight):
+        for weight in loss.weights_on("logits"):
+            if kind == "none":
+                raise ValueError(
+                    f"loss.{weight} is above 0 but targets.logits.kind is none: store logits, or set loss.{weight} to 0"
+                )
+        for weight in loss.weights_on("hidden"):
+            if self.targets.hidden.blocks == "none":
                 raise ValueError(
                     f"loss.{weight} is above 0 but targets.hidden.blocks is none: store blocks, or set loss.{weight} "
                     "to 0"
@@ -223,7 +224,7 @@ class Recipe(Section):
                 f"loss.schedule.temperature passes through temperatures that targets.logits.kind {logits.kind} does "
                 "not store; targets.logits.kind final answers every temperature: use it, or a constant temperature"
             )
-        if loss.ever("beta") and loss.temperature not in logits.temperatures:
+        if loss.needs_logits and loss.temperature not in logits.temperatures:
             stored = ", ".join(f"{temperature:g}" for temperature in logits.temperatures)
             raise ValueError(
                 f"loss.temperature {loss.temperature:g} is not stored; targets.logits.temperatures has {stored}: use "

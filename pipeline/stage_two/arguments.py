@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models import compiled_blocks
 from coldstill.pipeline.models.compiled_blocks import Compilation
 from coldstill.pipeline.models.machine import training_problem
@@ -140,8 +141,8 @@ def _values(recipe: Recipe, has_accelerator: bool) -> dict[str, Any]:
         "use_cpu": not has_accelerator,
         # A GPU computes while others read and decompress; without one, both want the same cores.
         "dataloader_num_workers": _READERS if has_accelerator else 0,
-        # With the hidden term alone the student's output head gets no gradient, and DDP must be told to look.
-        "ddp_find_unused_parameters": not (recipe.loss.ever("alpha") or recipe.loss.ever("beta")),
+        # With terms over block outputs alone the student's output head gets no gradient, and DDP must be told to look.
+        "ddp_find_unused_parameters": not Objective.of(recipe.loss).over_vocabulary,
         # Of the exported student: training asks for no cache in each call.
         "use_cache": True,
         # Whatever evaluation gives is a loss; the Trainer would take `eval_loss_logits` for a score.

@@ -6,14 +6,14 @@ Everything that can be wrong with it is said here, before anything runs.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coldstill.pipeline.losses.divergences import Divergence
+from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models import check_vocabularies, find_structure, text_config
 from coldstill.pipeline.models.layer_map import check_pairs
 from coldstill.pipeline.models.projectors import check_projectors, create_projectors
 from coldstill.pipeline.recipe.file import parse_model
 from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
-from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights, TargetForms
+from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,7 +31,7 @@ def assemble(
     projectors: Projectors | None,
     weights: Mapping[str, float | None],
 ) -> Distiller:
-    """Give the distiller that a trainer is to train.
+    """Return the distiller that a trainer is to train.
 
     Args:
         model: A distiller, which has a layer map, projectors and a loss, or a student, which is given them.
@@ -86,17 +86,16 @@ def _from_student(
 ) -> Distiller:
     given = {name: value for name, value in weights.items() if value is not None}
     section = parse_model(LossConfig, given, name="UniversalDistillationTrainer")
-    values = (section.alpha, section.beta, section.gamma, section.temperature, section.delta)
-    loss = Loss(LossWeights(*values), Divergence(), hidden=section.hidden, dynamics=section.dynamics)
-    if not section.needs_hidden:
-        return Distiller(student, nn.ModuleDict(), layer_map={}, loss=loss)
+    objective = Objective.of(section)
+    if not objective.over_blocks:
+        return Distiller(student, nn.ModuleDict(), layer_map={}, objective=objective)
     pairs = dict(layer_map if isinstance(layer_map, Mapping) else enumerate(layer_map or ()))
     if projectors is None:
         dims = [_width(model) for model in (student, teacher or student)]
         projectors = create_projectors(pairs, student_dim=dims[0], teacher_dim=dims[1])
     named: dict[str, Any] = dict(projectors.named_children())
     mapped = nn.ModuleDict({str(block): named[str(block)] for block in pairs if str(block) in named})
-    return Distiller(student, mapped, layer_map=pairs, loss=loss)
+    return Distiller(student, mapped, layer_map=pairs, objective=objective)
 
 
 def _check_fit(distiller: Distiller, teacher: PreTrainedModel) -> None:

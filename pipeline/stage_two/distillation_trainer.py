@@ -190,7 +190,7 @@ class UniversalDistillationTrainer(ResumableTrainer):
             if not all(math.isfinite(logs[name]) for name in self._terms):
                 self.require_finite()
             self._terms = {}
-            logs |= {name: getattr(self._distiller.weights, name) for name in self._distiller.loss.schedules}
+            logs |= self._distiller.now.scheduled_values()
         super().log(logs, start_time)
 
     def require_finite(self) -> None:

@@ -6,72 +6,29 @@ Shapes: B rows, T positions, N positions that count, C positions of a chunk, D w
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from coldstill.pipeline.losses.chunked_loss import chunked_loss
-from coldstill.pipeline.losses.divergences import Divergence
-from coldstill.pipeline.losses.hidden_terms import HiddenTerms, StoredStates
-from coldstill.pipeline.losses.logits_targets import LogitsTarget
-from coldstill.pipeline.losses.schedules import Schedule
-from coldstill.pipeline.losses.vocabulary_losses import vocabulary_losses
-from coldstill.pipeline.models.labels import IGNORED, next_tokens
+from coldstill.pipeline.losses.block_losses import MappedStates, block_losses
+from coldstill.pipeline.losses.objective import Objective
+from coldstill.pipeline.losses.term import Predictions, Term
+from coldstill.pipeline.losses.vocabulary_losses import vocabulary_loss
+from coldstill.pipeline.models.labels import counts_of, next_tokens, weights_of
 from coldstill.pipeline.models.output_head import Head
 from coldstill.pipeline.models.selective_checkpointing import SELECTIVE, selective_kwargs
 from coldstill.pipeline.models.student_forward import StudentForward
-from coldstill.pipeline.recipe.loss import WEIGHT_OF_TERM
+from coldstill.pipeline.recipe.loss import TargetName
 from coldstill.pipeline.runtime.errors import RecipeError, TargetError
-from coldstill.pipeline.targets.forms import HiddenForm, LogitsForm, StoredLogits
+from coldstill.pipeline.targets.forms import HiddenForm, LogitsForm, StoredLogits, StoredStates
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class LossWeights:
-    """The loss: alpha * task + beta * logits + gamma * hidden + delta * dynamics, at one step.
-
-    Attributes:
-        alpha: Weight of the cross entropy.
-        beta: Weight of the divergence times temperature squared.
-        gamma: Weight of the hidden loss.
-        temperature: Of the divergence.
-        delta: Weight of the loss of changes between mapped blocks.
-    """
-
-    alpha: float
-    beta: float
-    gamma: float
-    temperature: float
-    delta: float = 0.0
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The loss over a whole run.
-
-    Attributes:
-        weights: At the first step.
-        schedules: Of the weights that change, by name.
-        divergence: Of the student's distribution from the teacher's.
-        hidden: Of block outputs, a name of `coldstill.pipeline.losses.terms.HIDDEN_LOSSES`.
-        dynamics: Of their changes, one too.
-    """
-
-    weights: LossWeights
-    divergence: Divergence
-    hidden: str = "mse"
-    dynamics: str = "cosine"
-    schedules: Mapping[str, Schedule] = field(default_factory=dict)
-
-    def at(self, step: int, num_steps: int) -> LossWeights:
-        """Give the weights at a step, counted from 0, of a run of so many."""
-        return replace(self.weights, **{name: value.at(step, num_steps) for name, value in self.schedules.items()})
-
-    def ever(self, weight: str) -> bool:
-        """Whether a weight is above 0 at any step."""
-        schedule = self.schedules.get(weight)
-        return getattr(self.weights, weight) > 0 or (schedule is not None and schedule.end > 0)
+# As errors name them.
+_TARGETS: Mapping[TargetName, str] = {
+    "logits": "the teacher's logits",
+    "hidden": "the outputs of the teacher's blocks",
+}
 
 
 @dataclass(frozen=True)
@@ -92,16 +49,18 @@ class TargetForms:
 class Distiller(nn.Module):
     """Student and projectors in, loss and its terms out.
 
+    It runs the student once for what the terms need, hands them that, and adds them up.
+
     Args:
         student: Any causal language model.
         projectors: One for each mapped student block, by its index as text.
         layer_map: Student block to teacher block; empty where block outputs are not learned from.
-        loss: The loss.
+        objective: The terms of the loss, with their weights.
         forms: How targets are read; what they hold of the teacher is no parameter and is never saved. None yet where a
             trainer is to get them from a live teacher.
 
     Raises:
-        RecipeError: The layer map has too few pairs for the loss, or one without a projector.
+        RecipeError: The layer map has too few pairs for a term, or one without a projector.
     """
 
     # Tells the Trainer that `forward` divides by the number of positions of the whole accumulated batch.
@@ -113,16 +72,16 @@ class Distiller(nn.Module):
         projectors: nn.ModuleDict,
         *,
         layer_map: Mapping[int, int],
-        loss: Loss,
+        objective: Objective,
         forms: TargetForms = TargetForms(),
     ) -> None:
         super().__init__()
-        _check_pairs(layer_map, projectors, loss)
+        _check_pairs(layer_map, projectors, objective)
         self.student = student
         self.projectors = projectors
         self.layer_map = dict(layer_map)
-        self.loss = loss
-        self.weights = loss.weights
+        self.objective = objective
+        self.now = objective
         self.forms = forms
         self._student = StudentForward(student)
 
@@ -137,35 +96,29 @@ class Distiller(nn.Module):
 
     def set_step(self, step: int, num_steps: int) -> None:
         """Take the weights and the temperature of a step, counted from 0, of a run of so many."""
-        self.weights = self.loss.at(step, num_steps)
+        self.now = self.objective.at(step, num_steps)
 
     def check_targets(self) -> None:
-        """Refuse a loss with a weighted term whose target could not be read.
+        """Refuse an objective with a term whose target could not be read.
 
         Raises:
             TargetError: There is no form of it.
         """
-        for term in self._weighted("loss_logits"):
-            if self.forms.logits is None:
-                raise self._no_target(term, "nothing gives the teacher's logits")
-        for term in self._weighted("loss_hidden", "loss_dynamics"):
-            if self.forms.hidden is None:
-                raise self._no_target(term, "nothing gives the outputs of the teacher's blocks")
+        forms = {"logits": self.forms.logits, "hidden": self.forms.hidden}
+        for term in self.objective.terms:
+            for target in term.targets:
+                if forms[target] is None:
+                    raise _no_target(term, f"nothing gives {_TARGETS[target]}")
 
-    def state_pairs(self, batch: Mapping[str, Any], counts_BT: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Give, for each mapped pair, its projector's name, the student's states [N, Ds] and the teacher's [N, Dt].
+    def state_pairs(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+        """Return, for each mapped pair, what `MappedStates.pairs` does, at the positions that count.
 
         Args:
             batch: Arguments of `forward`.
-            counts_BT: Which positions to take.
         """
-        self._check_batch(batch.get("logits"), batch.get("hidden"))
-        terms = self._hidden_terms()
-        assert terms is not None
-        outputs, _, _ = self._student(
-            batch["input_ids"], batch.get("attention_mask"), list(self.layer_map), batch.get("position_ids")
-        )
-        return terms.pairs(outputs, batch["hidden"], counts_BT)
+        self._check_batch(batch)
+        outputs, _, _ = self._run_student(batch)
+        return self._mapped_states(outputs, batch, counts_of(batch), weights_of(batch)).pairs()
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -188,9 +141,10 @@ class Distiller(nn.Module):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        weights: Tensor | None = None,
         logits: StoredLogits | None = None,
         hidden: StoredStates | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss of a batch.
 
@@ -200,112 +154,113 @@ class Distiller(nn.Module):
                 count. None for all but padding.
             attention_mask: 1 at real positions [B, T]; None where nothing is padded.
             position_ids: Of each token [B, T]; the student's own where it is None.
+            weights: What each token weighs as something to be predicted [B, T], float32, not shifted. None for 1
+                wherever the label counts.
             logits: By role, the arrays of each column that the logits target reads, [B, T, ...].
             hidden: By teacher block as text, the arrays of its column.
-            num_items_in_batch: Positions that count in the whole accumulated batch; of this one where it is None.
+            num_items_in_batch: The sum of the weights of all positions that count in the whole accumulated batch; of
+                this one where it is None.
 
         Returns:
-            `loss`, which carries the gradient, and each term that has a weight at any step of the run, unweighted:
-            `loss_task`, `loss_logits`, `loss_hidden` and `loss_dynamics`.
+            `loss`, which carries the gradient, and each term of the objective by its name, unweighted.
 
         Raises:
-            TargetError: A term has a weight, and the batch lacks its target.
+            TargetError: A term's target is not in the batch.
+            DataError: Labels or weights are not one for each token id.
         """
-        self._check_batch(logits, hidden)
-        next_BT = next_tokens({"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask})
-        outputs, state_BTD, head = self._student(input_ids, attention_mask, list(self.layer_map), position_ids)
-        counts_BT = next_BT != IGNORED
-        num_positions = counts_BT.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        # Where nothing counts the sums are zero, and so is the loss.
-        num_positions = num_positions.clamp(min=1)
-        target = None
-        if self.forms.logits is not None and logits is not None and self.loss.ever("beta"):
-            with torch.no_grad():
-                target = self.forms.logits.read(logits, counts_BT, self.weights.temperature)
-        loss, terms = self._vocabulary_loss(state_BTD[counts_BT], head, next_BT[counts_BT], target, num_positions)
-        hidden_terms = self._hidden_terms()
-        if hidden_terms is not None and hidden is not None:
+        batch = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "weights": weights,
+            "logits": logits,
+            "hidden": hidden,
+        }
+        self._check_batch(batch)
+        now = self.now
+        counts_BT, weights_BT = counts_of(batch), weights_of(batch)
+        outputs, state_BTD, head = self._run_student(batch)
+        num_positions = _num_positions(counts_BT, weights_BT, num_items_in_batch)
+        loss, values = vocabulary_loss(
+            now.over_vocabulary,
+            self._predictions(batch, counts_BT, weights_BT),
+            state_ND=state_BTD[counts_BT],
+            head=head,
+            num_positions=num_positions,
+        )
+        if now.over_blocks:
+            states = self._mapped_states(outputs, batch, counts_BT, weights_BT)
             # A loss in half precision would be noise: whatever autocast does to the body ends here.
             with torch.autocast(device_type=input_ids.device.type, enabled=False):
-                of_blocks = hidden_terms(outputs, hidden, self.projectors, counts_BT, num_positions)
-            for name, term in of_blocks.items():
-                loss = loss + self._weight(name) * term
-            terms |= of_blocks
-        return {"loss": loss, **terms}
+                of_blocks = block_losses(now.over_blocks, states, self.projectors, num_positions=num_positions)
+            for term in now.over_blocks:
+                loss = loss + term.weight * of_blocks[term.name]
+            values |= of_blocks
+        return {"loss": loss, **values}
 
-    def _vocabulary_loss(
+    def _run_student(self, batch: Mapping[str, Any]) -> tuple[dict[int, Tensor], Tensor, Head]:
+        """Run the student once, for what all terms need of it."""
+        blocks = list(self.layer_map) if self.objective.over_blocks else []
+        return self._student(batch["input_ids"], batch.get("attention_mask"), blocks, batch.get("position_ids"))
+
+    def _predictions(self, batch: Mapping[str, Any], counts_BT: Tensor, weights_BT: Tensor | None) -> Predictions:
+        target = None
+        if self.objective.needs("logits"):
+            assert self.forms.logits is not None
+            with torch.no_grad():
+                target = self.forms.logits.read(batch["logits"], counts_BT, self.now.temperature)
+        weights_N = None if weights_BT is None else weights_BT[counts_BT]
+        return Predictions(next_tokens(batch)[counts_BT], target, weights_N)
+
+    def _mapped_states(
         self,
-        state_ND: Tensor,
-        head: Head,
-        next_tokens_N: Tensor,
-        target: LogitsTarget | None,
-        num_positions: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Give the weighted sum of the terms over the vocabulary, with its gradient, and each term."""
-        names = ["loss_task"] * self.loss.ever("alpha") + ["loss_logits"] * (target is not None)
-        if not names:
-            return state_ND.new_zeros((), dtype=torch.float32), {}
+        outputs: Mapping[int, Tensor],
+        batch: Mapping[str, Any],
+        counts_BT: Tensor,
+        weights_BT: Tensor | None,
+    ) -> MappedStates:
+        assert self.forms.hidden is not None
+        return MappedStates(self.layer_map, outputs, batch["hidden"], self.forms.hidden, counts_BT, weights_BT)
 
-        scales = {"loss_task": 1.0, "loss_logits": self.weights.temperature**2}
-        scale = torch.tensor([scales[name] for name in names], device=state_ND.device) / num_positions
-
-        def terms_of_chunk(logits_CV: Tensor, chunk: slice) -> Tensor:
-            losses = vocabulary_losses(
-                logits_CV,
-                chunk=chunk,
-                next_tokens_C=next_tokens_N[chunk] if "loss_task" in names else None,
-                target=target,
-                divergence=self.loss.divergence,
-                overwrites=not head.keeps_logits,
-            )
-            return torch.stack(losses) * scale
-
-        weights = torch.tensor([self._weight(name) for name in names], device=state_ND.device)
-        loss, terms = chunked_loss(state_ND, head, terms_of_chunk, weights)
-        return loss, dict(zip(names, terms.unbind(), strict=True))
-
-    def _hidden_terms(self) -> HiddenTerms | None:
-        loss = self.loss
-        if self.forms.hidden is None or not (loss.ever("gamma") or loss.ever("delta")):
-            return None
-        hidden, dynamics = (
-            name if loss.ever(weight) else None for weight, name in (("gamma", loss.hidden), ("delta", loss.dynamics))
-        )
-        return HiddenTerms(self.layer_map, self.forms.hidden, hidden, dynamics)
-
-    def _check_batch(self, logits: StoredLogits | None, hidden: StoredStates | None) -> None:
-        """Refuse a batch that lacks the target of a weighted term: none is ever left out without a word."""
+    def _check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a batch that lacks a term's target: none is ever left out without a word."""
         self.check_targets()
-        roles = () if self.forms.logits is None else self.forms.logits.roles
-        for term in self._weighted("loss_logits"):
-            lacking = [repr(role) for role in roles if role not in (logits or {})]
-            if lacking:
-                raise self._no_target(term, f"a batch has no {' and no '.join(lacking)} of the teacher's logits")
-        for term in self._weighted("loss_hidden", "loss_dynamics"):
-            blocks = [block for block in self.layer_map.values() if str(block) not in (hidden or {})]
-            if blocks:
-                raise self._no_target(term, f"a batch has no output of teacher block {blocks[0]}")
+        for term in self.objective.terms:
+            for target in term.targets:
+                if lack := self._lack(target, batch.get(target) or {}):
+                    raise _no_target(term, f"a batch has no {lack}")
 
-    def _weighted(self, *terms: str) -> list[str]:
-        return [term for term in terms if self.loss.ever(WEIGHT_OF_TERM[term])]
-
-    def _no_target(self, term: str, lack: str) -> TargetError:
-        weight = WEIGHT_OF_TERM[term]
-        return TargetError(
-            f"{term} has the weight {_weight_text(self.loss, weight)}, but {lack}; give the trainer a teacher_model, "
-            f"or the rows of a store that has it, or set {weight} to 0"
-        )
-
-    def _weight(self, term: str) -> float:
-        return float(getattr(self.weights, WEIGHT_OF_TERM[term]))
+    def _lack(self, target: TargetName, given: Mapping[str, Any]) -> str:
+        """Name what of a target is not among what a batch gives of it; nothing where all of it is."""
+        if target == "hidden":
+            lacking = [str(block) for block in self.layer_map.values() if str(block) not in given]
+            return f"output of teacher block {lacking[0]}" if lacking else ""
+        assert self.forms.logits is not None
+        lacking = [repr(role) for role in self.forms.logits.roles if role not in given]
+        return f"{' and no '.join(lacking)} of the teacher's logits" if lacking else ""
 
 
-def _check_pairs(layer_map: Mapping[int, int], projectors: nn.ModuleDict, loss: Loss) -> None:
-    for weight, fewest in (("gamma", 1), ("delta", 2)):
-        if loss.ever(weight) and len(layer_map) < fewest:
+def _num_positions(counts_BT: Tensor, weights_BT: Tensor | None, given: Tensor | float | None) -> Tensor:
+    """Return what sums over positions are divided by, the sum of their weights; 1 where nothing counts."""
+    own = counts_BT if weights_BT is None else weights_BT
+    number = own.sum() if given is None else torch.as_tensor(given)
+    return torch.where(number > 0, number, 1)
+
+
+def _no_target(term: Term, lack: str) -> TargetError:
+    return TargetError(
+        f"{term.name} has the weight {term.weight_text}, but {lack}; give the trainer a teacher_model, or the rows of "
+        f"a store that has it, or set {term.weight_key} to 0"
+    )
+
+
+def _check_pairs(layer_map: Mapping[int, int], projectors: nn.ModuleDict, objective: Objective) -> None:
+    for term in objective.terms:
+        if len(layer_map) < term.fewest_pairs:
             raise RecipeError(
-                f"{_weight_text(loss, weight)} needs a layer_map of at least {fewest} pairs of student and teacher "
-                f"block, got {len(layer_map)}; map more, or set {weight} to 0"
+                f"{term.weight_text} needs a layer_map of at least {term.fewest_pairs} pairs of student and teacher "
+                f"block, got {len(layer_map)}; map more, or set {term.weight_key} to 0"
             )
     lacking = [block for block in layer_map if str(block) not in projectors]
     if lacking:
@@ -313,9 +268,3 @@ def _check_pairs(layer_map: Mapping[int, int], projectors: nn.ModuleDict, loss: 
             f"layer_map maps student block {lacking[0]}, but there is no projector for it; projectors has: "
             f"{', '.join(projectors) or 'none'}"
         )
-
-
-def _weight_text(loss: Loss, weight: str) -> str:
-    schedule = loss.schedules.get(weight)
-    later = "" if schedule is None else f", and {schedule.end:g} at the last step"
-    return f"{weight} = {getattr(loss.weights, weight):g}{later}"

@@ -60,9 +60,9 @@ class LiveTargets:
         """Bring a teacher to a device, unless a device map spread it already, and let a distiller read its targets."""
         if getattr(teacher, "hf_device_map", None) is None:
             teacher.to(device)
-        loss = distiller.loss
-        blocks = list(distiller.layer_map.values()) if loss.ever("gamma") or loss.ever("delta") else []
-        targets = cls(teacher, blocks=blocks, with_logits=loss.ever("beta"))
+        objective = distiller.objective
+        blocks = list(distiller.layer_map.values()) if objective.needs("hidden") else []
+        targets = cls(teacher, blocks=blocks, with_logits=objective.needs("logits"))
         distiller.forms = targets.forms
         return targets
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from coldstill.pipeline.losses.divergences import DEFAULT_WEIGHTS
+from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.outputs.provenance import RECIPE_FILE
 from coldstill.pipeline.outputs.retention import NO_GAP, NO_GAP_REASON
 from coldstill.pipeline.outputs.run_index import RunRows, trained_student
 from coldstill.pipeline.recipe.file import load_recipe
-from coldstill.pipeline.recipe.loss import LossConfig, LossWeight
+from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.sections import LogitsTargetConfig, Recipe
 from coldstill.pipeline.runtime.whole import write_whole
 from coldstill.pipeline.students.pruning_record import describe_cut, read_pruning
@@ -153,29 +153,18 @@ def _cell(estimate: Mapping[str, float | None] | None, form: str) -> str:
 
 
 def _loss(loss: LossConfig, logits: LogitsTargetConfig) -> str:
-    """Name each term of the loss that counts, with its weight."""
-    terms: dict[LossWeight, str] = {
-        "alpha": "cross entropy",
-        "beta": f"{_divergence(loss)} to {_target(logits)} at T = {_course(loss, 'temperature')}",
-        "gamma": f"hidden ({loss.hidden})",
-        "delta": f"dynamics ({loss.dynamics})",
-    }
-    return " + ".join(f"{_course(loss, weight)} · {term}" for weight, term in terms.items() if loss.ever(weight))
+    """Name each term of the loss, with its weight."""
+    to_logits = f" to {_target(logits)} at T = {_course(loss, 'temperature')}"
+    return " + ".join(
+        f"{_course(loss, term.weight_key)} · {term.summary}{to_logits if 'logits' in term.targets else ''}"
+        for term in Objective.of(loss).terms
+    )
 
 
 def _course(loss: LossConfig, name: str) -> str:
     """Give a value of the loss, and where it goes over the run."""
     start, schedule = f"{getattr(loss, name):g}", getattr(loss.schedule, name)
     return start if schedule is None or schedule.end is None else f"({start} to {schedule.end:g}, {schedule.shape})"
-
-
-def _divergence(loss: LossConfig) -> str:
-    if loss.divergence == "selective":
-        return f"selective (k = {loss.selective_k}, entropy above {loss.selective_entropy:g})"
-    if loss.divergence not in DEFAULT_WEIGHTS:
-        return loss.divergence
-    weight = DEFAULT_WEIGHTS[loss.divergence] if loss.divergence_weight is None else loss.divergence_weight
-    return f"{loss.divergence} (weight {weight:g})"
 
 
 def _target(logits: LogitsTargetConfig) -> str:

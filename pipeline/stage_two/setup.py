@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coldstill.cache.errors import ColdstillError
-from coldstill.pipeline.losses.divergences import Divergence
-from coldstill.pipeline.losses.schedules import Schedule
+from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models import (
     check_length,
     check_vocabularies,
@@ -20,12 +19,11 @@ from coldstill.pipeline.models.outlines import outline_of
 from coldstill.pipeline.models.pairing import check_layer_map, layer_map_of
 from coldstill.pipeline.models.projectors import create_projectors
 from coldstill.pipeline.outputs.run_index import RunRows
-from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.stage_two.arguments import arguments_here, check_row_count, check_train_section
 from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
-from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights
+from coldstill.pipeline.stage_two.distiller import Distiller
 from coldstill.pipeline.stage_two.target_sources import StoredTargets
 from coldstill.pipeline.students.adapters import add_adapters
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
@@ -63,7 +61,7 @@ def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict
     if loss.needs_hidden:
         layer_map = layer_map_of(recipe.mapping, student, num_teacher_blocks=run.store.teacher["num_blocks"])
         check_layer_map(recipe, layer_map)
-    temperature = loss.temperature if loss.ever("beta") else None
+    temperature = loss.temperature if loss.needs_logits else None
     source = StoredTargets.of_recipe(recipe, run, blocks=list(layer_map.values()), temperature=temperature)
     source.require_complete()
     return layer_map, source
@@ -89,7 +87,8 @@ def _make_trainer(
     tokenizer = None
     with contextlib.suppress(ModelError):
         tokenizer = load_tokenizer(student_folder, trust_remote_code=recipe.student.trust_remote_code)
-    distiller = Distiller(student, projectors, layer_map=layer_map, loss=_loss_of(recipe.loss), forms=source.forms)
+    objective = Objective.of(recipe.loss)
+    distiller = Distiller(student, projectors, layer_map=layer_map, objective=objective, forms=source.forms)
     with as_error_of_train():
         return UniversalDistillationTrainer(
             distiller,
@@ -118,21 +117,3 @@ def as_error_of_train() -> Iterator[None]:
         raise
     except (ImportError, ValueError) as error:
         raise RecipeError(f"train: {' '.join(str(error).split())}") from None
-
-
-def _loss_of(section: LossConfig) -> Loss:
-    given = {name: schedule for name, schedule in section.schedule if schedule is not None}
-    schedules = {}
-    for name, schedule in given.items():
-        start = getattr(section, name)
-        end = start if schedule.end is None else schedule.end
-        schedules[name] = Schedule(schedule.shape, start, end, schedule.warmup)
-    return Loss(
-        weights=LossWeights(section.alpha, section.beta, section.gamma, section.temperature, section.delta),
-        divergence=Divergence(
-            section.divergence, section.divergence_weight, section.selective_k, section.selective_entropy
-        ),
-        hidden=section.hidden,
-        dynamics=section.dynamics,
-        schedules=schedules,
-    )

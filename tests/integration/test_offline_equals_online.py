@@ -142,7 +142,9 @@ def compare_with_live(recipe: Recipe) -> dict[str, Tensor]:
 def live_loss(recipe: Recipe, distiller: Any, batch: dict[str, Any]) -> Tensor:
     """The same student and projectors on the batch without its stored targets, with a teacher beside them."""
     teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher.path, dtype=torch.float32)
-    live = Distiller(distiller.student, distiller.projectors, layer_map=distiller.layer_map, loss=distiller.loss)
+    live = Distiller(
+        distiller.student, distiller.projectors, layer_map=distiller.layer_map, objective=distiller.objective
+    )
     targets = LiveTargets.beside(live, teacher, torch.device("cpu"))
     ordinary = {name: values for name, values in batch.items() if name not in ("logits", "hidden")}
     return live(**ordinary, **targets(ordinary))["loss"]

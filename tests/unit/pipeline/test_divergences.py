@@ -7,11 +7,11 @@ import pytest
 import torch
 from coldstill.pipeline.losses.divergences import DIVERGENCES, Divergence, Events
 from coldstill.pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, SampledTail
-from coldstill.pipeline.losses.vocabulary_losses import events_of
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.targets.tail_sampling import draw_tail
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from student_events import events_of
 from torch import Tensor
 
 N, V, K, M = 5, 40, 4, 6

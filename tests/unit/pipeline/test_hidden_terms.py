@@ -1,9 +1,15 @@
 """The terms over block outputs against their definition, in value and in gradient."""
 
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from coldstill.pipeline.losses.hidden_terms import HiddenTerms
+from coldstill.pipeline.losses.block_losses import MappedStates, block_losses
+from coldstill.pipeline.losses.dynamics import Dynamics
+from coldstill.pipeline.losses.hidden import Hidden
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.forms import HiddenForm
 from torch import Tensor, nn
@@ -34,8 +40,22 @@ def projectors() -> nn.ModuleDict:
     return nn.ModuleDict({str(block): nn.Linear(WIDTH, TEACHER_WIDTH) for block in LAYER_MAP})
 
 
-def terms(*, hidden: str | None = None, dynamics: str | None = None, form: StateForm | None = None) -> HiddenTerms:
-    return HiddenTerms(LAYER_MAP, HiddenForm(form or StateForm("float32")), hidden, dynamics)
+def terms(
+    *,
+    hidden: str | None = None,
+    dynamics: str | None = None,
+    form: StateForm | None = None,
+    layer_map: dict[int, int] = LAYER_MAP,
+) -> Callable[..., dict[str, Tensor]]:
+    chosen = [*([Hidden(1.0, hidden)] if hidden else []), *([Dynamics(1.0, dynamics)] if dynamics else [])]
+
+    def losses(
+        outputs: Any, stored: Any, projectors: nn.ModuleDict, counts: Tensor, num: float, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        states = MappedStates(layer_map, outputs, stored, HiddenForm(form or StateForm("float32")), counts, weights)
+        return block_losses(chosen, states, projectors, num_positions=num)
+
+    return losses
 
 
 def test_the_change_from_block_to_block_is_compared_over_consecutive_mapped_pairs(outputs, stored, projectors):
@@ -75,7 +95,7 @@ def test_a_student_whose_blocks_all_lie_off_by_the_same_has_the_right_changes(st
 
 
 def test_one_mapped_block_has_no_change_to_compare(outputs, stored, projectors):
-    alone = HiddenTerms({0: 1}, HiddenForm(StateForm("float32")), "mse", "mse")
+    alone = terms(hidden="mse", dynamics="mse", layer_map={0: 1})
     assert list(alone(outputs, stored, projectors, COUNTS, NUM_COUNTED)) == ["loss_hidden"]
 
 
@@ -91,3 +111,47 @@ def test_positions_that_were_not_stored_do_not_count_and_the_sum_is_divided_by_t
     want = only(outputs, stored, projectors, COUNTS & kept.bool(), NUM_COUNTED * 0.5)
     for name in ("loss_hidden", "loss_dynamics"):
         assert got[name].item() == pytest.approx(want[name].item(), rel=1e-6)
+
+
+WEIGHTS = torch.tensor([[0.3, 1.0, 0.0, 2.0, 1.0], [1.0, 0.5, 0.8, 1.0, 1.0]])
+BY_POSITION = {
+    "mse": lambda own, teacher: (own - teacher).square().mean(-1),
+    "normalised_mse": lambda own, teacher: (own - teacher).square().mean(-1) / teacher.var(-1, correction=0),
+    "cosine": lambda own, teacher: 1 - F.cosine_similarity(own, teacher, dim=-1),
+}
+
+
+@pytest.mark.parametrize("kind", BY_POSITION)
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_a_positions_share_of_both_terms_is_its_weight(outputs, stored, projectors, kind, fraction):
+    if fraction < 1.0:
+        for arrays in stored.values():
+            arrays["stored"] = torch.tensor([[1, 0, 1, 1, 1], [1, 1, 0, 1, 0]], dtype=torch.uint8)
+    weighted = terms(hidden=kind, dynamics=kind, form=StateForm("float32", fraction=fraction))
+    got = weighted(outputs, stored, projectors, COUNTS, (WEIGHTS * COUNTS).sum(), WEIGHTS)
+    own = [projectors[str(block)](outputs[block]) for block in LAYER_MAP]
+    teacher = [stored[str(block)]["values"] for block in LAYER_MAP.values()]
+    kept = WEIGHTS * COUNTS * stored["1"].get("stored", 1)
+
+    def mean(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        losses = [(BY_POSITION[kind](*pair) * kept).sum() for pair in pairs]
+        return torch.stack(losses).mean() / (fraction * (WEIGHTS * COUNTS).sum())
+
+    pairs = list(zip(own, teacher, strict=True))
+    changes = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(pairs)]
+    leaves = [*outputs.values(), *projectors.parameters()]
+    for name, want in {"loss_hidden": mean(pairs), "loss_dynamics": mean(changes)}.items():
+        assert got[name].item() == pytest.approx(want.item(), rel=1e-5)
+        gradients = (torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (got[name], want))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_that_are_all_one_change_no_digit(outputs, stored, projectors):
+    both = terms(hidden="normalised_mse", dynamics="cosine")
+    want, got = (
+        both(outputs, stored, projectors, COUNTS, num, weights)
+        for num, weights in ((COUNTS.sum(), None), (COUNTS.float().sum(), torch.ones(B, T)))
+    )
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name

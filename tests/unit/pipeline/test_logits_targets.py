@@ -4,7 +4,6 @@ import pytest
 import torch
 from coldstill.pipeline.losses.divergences import Events
 from coldstill.pipeline.losses.logits_targets import FullDistribution
-from coldstill.pipeline.losses.vocabulary_losses import events_of
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.targets.encodings import StateForm, encode_state
 from coldstill.pipeline.targets.forms import (
@@ -21,6 +20,7 @@ from coldstill.pipeline.targets.forms import (
 from coldstill.pipeline.targets.tail_sampling import draw_tail
 from coldstill.pipeline.targets.token_encodings import encode_tail, encode_topk, tail_column, topk_column
 from coldstill.pipeline.targets.transform_coding import fit_code, logit_correction
+from student_events import events_of
 from torch import Tensor
 
 B, T, D, V, K, M = 2, 6, 8, 40, 4, 5

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from coldstill.pipeline.losses.divergences import Divergence
 from coldstill.pipeline.losses.logits_targets import BucketedTopk
-from coldstill.pipeline.losses.terms import HIDDEN_LOSSES, cross_entropy, hidden_mse, hidden_normalised_mse
-from coldstill.pipeline.losses.vocabulary_losses import events_of
+from coldstill.pipeline.losses.state_losses import HIDDEN_LOSSES, hidden_mse, hidden_normalised_mse
+from coldstill.pipeline.losses.task import cross_entropy
+from student_events import events_of
 from torch import Tensor
 
 N, V, D = 5, 24, 7
@@ -120,18 +121,18 @@ def test_a_student_that_is_sure_of_a_stored_token_has_a_finite_gradient(logits):
     assert student.grad.abs().max() <= 1.0
 
 
-def test_cross_entropy_is_torchs_and_divides_by_the_count_it_is_given(logits):
+def test_cross_entropy_is_the_sum_of_torchs(logits):
     student, _ = logits
     labels = torch.arange(N)
-    assert torch.allclose(cross_entropy(student, labels, num_positions=10.0), F.cross_entropy(student, labels) * N / 10)
+    assert torch.allclose(cross_entropy(student, labels) / 10.0, F.cross_entropy(student, labels) * N / 10)
 
 
 def test_the_gradient_of_cross_entropy_is_that_of_finite_differences(logits):
     student, _ = logits
     labels = torch.arange(N)
     point = student.clone().requires_grad_()
-    cross_entropy(point, labels, num_positions=N).backward()
-    slope = slope_at(lambda x: cross_entropy(x, labels, num_positions=N), student, (1, 1))
+    (cross_entropy(point, labels) / N).backward()
+    slope = slope_at(lambda x: cross_entropy(x, labels) / N, student, (1, 1))
     assert point.grad is not None
     assert math.isclose(point.grad[1, 1].item(), slope, rel_tol=2e-2, abs_tol=2e-4)
 
@@ -140,11 +141,14 @@ def test_the_gradient_of_cross_entropy_is_that_of_finite_differences(logits):
 def test_each_hidden_loss_is_zero_at_the_teacher_and_has_the_gradient_of_finite_differences(name):
     generator = torch.Generator().manual_seed(1)
     student, teacher = torch.randn(N, D, generator=generator), torch.randn(N, D, generator=generator)
-    loss_of = HIDDEN_LOSSES[name]
-    assert loss_of(teacher, teacher, num_positions=N).abs() < 1e-6
+
+    def loss_of(x: Tensor) -> Tensor:
+        return HIDDEN_LOSSES[name](x, teacher).sum() / N
+
+    assert loss_of(teacher).abs() < 1e-6
     point = student.clone().requires_grad_()
-    loss_of(point, teacher, num_positions=N).backward()
-    slope = slope_at(lambda x: loss_of(x, teacher, num_positions=N), student, (2, 3))
+    loss_of(point).backward()
+    slope = slope_at(loss_of, student, (2, 3))
     assert point.grad is not None
     assert math.isclose(point.grad[2, 3].item(), slope, rel_tol=2e-2, abs_tol=1e-4)
 
@@ -153,12 +157,12 @@ def test_raw_mse_is_ruled_by_a_position_of_huge_norm_and_the_normalised_one_is_n
     teacher = torch.randn(N, D, generator=torch.Generator().manual_seed(2))
     teacher[0] *= 1000
     student = 0.9 * teacher
-    assert hidden_mse(student, teacher, num_positions=N) > 1000
-    alone = hidden_normalised_mse(student[1:], teacher[1:], num_positions=N - 1)
-    assert hidden_normalised_mse(student, teacher, num_positions=N) < 2 * alone
+    assert hidden_mse(student, teacher).mean() > 1000
+    alone = hidden_normalised_mse(student[1:], teacher[1:]).mean()
+    assert hidden_normalised_mse(student, teacher).mean() < 2 * alone
 
 
 def test_mse_is_torchs():
     generator = torch.Generator().manual_seed(3)
     student, teacher = torch.randn(N, D, generator=generator), torch.randn(N, D, generator=generator)
-    assert torch.allclose(hidden_mse(student, teacher, num_positions=N), F.mse_loss(student, teacher))
+    assert torch.allclose(hidden_mse(student, teacher).mean(), F.mse_loss(student, teacher))

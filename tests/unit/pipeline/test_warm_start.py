@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from coldstill.pipeline.losses.divergences import Divergence
+from coldstill.pipeline.losses.hidden import Hidden
+from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models.projectors import create_projectors
 from coldstill.pipeline.models.student_forward import StudentForward
-from coldstill.pipeline.stage_two.distiller import Distiller, Loss, LossWeights, TargetForms
+from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from coldstill.pipeline.stage_two.warm_start import fit_projectors
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.forms import HiddenForm
@@ -23,9 +24,9 @@ def student(build_model):
 
 def distiller_of(student, *, kind: str = "linear", hidden: str = "mse", width: int = TEACHER_WIDTH) -> Distiller:
     projectors = create_projectors(LAYER_MAP, student_dim=16, teacher_dim=width, kind=kind, seed=1)
-    loss = Loss(LossWeights(0, 0, 1.0, 1.0), Divergence(), hidden=hidden)
+    objective = Objective((Hidden(1.0, hidden),))
     forms = TargetForms(hidden=HiddenForm(StateForm("float32")))
-    return Distiller(student, projectors, layer_map=LAYER_MAP, loss=loss, forms=forms)
+    return Distiller(student, projectors, layer_map=LAYER_MAP, objective=objective, forms=forms)
 
 
 def batch_of(student, *, noise: float = 0.0) -> tuple[dict, dict[int, Tensor]]:
