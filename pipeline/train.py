@@ -20,6 +20,7 @@ from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.runtime.interruptions import signals_wait, what_stays
+from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.model_card import model_card
 from coldstill.pipeline.stage_two.resumable_trainer import newest_checkpoint, sweep_checkpoints, where_it_stands
 from coldstill.pipeline.stage_two.run_folder import (
@@ -35,7 +36,6 @@ from coldstill.pipeline.stage_two.run_folder import (
 )
 from coldstill.pipeline.stage_two.setup import create_trainer
 from coldstill.pipeline.stage_two.target_sources import LiveRows
-from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from coldstill.pipeline.students.folders import find_student
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 

@@ -35,9 +35,9 @@ from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.runtime.whole import write_whole
+from coldstill.pipeline.stage_two.distillation_trainer import PROJECTORS_FILE
 from coldstill.pipeline.stage_two.run_folder import check_run
 from coldstill.pipeline.stage_two.target_sources import StoredTargets
-from coldstill.pipeline.stage_two.trainer import PROJECTORS_FILE
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.pruning_record import read_kept_channels
 from coldstill.pipeline.targets.wanted import block_output

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coldstill.pipeline.models.finite import first_non_finite
 from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -165,17 +165,6 @@ def load_model(folder: Path, *, dtype: str, trust_remote_code: bool = False) -> 
     if name := first_non_finite(model.state_dict()):
         raise ModelError(f"{folder} has numbers in {name} that are not finite: NaN or infinity; use another checkpoint")
     return model.eval()
-
-
-def first_non_finite(state: Mapping[str, Tensor]) -> str | None:
-    """Name the first tensor that holds a NaN or an infinity; None where all are finite."""
-    for name, value in state.items():
-        if value.is_floating_point() and not value.is_meta:
-            # One pass that keeps nothing; a sum that overflows is looked at again.
-            total = value.sum(dtype=torch.float32)
-            if not bool(total.isfinite()) and not bool(value.isfinite().all()):
-                return name
-    return None
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -8,9 +8,9 @@ import yaml
 from coldstill.pipeline.figures.curves import Points, curve_figure
 from coldstill.pipeline.figures.sheet import LIGHT, Figure
 from coldstill.pipeline.pages.data import is_run
+from coldstill.pipeline.pages.loss_curves import logged
 from coldstill.pipeline.pages.numbers import HIDDEN_UNITS, list_words, show_measure
 from coldstill.pipeline.pages.page import Block, Code, Figures, Folded, Missing, Section, Table, Words
-from coldstill.pipeline.pages.training import logged
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.runtime.units import format_duration
 from coldstill.pipeline.sweeps.results import RunResult, SweepResult, VariantResult, measures_of

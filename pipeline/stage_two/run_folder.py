@@ -23,9 +23,9 @@ from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.whole import whole_file, whole_folder, write_whole
+from coldstill.pipeline.stage_two.distillation_trainer import PROJECTORS_FILE, UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.model_card import CARD_FILE
 from coldstill.pipeline.stage_two.resumable_trainer import newest_checkpoint, planned_steps
-from coldstill.pipeline.stage_two.trainer import PROJECTORS_FILE, UniversalDistillationTrainer
 from coldstill.pipeline.students.adapters import has_adapters, merged
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.pruning_record import read_kept_channels, write_kept_channels

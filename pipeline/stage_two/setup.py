@@ -22,9 +22,9 @@ from coldstill.pipeline.outputs.run_index import RunRows
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.stage_two.arguments import arguments_here, check_row_count, check_train_section
+from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from coldstill.pipeline.stage_two.target_sources import LiveRows, StoredTargets
-from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from coldstill.pipeline.students.adapters import add_adapters
 from transformers import PreTrainedConfig
 

@@ -12,8 +12,8 @@ import yaml
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.runtime.errors import RecipeError
+from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.run_folder import claimed_run
-from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from coldstill.pipeline.train import train
 from training import gradients, trainer_of
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from coldstill.pipeline.runtime.errors import DataError
 from coldstill.pipeline.stage_two.batches import complete_batch
-from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
+from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 from live_pair import CPU, NARROW, arguments, ids_of
 
 IDS = torch.tensor([[5, 6, 7, 8], [5, 9, 9, 0]])
