@@ -18,7 +18,7 @@ from coldstill.pipeline.models.labels import IGNORED
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_BATCH = 4
+BATCH_ROWS = 4
 
 
 @contextmanager
@@ -62,8 +62,8 @@ def padded_batches(rows: Sequence[Tensor], model: PreTrainedModel) -> Iterator[t
     switches = rope_switches(model.config)
     for _, group in itertools.groupby(rows, lambda row: sides([len(row)], switches)):
         together = list(group)
-        for start in range(0, len(together), _BATCH):
-            yield pad_rows(together[start : start + _BATCH], device=device)
+        for start in range(0, len(together), BATCH_ROWS):
+            yield pad_rows(together[start : start + BATCH_ROWS], device=device)
 
 
 def run_body(

@@ -55,9 +55,9 @@ def new_store(
     root = f"memory://{uuid4().hex}"
     with (
         mock.patch("coldstill.cache.rows.SHARD_TOKENS", shard_tokens),
-        mock.patch("coldstill.cache.columns._CHUNK_TARGET_BYTES", chunk_bytes),
-        mock.patch("coldstill.cache.array_object._SMALL_OBJECT_BYTES", small_objects),
-        mock.patch("coldstill.cache.manifest._FOLD_EVERY", fold_every),
+        mock.patch("coldstill.cache.columns.CHUNK_TARGET_BYTES", chunk_bytes),
+        mock.patch("coldstill.cache.array_object.SMALL_OBJECT_BYTES", small_objects),
+        mock.patch("coldstill.cache.manifest.FOLD_EVERY", fold_every),
     ):
         yield create_store(root, TEACHER)
     fsspec.filesystem("memory").rm(root, recursive=True)
@@ -269,8 +269,8 @@ def read_all(data: bytes, spec: ArraySpec, shape: tuple[int, ...], *, num_bytes:
 @contextmanager
 def array_sizes(chunk_bytes: int, small_objects: int) -> Iterator[None]:
     with (
-        mock.patch("coldstill.cache.columns._CHUNK_TARGET_BYTES", chunk_bytes),
-        mock.patch("coldstill.cache.array_object._SMALL_OBJECT_BYTES", small_objects),
+        mock.patch("coldstill.cache.columns.CHUNK_TARGET_BYTES", chunk_bytes),
+        mock.patch("coldstill.cache.array_object.SMALL_OBJECT_BYTES", small_objects),
     ):
         yield
 

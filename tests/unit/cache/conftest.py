@@ -39,7 +39,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make chunks so short that a few tokens fill several."""
-    monkeypatch.setattr("coldstill.cache.columns._CHUNK_TARGET_BYTES", 64)
+    monkeypatch.setattr("coldstill.cache.columns.CHUNK_TARGET_BYTES", 64)
 
 
 @pytest.fixture

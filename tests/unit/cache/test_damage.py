@@ -55,7 +55,7 @@ def test_publishing_that_raises_after_the_record_is_out_leaves_the_arrays_it_nam
 @pytest.mark.parametrize("step", ["write_table", "remove"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_fold_that_fails_leaves_the_column_that_was_committed_before_it(store, monkeypatch, error, step):
-    monkeypatch.setattr("coldstill.cache.manifest._FOLD_EVERY", 1)
+    monkeypatch.setattr("coldstill.cache.manifest.FOLD_EVERY", 1)
 
     def fails(*_: Any) -> None:
         raise error
