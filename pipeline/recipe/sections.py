@@ -5,7 +5,7 @@ Knows nothing of files, models or stores; `coldstill.pipeline.recipe.file` reads
 
 from typing import Annotated, Any, Literal
 
-from coldstill.pipeline.recipe.fields import BlockIndex, Count, Nameable, Place, Positive, Section, Weight
+from coldstill.pipeline.recipe.fields import BlockIndex, Count, Nameable, Place, Positive, Section, Weight, later
 from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.presets import PresetName, with_preset
 from coldstill.pipeline.recipe.student import StudentConfig
@@ -45,19 +45,12 @@ class SourceConfig(Section):
     options: dict[str, Any] = Field(default={})
     text_column: str = "text"
     prompt_column: str | None = None
-    skip_null: bool = False
+    skip_null: bool = later(False)
     max_rows: Count | None = None
 
     def origin(self) -> dict[str, Any]:
         """Say which documents these are, whatever number of rows is taken of them."""
         return self.model_dump(exclude={"max_rows"})
-
-    def identity(self) -> dict[str, Any]:
-        """Give what decides the documents and their number, as rows are found and named by it in a root.
-
-        Roots outlive versions: a key that came later is left out where it is as it was before there was one.
-        """
-        return self.model_dump(exclude=None if self.skip_null else {"skip_null"})
 
 
 class DataConfig(Section):
@@ -66,7 +59,7 @@ class DataConfig(Section):
     sequence_length: Annotated[int, Field(ge=2)] = 512
     packing: bool = True
     append_eos: bool = True
-    prompt_weight: Annotated[Weight, Field(le=1)] = 0.0
+    prompt_weight: Annotated[Weight, Field(le=1)] = later(0.0)
     train: SourceConfig
     eval: SourceConfig
 
@@ -84,10 +77,9 @@ class DataConfig(Section):
         return self.train.prompt_column is not None or self.eval.prompt_column is not None
 
     def identity(self) -> dict[str, Any]:
-        """Give what decides the rows, as they are found by it in a root; see `SourceConfig.identity`."""
-        decides = self.has_prompts and self.prompt_weight > 0
-        own = self.model_dump(exclude=None if decides else {"prompt_weight"})
-        return {**own, "train": self.train.identity(), "eval": self.eval.identity()}
+        """Return what decides the rows, as they are found by it in a root; a weight of no prompt decides nothing."""
+        said = super().identity()
+        return said if self.has_prompts else {key: value for key, value in said.items() if key != "prompt_weight"}
 
 
 # What each kind of logits target reads of its section.
@@ -152,7 +144,7 @@ class HiddenTargetConfig(Section):
 class TargetsConfig(Section):
     """What stage one keeps of the teacher; nothing, where it speaks as training goes."""
 
-    source: TargetSource = "stored"
+    source: TargetSource = later("stored")
     logits: LogitsTargetConfig = LogitsTargetConfig()
     hidden: HiddenTargetConfig = HiddenTargetConfig()
 
