@@ -7,7 +7,7 @@ Shapes: B rows, T positions, N positions that count, C positions of a chunk, D w
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from coldstill.pipeline.losses.block_losses import MappedStates, block_losses
@@ -104,10 +104,9 @@ class Distiller(nn.Module):
         Raises:
             TargetError: There is no form of it.
         """
-        forms = {"logits": self.forms.logits, "hidden": self.forms.hidden}
         for term in self.objective.terms:
             for target in term.targets:
-                if forms[target] is None:
+                if getattr(self.forms, target) is None:
                     raise _no_target(term, f"nothing gives {_TARGETS[target]}")
 
     def state_pairs(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
@@ -236,9 +235,11 @@ class Distiller(nn.Module):
         if target == "hidden":
             lacking = [str(block) for block in self.layer_map.values() if str(block) not in given]
             return f"output of teacher block {lacking[0]}" if lacking else ""
-        assert self.forms.logits is not None
-        lacking = [repr(role) for role in self.forms.logits.roles if role not in given]
-        return f"{' and no '.join(lacking)} of the teacher's logits" if lacking else ""
+        if target == "logits":
+            assert self.forms.logits is not None
+            lacking = [repr(role) for role in self.forms.logits.roles if role not in given]
+            return f"{' and no '.join(lacking)} of the teacher's logits" if lacking else ""
+        assert_never(target)
 
 
 def _num_positions(counts_BT: Tensor, weights_BT: Tensor | None, given: Tensor | float | None) -> Tensor:

@@ -6,10 +6,9 @@ import pytest
 from coldstill.pipeline.losses.divergences import DIVERGENCES, Divergence
 from coldstill.pipeline.losses.objective import TERMS
 from coldstill.pipeline.losses.schedules import SHAPES
-from coldstill.pipeline.losses.state_losses import HIDDEN_LOSSES, POSITION_WEIGHTS
+from coldstill.pipeline.losses.state_losses import HIDDEN_LOSSES, HIDDEN_UNITS, POSITION_WEIGHTS
 from coldstill.pipeline.models.layer_map import create_layer_map
 from coldstill.pipeline.models.projectors import create_projectors
-from coldstill.pipeline.pages.numbers import HIDDEN_UNITS
 from coldstill.pipeline.recipe.loss import (
     DIVERGENCE_WEIGHTS,
     TERM_KEYS,
