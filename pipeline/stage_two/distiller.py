@@ -16,7 +16,7 @@ from coldstill.pipeline.losses.term import Predictions, Term
 from coldstill.pipeline.losses.vocabulary_losses import vocabulary_loss
 from coldstill.pipeline.models.labels import counts_of, next_tokens, weights_of
 from coldstill.pipeline.models.output_head import Head
-from coldstill.pipeline.models.selective_checkpointing import SELECTIVE, selective_kwargs
+from coldstill.pipeline.models.selective_checkpointing import SELECTIVE, enable_of, selective_kwargs
 from coldstill.pipeline.models.student_forward import StudentForward
 from coldstill.pipeline.recipe.loss import TargetName
 from coldstill.pipeline.runtime.errors import RecipeError, TargetError
@@ -132,7 +132,13 @@ class Distiller(nn.Module):
         own = dict(activation_checkpointing_kwargs or {})
         if own.pop(SELECTIVE, False):
             own |= selective_kwargs()
-        self.student.activation_checkpointing_enable(activation_checkpointing_kwargs=own or None, **kwargs)
+        enable_of(self.student)(own or None, **kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Do the same by the name that the Trainer of transformers before 5.23 calls."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def forward(
         self,
