@@ -140,6 +140,11 @@ class HiddenTargetConfig(Section):
     step: Nameable = 0.2
     token_fraction: Annotated[Nameable, Field(le=1)] = 1.0
 
+    @property
+    def named_blocks(self) -> dict[str, list[int]]:
+        """The blocks that the section names by number, by key."""
+        return {"blocks": self.blocks} if isinstance(self.blocks, list) else {}
+
 
 class TargetsConfig(Section):
     """What stage one keeps of the teacher; nothing, where it speaks as training goes."""

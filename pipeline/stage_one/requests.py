@@ -147,11 +147,11 @@ def _check_recipe(recipe: Recipe, teacher: Teacher) -> None:
     """Refuse, before any work, what this teacher cannot do."""
     logits_targets(recipe.targets.logits).check(ModelSizes.of(teacher.config).vocab_size)
     check_length(teacher.config, recipe.data.sequence_length, who="teacher")
-    blocks = recipe.targets.hidden.blocks
-    for block in blocks if isinstance(blocks, list) else []:
-        if block >= teacher.num_blocks:
+    for key, blocks in recipe.targets.hidden.named_blocks.items():
+        beyond = [block for block in blocks if block >= teacher.num_blocks]
+        if beyond:
             raise RecipeError(
-                f"targets.hidden.blocks names block {block}; the teacher has blocks 0 to {teacher.num_blocks - 1}"
+                f"targets.hidden.{key} names block {beyond[0]}; the teacher has blocks 0 to {teacher.num_blocks - 1}"
             )
 
 
