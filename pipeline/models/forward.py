@@ -9,7 +9,7 @@ Shapes: B rows, T positions, D width.
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +23,21 @@ BATCH_ROWS = 4
 
 # Where the residual stream can be caught: behind a decoder block, by the block's number.
 Place = int
+AnyPlace = TypeVar("AnyPlace", bound=Place)
 
 
 @contextmanager
-def block_outputs(blocks: nn.ModuleList, wanted: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
+def block_outputs(blocks: nn.ModuleList, wanted: Sequence[AnyPlace]) -> Iterator[dict[AnyPlace, Tensor]]:
     """Collect the residual stream at some places, by place, while the context is open; the hooks go with it."""
-    outputs: dict[Place, Tensor] = {}
+    outputs: dict[AnyPlace, Tensor] = {}
 
-    def keep(block: int) -> torch.utils.hooks.RemovableHandle:
+    def keep(place: AnyPlace) -> torch.utils.hooks.RemovableHandle:
         def hook(_module: nn.Module, _args: object, output: object) -> None:
-            outputs[block] = block_output(output)
+            outputs[place] = block_output(output)
 
-        return blocks[block].register_forward_hook(hook)
+        return blocks[place].register_forward_hook(hook)
 
-    handles = [keep(block) for block in wanted]
+    handles = [keep(place) for place in wanted]
     try:
         yield outputs
     finally:
@@ -74,11 +75,11 @@ def run_body(
     body: nn.Module,
     blocks: nn.ModuleList,
     inputs: Mapping[str, Any],
-    wanted: Sequence[Place],
+    wanted: Sequence[AnyPlace],
     *,
     switches: Sequence[int],
     take: Callable[[Any], Tensor] = lambda output: output.last_hidden_state,
-) -> tuple[dict[Place, Tensor], Tensor]:
+) -> tuple[dict[AnyPlace, Tensor], Tensor]:
     """Run rows through a model, those on each side of its switches by themselves.
 
     Args:

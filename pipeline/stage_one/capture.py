@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from coldstill.pipeline.models import ModelParts, rope_switches
-from coldstill.pipeline.models.forward import model_inputs, pad_rows, run_body, what_to_try
+from coldstill.pipeline.models.forward import Place, model_inputs, pad_rows, run_body, what_to_try
 from coldstill.pipeline.runtime.errors import NonFiniteError
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest, Draws, TailRequest
 from coldstill.pipeline.targets.tail_sampling import draw_tail
@@ -116,7 +116,7 @@ class _Logits:
             if values is not None:
                 places.check_finite(values, name)
 
-    def finish(self, hidden_ND: dict[int, Tensor], final_state_ND: Tensor | None) -> Captured:
+    def finish(self, hidden_ND: dict[Place, Tensor], final_state_ND: Tensor | None) -> Captured:
         return Captured(
             hidden_ND=hidden_ND,
             final_state_ND=final_state_ND,
