@@ -23,7 +23,7 @@ _ZSTD = Zstd(level=ZSTD_LEVEL)
 _ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 
 # An object of at most this size is read at once, index and chunks together.
-_SMALL_OBJECT_BYTES = 1 << 15
+SMALL_OBJECT_BYTES = 1 << 15
 
 
 def object_name(spec: ArraySpec) -> str:
@@ -113,7 +113,7 @@ class ArrayObject:
     @property
     def index_range(self) -> tuple[int, int]:
         """Start and number of bytes of the index; of all of a small object."""
-        if self._num_bytes <= _SMALL_OBJECT_BYTES:
+        if self._num_bytes <= SMALL_OBJECT_BYTES:
             return 0, self._num_bytes
         num_bytes = self.num_chunks * INDEX_ENTRY_BYTES + CRC_BYTES
         return max(self._num_bytes - num_bytes, 0), num_bytes

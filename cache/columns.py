@@ -16,7 +16,7 @@ Axis = Literal["token", "row", "shard"]
 DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "float32", "float64")
 
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_.]*(/[a-z0-9_][a-z0-9_.]*)*")
-_CHUNK_TARGET_BYTES = 1 << 18
+CHUNK_TARGET_BYTES = 1 << 18
 # A row is read by its chunks, so a chunk should not hold many rows: no more than so many tokens, but in a narrow array,
 # where the work for a chunk outweighs its bytes.
 _LONGEST_CHUNK = 512
@@ -56,7 +56,7 @@ class ArraySpec:
         itemsize = np.dtype(self.dtype).itemsize
         trailing = self.shape[1:] if self.axis == "shard" else self.shape
         bytes_per_index = itemsize * int(np.prod(trailing, dtype=np.int64))
-        fitting = max(_CHUNK_TARGET_BYTES // bytes_per_index, 1)
+        fitting = max(CHUNK_TARGET_BYTES // bytes_per_index, 1)
         if self.axis != "shard":
             fitting = min(fitting, max(_LONGEST_CHUNK, _SMALLEST_CHUNK_BYTES // bytes_per_index))
         return min(1 << (fitting.bit_length() - 1), length)

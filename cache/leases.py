@@ -22,9 +22,9 @@ from coldstill.cache.processes import describe_process, is_dead, process_token
 LAYOUT = "rows"
 
 _FOLDER = "writers"
-_BEAT_S = 5.0
-_SILENCE_S = 20.0
-_POLL_S = 0.2
+BEAT_S = 5.0
+SILENCE_S = 20.0
+POLL_S = 0.2
 _ATTEMPTS = 4
 
 
@@ -79,7 +79,7 @@ class Lease:
         """
         if self._is_lost:
             raise InUseError(
-                f"store {self._objects.root}: this process gave no sign of life for over {_SILENCE_S:g} s and another "
+                f"store {self._objects.root}: this process gave no sign of life for over {SILENCE_S:g} s and another "
                 "took over its shards; what was committed stays; run the command again to go on"
             )
 
@@ -91,7 +91,7 @@ class Lease:
         self._objects.remove(self._name)
 
     def _keep_beating(self) -> None:
-        while not self._stopped.wait(_BEAT_S):
+        while not self._stopped.wait(BEAT_S):
             self._beat += 1
             with contextlib.suppress(OSError):  # the next beat tries again; a disk that stays full stops the writer
                 self._is_lost = self._is_lost or not self._objects.exists(self._name)
@@ -153,7 +153,7 @@ def _claimed(objects: Objects, shards: Collection[str], *, wait: bool) -> Lease:
             _refuse(objects, rivals[0], shards)
         _remove_silent(objects, [rival for rival in rivals if is_dead(rival.process) is None])
         # At random, so that two which began at once do not meet again.
-        time.sleep(random.uniform(0.5, 1.5) * _POLL_S)  # noqa: S311 - no secret
+        time.sleep(random.uniform(0.5, 1.5) * POLL_S)  # noqa: S311 - no secret
 
 
 def _refuse(objects: Objects, rival: Writer, shards: Collection[str]) -> None:
@@ -166,9 +166,9 @@ def _refuse(objects: Objects, rival: Writer, shards: Collection[str]) -> None:
 
 def _remove_silent(objects: Objects, watched: list[Writer]) -> None:
     """Watch writers on other machines, and remove the files of those that show no sign of life."""
-    deadline = time.monotonic() + _SILENCE_S
+    deadline = time.monotonic() + SILENCE_S
     while watched and time.monotonic() < deadline:
-        time.sleep(min(_BEAT_S / 2, _SILENCE_S))
+        time.sleep(min(BEAT_S / 2, SILENCE_S))
         watched = [writer for writer in watched if _read(objects, writer.file) == writer]
     for writer in watched:
         objects.remove(f"{_FOLDER}/{writer.file}")

@@ -20,7 +20,7 @@ from coldstill.cache.tables import SUFFIX, fold, parse_table, read_folder
 
 COMMITS = "commits"
 
-_FOLD_EVERY = 1024
+FOLD_EVERY = 1024
 _SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -159,7 +159,7 @@ class Manifest:
         self._store.objects.write(f"{COMMITS}/{name}", data)
         self._places.setdefault(record.column.name, {})[record.shard] = record
         self._fresh.append(name)
-        if len(self._fresh) >= _FOLD_EVERY:
+        if len(self._fresh) >= FOLD_EVERY:
             self._fold_fresh()
 
     def is_published(self, shard: str, column: str) -> bool:

@@ -14,10 +14,10 @@ from coldstill.cache.tokens import LENGTHS, TOKENS
 
 RowArrays = dict[str, dict[str, np.ndarray]]
 
-_CHUNK_CACHE_BYTES = 16 << 20
-_OPEN_COLUMNS = 1024
+CHUNK_CACHE_BYTES = 16 << 20
+OPEN_COLUMNS = 1024
 # A block stays in memory as long as one of its chunks does.
-_BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
 
 _Span = tuple[int, int]
 _ChunkKey = tuple[str, int]
@@ -64,8 +64,8 @@ class Reader:
         self._store = store
         self._local_copy = local_copy
         self._source = ArraySource(store, local_copy=local_copy)
-        self._manifest = Manifest(store, columns=self.columns)
-        require_complete(self._manifest, selection, columns, store=store.path)
+        self.manifest = Manifest(store, columns=self.columns)
+        require_complete(self.manifest, selection, columns, store=store.path)
         self._open: OrderedDict[tuple[str, str], list[OpenArray]] = OrderedDict()
         self._chunks: OrderedDict[_ChunkKey, _Chunk] = OrderedDict()
         self._chunk_bytes = 0
@@ -123,11 +123,11 @@ class Reader:
                 self._open.move_to_end(key)
                 opened[key] = self._open[key]
             else:
-                opened[key] = fresh[key] = self._arrays(self._manifest.record(*key))
+                opened[key] = fresh[key] = self._arrays(self.manifest.record(*key))
         if fresh:
             read_index(self._source, [array for arrays in fresh.values() for array in arrays])
             self._open |= fresh
-            while len(self._open) > _OPEN_COLUMNS:
+            while len(self._open) > OPEN_COLUMNS:
                 self._open.popitem(last=False)
         return opened
 
@@ -155,7 +155,7 @@ class Reader:
                     chunk = _Chunk(block, index * array.object.chunk_length, block.nbytes // len(numbers))
                     chunks[name, number] = self._chunks[name, number] = chunk
                 self._chunk_bytes += block.nbytes
-            while self._chunk_bytes > _CHUNK_CACHE_BYTES and len(self._chunks) > 1:
+            while self._chunk_bytes > CHUNK_CACHE_BYTES and len(self._chunks) > 1:
                 self._chunk_bytes -= self._chunks.popitem(last=False)[1].nbytes
         return chunks
 
@@ -204,7 +204,7 @@ def _runs(keys: Sequence[_ChunkKey], arrays: dict[_ChunkKey, OpenArray]) -> Iter
     first = 0
     for index in range(1, len(keys) + 1):
         name, number = keys[first]
-        longest = max(_BLOCK_BYTES // arrays[keys[first]].object.chunk_bytes, 1)
+        longest = max(BLOCK_BYTES // arrays[keys[first]].object.chunk_bytes, 1)
         is_full = index - first >= 1 << (longest.bit_length() - 1)
         if is_full or index == len(keys) or keys[index] != (name, number + index - first):
             yield name, range(number, number + index - first)

@@ -13,8 +13,8 @@ import tenacity
 from coldstill.cache.errors import RemoteError
 
 _ATTEMPTS = 7
-_FIRST_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 10.0
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 10.0
 _CONCURRENT_WRITES = 8
 
 # Who makes requests again is decided here: attempts of several layers would multiply to minutes.
@@ -148,7 +148,7 @@ class RemoteObjects:
         """
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(_ATTEMPTS),
-            wait=tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S),
+            wait=tenacity.wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
             retry=tenacity.retry_if_not_exception_type((*_LASTING_ERRORS, KeyboardInterrupt, SystemExit)),
             reraise=True,
         )

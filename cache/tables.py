@@ -49,6 +49,18 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
+def parquet_names(data: bytes) -> list[str]:
+    """Name the columns of Parquet bytes.
+
+    Raises:
+        ValueError: They are no Parquet file.
+    """
+    try:
+        return list(pq.read_schema(pa.BufferReader(data)).names)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(str(error)) from None
+
+
 def parquet_table(data: bytes, schema: pa.Schema) -> pa.Table:
     """Read Parquet bytes of a known schema.
 

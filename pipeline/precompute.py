@@ -19,6 +19,7 @@ from coldstill.pipeline.stage_one.requests import (
     blocks_to_store,
     gather,
     needed_targets,
+    require_stored,
 )
 from coldstill.pipeline.stage_one.workers import (
     Share,
@@ -111,6 +112,7 @@ def _precompute(
     recipes: Sequence[Recipe], share: Share | None, progress: _Progress, *, show_progress: bool
 ) -> PrecomputeSummary:
     share = share or launched_share()
+    require_stored(recipes)
     teacher, gathered = gather(recipes)
     with first_process_first():
         requests = [_request(item, teacher) for item in gathered]

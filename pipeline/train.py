@@ -1,4 +1,7 @@
-"""Stage two: train the student and its projectors from the store. Neither teacher nor its files are needed."""
+"""Stage two: train the student and its projectors from the store. Neither teacher nor its files are needed.
+
+They are where a recipe asks for it: `targets.source: live` keeps the teacher beside the student, and has no store.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -32,6 +35,7 @@ from coldstill.pipeline.stage_two.run_folder import (
     write_metrics,
 )
 from coldstill.pipeline.stage_two.setup import create_trainer
+from coldstill.pipeline.stage_two.target_sources import LiveRows
 from coldstill.pipeline.students.folders import find_student
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
@@ -76,9 +80,7 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
     """
     trainer = None
     with what_stays(lambda: _what_stays(recipe, trainer)):
-        run = find_run_rows(recipe)
-        _check_teacher(recipe, run)
-        student_folder = find_student(recipe)
+        run, student_folder, live = _material(recipe)
         key = run_key(recipe, run)
         if restart:
             remove_run(recipe)
@@ -87,7 +89,7 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
         if finished is not None:
             return TrainSummary(**{"exported_step": finished["num_steps"], **finished, "trained_steps": 0})
         _check_places(recipe, student_folder)
-        trainer = create_trainer(recipe, run, student_folder)
+        trainer = create_trainer(recipe, run, student_folder, live=live)
         trainer.add_callback(_ClaimAtFirstStep(recipe, key))
         if trainer.is_world_process_zero():
             sweep_checkpoints(checkpoints_folder(recipe))
@@ -96,6 +98,19 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
             first_step = _learn(recipe, trainer)
             card = model_card(recipe, run, student_folder)
             return _finish(recipe, run, trainer, key, card=card, first_step=first_step)
+
+
+def _material(recipe: Recipe) -> tuple[RunRows, Path, LiveRows | None]:
+    """Find the recipe's rows and its student; and the teacher, where no store speaks for it."""
+    if recipe.targets.is_live:
+        # Imported here: where a store speaks for the teacher, nothing that loads one is.
+        from coldstill.pipeline.stage_one.live_run import gather_live
+
+        live = gather_live(recipe, trains_here=True)
+        return live.run, live.student, live
+    run = find_run_rows(recipe)
+    _check_teacher(recipe, run)
+    return run, find_student(recipe), None
 
 
 def _what_stays(recipe: Recipe, trainer: UniversalDistillationTrainer | None) -> str:

@@ -3,7 +3,7 @@
 import copy
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 import yaml
-from tokenizers import ByteLevelBPETokenizer
+from forked import Forks, serving
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
@@ -31,6 +32,14 @@ COMMON = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """The server of processes that have imported everything already, one for all workers of pytest."""
+    folder = tmp_path_factory.getbasetemp()
+    with serving((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "forks") as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +72,9 @@ def corpus() -> list[str]:
 def tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(corpus, vocab_size=VOCAB_SIZE, special_tokens=["<eos>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<eos>", pad_token="<eos>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(trained.to_str()), eos_token="<eos>", pad_token="<eos>"
+    )
 
 
 @pytest.fixture(scope="session")

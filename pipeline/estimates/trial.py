@@ -20,6 +20,7 @@ from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows
 from coldstill.pipeline.precompute import PrecomputeSummary, precompute
 from coldstill.pipeline.recipe.file import dump_recipe, parse_recipe
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.runtime import program
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.interruptions import what_stays
 from coldstill.pipeline.runtime.peak_memory import release_memory
@@ -77,7 +78,7 @@ class Trial:
         release_memory()
         recipe = Path(self.recipe.output) / "trial.yaml"
         recipe.write_text(dump_recipe(self.recipe))
-        command = [sys.executable, "-m", "coldstill.cli", "train", str(recipe), "--json"]
+        command = [sys.executable, *program.PROGRAM, "train", str(recipe), "--json"]
         # The child finds the program where this process found it.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603

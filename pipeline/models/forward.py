@@ -18,13 +18,17 @@ from coldstill.pipeline.models.labels import IGNORED
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_BATCH = 4
+BATCH_ROWS = 4
+
+
+# Where the residual stream can be caught: behind a decoder block, by the block's number.
+Place = int
 
 
 @contextmanager
-def block_outputs(blocks: nn.ModuleList, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collect the outputs of some decoder blocks, by block, while the context is open; the hooks go with it."""
-    outputs: dict[int, Tensor] = {}
+def block_outputs(blocks: nn.ModuleList, wanted: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
+    """Collect the residual stream at some places, by place, while the context is open; the hooks go with it."""
+    outputs: dict[Place, Tensor] = {}
 
     def keep(block: int) -> torch.utils.hooks.RemovableHandle:
         def hook(_module: nn.Module, _args: object, output: object) -> None:
@@ -62,31 +66,31 @@ def padded_batches(rows: Sequence[Tensor], model: PreTrainedModel) -> Iterator[t
     switches = rope_switches(model.config)
     for _, group in itertools.groupby(rows, lambda row: sides([len(row)], switches)):
         together = list(group)
-        for start in range(0, len(together), _BATCH):
-            yield pad_rows(together[start : start + _BATCH], device=device)
+        for start in range(0, len(together), BATCH_ROWS):
+            yield pad_rows(together[start : start + BATCH_ROWS], device=device)
 
 
 def run_body(
     body: nn.Module,
     blocks: nn.ModuleList,
     inputs: Mapping[str, Any],
-    wanted: Sequence[int],
+    wanted: Sequence[Place],
     *,
     switches: Sequence[int],
     take: Callable[[Any], Tensor] = lambda output: output.last_hidden_state,
-) -> tuple[dict[int, Tensor], Tensor]:
+) -> tuple[dict[Place, Tensor], Tensor]:
     """Run rows through a model, those on each side of its switches by themselves.
 
     Args:
         body: Takes token ids.
         blocks: Its decoder blocks.
         inputs: What `model_inputs` gives.
-        wanted: Blocks whose outputs to give.
+        wanted: Places where to catch the stream.
         switches: What `rope_switches` gives of the model.
         take: What to give of the body's output.
 
     Returns:
-        The blocks' outputs [B, T, D], by block, and what was taken, [B, T, ...].
+        The stream [B, T, D] by place, and what was taken, [B, T, ...].
     """
     groups = rows_by_side(inputs, switches)
     if not groups:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Of a chunk's logits in float32, at most: a processor is as fast with few rows, a GPU wants many.
-_CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 32 << 20
 _GPU_CHUNK_BYTES = 256 << 20
 # Below so many rows the products with the weights wait for memory, however large the vocabulary is.
-_FEWEST_ROWS = 128
+FEWEST_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PlainLogits:
 
     def chunks(self, num_positions: int) -> Iterator[slice]:
         """Cut positions into chunks whose float32 copies are small."""
-        return _chunks(num_positions, _chunk_rows(self.vocab_size, torch.device("cpu"), _CHUNK_BYTES))
+        return _chunks(num_positions, _chunk_rows(self.vocab_size, torch.device("cpu"), CHUNK_BYTES))
 
     def detached(self, _dtype: torch.dtype | None) -> "PlainLogits":
         """Give the head itself: it has no weights."""
@@ -86,9 +86,13 @@ class OutputHead:
             softcap=getattr(config, "final_logit_softcapping", None),
         )
 
-    def chunks(self, num_positions: int, *, num_bytes: int = _CHUNK_BYTES) -> Iterator[slice]:
-        """Cut positions into chunks whose float32 logits are small: so many bytes, 256 MiB on a GPU, or 128 rows."""
-        return _chunks(num_positions, _chunk_rows(self.vocab_size, self.weight_VD.device, num_bytes))
+    def chunks(self, num_positions: int, *, num_bytes: int | None = None) -> Iterator[slice]:
+        """Cut positions into chunks whose float32 logits are small: so many bytes, 256 MiB on a GPU, or 128 rows.
+
+        On a CPU that is 32 MiB, unless the caller asks for another size.
+        """
+        limit = CHUNK_BYTES if num_bytes is None else num_bytes
+        return _chunks(num_positions, _chunk_rows(self.vocab_size, self.weight_VD.device, limit))
 
     def detached(self, dtype: torch.dtype | None) -> "OutputHead":
         """Give the head without its weights' gradient, in a dtype; in their own where it is None."""
@@ -144,7 +148,7 @@ Head = OutputHead | PlainLogits
 def _chunk_rows(vocab_size: int, device: torch.device, num_bytes: int) -> int:
     if device.type != "cpu":
         num_bytes = _GPU_CHUNK_BYTES
-    return max(num_bytes // (4 * vocab_size), _FEWEST_ROWS)
+    return max(num_bytes // (4 * vocab_size), FEWEST_ROWS)
 
 
 def _chunks(num_positions: int, length: int) -> Iterator[slice]:

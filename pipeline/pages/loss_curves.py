@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from coldstill.pipeline.figures.curves import Points, curve_figure
 from coldstill.pipeline.figures.sheet import Figure
+from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.pages.data import RunRecord
-from coldstill.pipeline.pages.numbers import HIDDEN_UNITS, is_number
+from coldstill.pipeline.pages.numbers import is_number
 from coldstill.pipeline.pages.page import Figures, Missing, Section
 from coldstill.pipeline.recipe.loss import LossConfig
 
@@ -26,8 +27,9 @@ def loss_section(run: RunRecord) -> Section:
 def loss_figures(log: Sequence[dict[str, float]], loss: LossConfig, *, prefix: str) -> list[Figure]:
     """Draw each term that was logged; the figures' names begin with the prefix."""
     step = "optimizer step"
-    terms = {"weighted sum": "loss", "task (CE)": "loss_task", "logits (T² · div.)": "loss_logits"}
-    series = {label: points for label, name in terms.items() if (points := logged(log, name))}
+    objective = Objective.of(loss)
+    names = {"weighted sum": "loss", **{term.label: term.name for term in objective.over_vocabulary}}
+    series = {label: points for label, name in names.items() if (points := logged(log, name))}
     figures = []
     if series:
         caption = (
@@ -44,18 +46,18 @@ def loss_figures(log: Sequence[dict[str, float]], loss: LossConfig, *, prefix: s
                 caption=caption,
             )
         )
-    for term, kind in (("hidden", loss.hidden), ("dynamics", loss.dynamics)):
-        points = [(x, y) for x, y in logged(log, f"loss_{term}") if y > 0]
+    for term in objective.over_blocks:
+        points = [(x, y) for x, y in logged(log, term.name) if y > 0]
         if points:
-            what = "block outputs" if term == "hidden" else "changes from each mapped block to the next"
+            caption = f"How far the student's {term.compared} are from the teacher's, averaged over mapped pairs."
             figures.append(
                 curve_figure(
-                    f"{prefix}loss-{term}",
-                    f"Loss of {term}" if term == "dynamics" else "Hidden loss",
-                    {term: points},
+                    prefix + term.name.replace("_", "-"),
+                    term.title,
+                    {term.label: points},
                     x_label=step,
-                    y_label=f"{HIDDEN_UNITS[kind]} (log axis)",
-                    caption=f"How far the student's {what} are from the teacher's, averaged over mapped pairs.",
+                    y_label=f"{term.unit} (log axis)",
+                    caption=caption,
                     is_log=True,
                 )
             )

@@ -171,7 +171,7 @@ def _choose_rows(store: Store, manifest: Manifest, num_rows: int) -> list[tuple[
     groups = []
     for targets in dict.fromkeys(targets_of_rows):
         rows = chosen.take([index for index, own in enumerate(targets_of_rows) if own == targets])
-        groups.append((to_selection(*make_selection(rows, [0] * len(rows), {})), targets))
+        groups.append((to_selection(*make_selection(rows, [()] * len(rows), {})), targets))
     return groups
 
 

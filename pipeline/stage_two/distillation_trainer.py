@@ -6,7 +6,7 @@ with `projectors.safetensors` and the Trainer's own state beside it.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch
 from accelerate.utils import send_to_device
 from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.pipeline.models import first_non_finite, load_model
+from coldstill.pipeline.models.labels import counts_of, weights_of
 from coldstill.pipeline.runtime.errors import ModelError, NonFiniteError, RecipeError
 from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from coldstill.pipeline.runtime.whole import disk_errors
 from coldstill.pipeline.stage_two.assembly import LayerMap, Projectors, assemble
-from coldstill.pipeline.stage_two.batches import EpochOrder, StoredRows, complete_batch
+from coldstill.pipeline.stage_two.batches import EpochOrder, RowSet, complete_batch
 from coldstill.pipeline.stage_two.distiller import Distiller
 from coldstill.pipeline.stage_two.live_targets import LiveTargets
 from coldstill.pipeline.stage_two.resumable_trainer import ResumableTrainer
@@ -41,6 +42,7 @@ class UniversalDistillationTrainer(ResumableTrainer):
 
     Takes what `transformers.Trainer` takes, ordinary data sets and collators among it, with labels as every causal
     language model has them: the ids, not shifted, -100 where they do not count; or no labels, for all but padding.
+    Beside them a batch may have `weights`, at least 0: what each token weighs as something to be predicted.
     The student is trained in place; checkpoints are it alone, with `projectors.safetensors` beside it.
 
     Args:
@@ -120,16 +122,21 @@ class UniversalDistillationTrainer(ResumableTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
-        """Give the batches of a step, each with its labels, and how many positions count in all of them."""
-        return super().get_batch_samples(map(complete_batch, epoch_iterator), num_batches, device)
+    ) -> tuple[list[dict[str, Any]], Tensor | float | None]:
+        """Return the batches of a step, each with its labels, and the sum of the weights of all their positions."""
+        batches, num_items = super().get_batch_samples(map(complete_batch, epoch_iterator), num_batches, device)
+        if num_items is None:
+            return batches, None
+        # The Trainer's number is scaled, and not replaced: it is shared out over devices already.
+        mean_weight = self._mean_weight(batches, device)
+        return batches, num_items if mean_weight == 1 else num_items * mean_weight
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> Any:
         """Compute the weighted sum of the terms, and note each of them for the next log."""
         outputs = model(**self._with_targets(inputs), num_items_in_batch=num_items_in_batch)
@@ -225,12 +232,29 @@ class UniversalDistillationTrainer(ResumableTrainer):
             _split_groups(optimizer, of_projectors, self._projector_learning_rate)
         return optimizer
 
+    def _mean_weight(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> float:
+        """Return what a position weighs on average, over the batches of a step that the Trainer counts together."""
+        is_counted_together = self.args.average_tokens_across_devices and self.args.world_size > 1
+        if not is_counted_together and all(batch.get("weights") is None for batch in batches):
+            return 1.0
+        sums = torch.zeros(2, device=device)
+        for batch in batches:
+            counts_BT, weights_BT = counts_of(batch), weights_of(batch)
+            num_positions = counts_BT.sum()
+            total = num_positions if weights_BT is None else weights_BT.sum()
+            sums += torch.stack([total, num_positions]).to(device)
+        if is_counted_together:
+            # In every step: weights may be in the batch of one process and in that of no other.
+            sums = self.accelerator.gather(sums.unsqueeze(0)).sum(dim=0)
+        total, num_positions = sums.tolist()
+        return total / num_positions if num_positions else 1.0
+
     def _with_targets(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch if self._live is None else {**batch, **self._live(batch)}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, StoredRows):
+        if not isinstance(dataset, RowSet):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochOrder(len(dataset), seed=seed)

@@ -74,8 +74,8 @@ def run_key(recipe: Recipe, run: RunRows) -> dict[str, Any]:
 
 def decisive_sections(recipe: Recipe) -> dict[str, Any]:
     """Give what of a recipe decides the trained student, but for its teacher and its rows."""
-    # In JSON mode, so that it compares with the record that was read back from a file.
-    sections = recipe.model_dump(mode="json", include=set(_DECISIVE_SECTIONS))
+    said = recipe.identity()
+    sections = {name: said[name] for name in _DECISIVE_SECTIONS}
     sections["train"] = {key: value for key, value in recipe.train.items() if not _is_idle(key, recipe.train)}
     return sections
 

@@ -23,7 +23,7 @@ from coldstill.pipeline.students.ridge import solve_towards
 from torch import Tensor, nn
 
 # Of the mean of the Gram matrix's diagonal: what few rows do not tell stays as the cut left it.
-_RIDGE = 0.3
+RIDGE = 0.3
 # Of a block's output, by norm: how far its input plus what its matrices write may be from it, in bfloat16 too.
 _TOLERANCE = 0.02
 
@@ -164,7 +164,7 @@ def _fit(block: nn.Module, index: int, writer: int, batches: Sequence[_Batch]) -
         weighted_NH = read_NH * batch.weights_N[writer].unsqueeze(1)
         gram_HH += weighted_NH.T @ read_NH
         cross_HK += weighted_NH.T @ lacking_NK
-    fitted_HK = solve_towards(module.weight.double().T, gram_HH.double(), cross_HK.double(), share=_RIDGE)
+    fitted_HK = solve_towards(module.weight.double().T, gram_HH.double(), cross_HK.double(), share=RIDGE)
     module.weight.copy_(fitted_HK.T)
 
 

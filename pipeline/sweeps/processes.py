@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from coldstill.cache.processes import process_token
+from coldstill.pipeline.runtime import program
 from coldstill.pipeline.runtime.endings import USER_ERROR
 
-# Without the working folder on the path, where a file of the user's could bear the name of a library.
-_PROGRAM = ("-P", "-m", "coldstill.cli")
 _ERROR_PREFIX = "coldstill: "
 _KEPT_LINES = 200
 _READ_BYTES = 1 << 16
@@ -55,7 +54,7 @@ def run_command(*arguments: str, on_start: Callable[[str], None]) -> Outcome:
     environment = {**os.environ, "COLUMNS": str(shutil.get_terminal_size().columns)}
     with tempfile.TemporaryFile() as printed:
         child = subprocess.Popen(  # noqa: S603 - this program itself
-            [sys.executable, *_PROGRAM, *arguments, "--json"],
+            [sys.executable, *program.PROGRAM, *arguments, "--json"],
             stdout=printed,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,

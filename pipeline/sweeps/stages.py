@@ -53,15 +53,19 @@ def checked_runs(runs: Sequence[Run], state: SweepState, folder: Path, say: Call
     return possible
 
 
+def write_recipes(runs: Sequence[Run]) -> None:
+    """Write the recipe of each run into its folder, from where its stages read it."""
+    for run in runs:
+        run.file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(run.file, dump_recipe(run.recipe))
+
+
 def precompute_runs(runs: Sequence[Run], state: SweepState, folder: Path, say: Callable[[str], None]) -> None:
     """Run stage one for all runs in one pass, or one after another where it refuses one of them.
 
     Raises:
         RecipeError: It fails for all.
     """
-    for run in runs:
-        run.file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(run.file, dump_recipe(run.recipe))
     say(f"stage one for {len(runs)} run{'s'[: len(runs) != 1]}")
     outcome = _stage_one(runs, state)
     if outcome.error is None:

@@ -16,7 +16,7 @@ from coldstill.pipeline.targets.transform_coding import TransformCode
 from torch import Tensor
 
 # What a batch calls the columns of the distribution.
-TOPK, NORMALISER, TAIL, FINAL = "topk", "logsumexp", "tail", "final"
+TOPK, NORMALISER, TAIL, FINAL, LABEL = "topk", "logsumexp", "tail", "final", "label"
 
 StoredLogits = Mapping[str, Mapping[str, Tensor]]
 StoredStates = Mapping[str, Mapping[str, Tensor]]

@@ -1,7 +1,7 @@
 """Runs of the command line that are killed at a publish, at a removal, or at any moment.
 
-Run as a script, this file is the process that runs are forked from: it has imported torch and transformers but has
-started no thread of theirs, which a fork would lose.
+This module's `main` is the process that runs are forked from: it has imported torch and transformers but has started
+no thread of theirs, which a fork would lose.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from forked import Forks
 
-ROOT = Path(__file__).parents[2]
 SHARD_TOKENS = 96
 CHILD_TIMEOUT_S = 120
 FAILED = 70
@@ -59,14 +59,11 @@ class Run:
     verify: str | None = None
 
 
-def serve() -> None:
+def main() -> None:
     """Read runs as lines of JSON, fork a child for each, and answer with its exit code and number of calls."""
-    import coldstill.cli
-    import coldstill.pipeline.repair  # noqa: F401
-    import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401 - what a child would import otherwise
+    import datasets
 
-    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = Path(sys.argv[1])
     for line in sys.stdin:
         told = json.loads(line)
         run = Run(**told | {"stop": Stop(**told["stop"]) if told["stop"] else None})
@@ -192,20 +189,12 @@ def all_stops(functions: Sequence[str], count: int) -> list[Stop]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, recipe: Mapping[str, Any]) -> Iterator[Place]:
+def serving(forks: Forks, folder: Path, recipe: Mapping[str, Any]) -> Iterator[Place]:
     """Give a place with a recipe, and the server that runs it."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe)))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(folder / "datasets"),
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
     with (folder / "stderr").open("w") as stderr:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr, "text": True}
-        server = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
+        server = subprocess.Popen(forks.command("crash.killing", folder / "datasets"), **pipes)
     place = Place(folder, folder / "recipe.yaml", server)
     try:
         # The first run makes the copy of the text that `datasets` keeps, which no kill is to fall into.
@@ -213,7 +202,3 @@ def serving(folder: Path, recipe: Mapping[str, Any]) -> Iterator[Place]:
         yield place
     finally:
         server.communicate(timeout=CHILD_TIMEOUT_S)
-
-
-if __name__ == "__main__":
-    serve()

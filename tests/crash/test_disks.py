@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,18 +17,18 @@ from typing import Any
 import pytest
 import yaml
 from coldstill.pipeline.verify import verify
+from crash.signals import CHILD_TIMEOUT_S, started
 from crash.trees import difference, lasting_files_below, small_recipe
+from forked import Forks
 from safetensors import SafetensorError
 from typer.testing import CliRunner, Result
 
-ROOT = Path(__file__).parents[2]
 # What stays of `precompute`, by how far it had come.
 STAYS = (
     r"(before it came to the shards; run the same command again"
     r"|before the first of \d+ shards was complete; the same command begins with it"
     r"|with [1-9]\d* of \d+ shards complete; run the same command again to go on)"
 )
-CHILD_TIMEOUT_S = 120
 STEPS = ("write", "sync", "publish")
 
 
@@ -341,28 +340,25 @@ def long_run(
     return place, lasting_files_below(place.root)
 
 
-def stopped(place: Place, number: int, stop: Stop) -> subprocess.CompletedProcess[str]:
+def stopped(forks: Forks, place: Place, number: int, stop: Stop) -> subprocess.CompletedProcess[str]:
     """Run `precompute` in a process of its own, and send it a signal when it has come so far."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "coldstill.cli", "precompute", str(place.recipe)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # A shell lets what it starts in the background ignore SIGINT, and the tests may have been started so.
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    with subprocess.Popen(command, env=environment, cwd=place.folder, **pipes, **heard) as child:
+    with started(forks, "precompute", str(place.recipe)) as child:
         deadline = time.monotonic() + CHILD_TIMEOUT_S
         while child.poll() is None and time.monotonic() < deadline and not any(place.root.glob(stop.pattern)):
             time.sleep(0.002)
         time.sleep(stop.delay_s)
         child.send_signal(number)
         stdout, stderr = child.communicate(timeout=CHILD_TIMEOUT_S)
-    return subprocess.CompletedProcess(command, child.returncode, stdout, stderr)
+    return subprocess.CompletedProcess(child.args, child.returncode, stdout, stderr)
 
 
-def check_stop(long_run: tuple[Place, dict[str, bytes]], number: int, stop: Stop, patch: pytest.MonkeyPatch) -> None:
+def check_stop(
+    forks: Forks, long_run: tuple[Place, dict[str, bytes]], number: int, stop: Stop, patch: pytest.MonkeyPatch
+) -> None:
     place, whole = long_run
     place.clear()
     patch.setattr("coldstill.cache.rows.SHARD_TOKENS", 32_768)
-    ended = stopped(place, number, stop)
+    ended = stopped(forks, place, number, stop)
     if stop.delay_s and not difference(lasting_files_below(place.root), whole):
         return  # it had come to its end before the signal
     assert ended.returncode == EXIT_CODES[number], ended.stderr
@@ -386,18 +382,19 @@ def check_stop(long_run: tuple[Place, dict[str, bytes]], number: int, stop: Stop
     ],
 )
 def test_a_run_that_is_told_to_stop_says_so_and_the_next_one_completes(
-    long_run: tuple[Place, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch, number: int, stop: Stop
+    forks: Forks, long_run: tuple[Place, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch, number: int, stop: Stop
 ):
-    check_stop(long_run, number, stop, monkeypatch)
+    check_stop(forks, long_run, number, stop, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", EXIT_CODES, ids=lambda number: number.name)
 def test_a_run_that_is_told_to_stop_at_random_says_so_and_the_next_one_completes(
-    long_run: tuple[Place, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch, number: int
+    forks: Forks, long_run: tuple[Place, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch, number: int
 ):
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")  # noqa: T201 - shown where the test fails
     generator = random.Random(seed)
     for _ in range(6):
-        check_stop(long_run, number, Stop("random", AT_TOKENS.pattern, generator.uniform(0.001, 0.4)), monkeypatch)
+        stop = Stop("random", AT_TOKENS.pattern, generator.uniform(0.001, 0.4))
+        check_stop(forks, long_run, number, stop, monkeypatch)

@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 from crash.killing import KILLED, PUBLISHES, REMOVALS, Place, Stop, all_stops, serving
 from crash.trees import difference, lasting_files_below, small_recipe
+from forked import Forks
 
 NUM_RANDOM_KILLS = 50
 
 
 @pytest.fixture(scope="module")
 def place(
-    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], corpus: list[str]
+    forks: Forks, tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], corpus: list[str]
 ) -> Iterator[Place]:
     """A recipe of three shards and few columns, and the server that runs it."""
     folder = tmp_path_factory.mktemp("kills")
     # Coded columns, so that the calibrations are among what is killed.
     targets = {"logits": {"kind": "final"}, "hidden": {"blocks": [1], "encoding": "coded", "token_fraction": 0.5}}
     recipe = small_recipe(folder, model_folders["teacher"], corpus[:30], targets=targets)
-    with serving(folder, recipe) as place:
+    with serving(forks, folder, recipe) as place:
         yield place
 
 

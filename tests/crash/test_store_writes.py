@@ -48,8 +48,8 @@ def _small_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make shards and chunks small; leave out syncs, as a kill loses nothing that the kernel was given."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 10)
-    monkeypatch.setattr("coldstill.cache.columns._CHUNK_TARGET_BYTES", 16)
-    monkeypatch.setattr("coldstill.cache.manifest._FOLD_EVERY", 3)
+    monkeypatch.setattr("coldstill.cache.columns.CHUNK_TARGET_BYTES", 16)
+    monkeypatch.setattr("coldstill.cache.manifest.FOLD_EVERY", 3)
 
 
 def values_of(column: Column, rows: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -62,7 +62,7 @@ def values_of(column: Column, rows: list[np.ndarray]) -> dict[str, np.ndarray]:
 
 def select(store: Store, manifest: Manifest) -> Selection:
     found = find_rows(store, read_rows(store), manifest.shards(TOKENS), ROW_IDS)
-    return write_selection(store, found, [0] * len(ROWS), PROVENANCE)
+    return write_selection(store, found, [()] * len(ROWS), PROVENANCE)
 
 
 def write_store(root: Path) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from crash.killing import KILLED, PUBLISHES, REMOVALS, Place, Stop, all_stops, serving
 from crash.trees import small_recipe
+from forked import Forks
 
 NUM_RANDOM_KILLS = 20
 
 
 @pytest.fixture(scope="module")
 def place(
-    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], corpus: list[str]
+    forks: Forks, tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], corpus: list[str]
 ) -> Iterator[Place]:
     """A recipe of six steps with a checkpoint after every second one, of which the last is kept, and its store."""
     folder = tmp_path_factory.mktemp("training")
@@ -38,7 +39,7 @@ def place(
         loss={"temperature": 1},
         train=train,
     )
-    with serving(folder, recipe) as place:
+    with serving(forks, folder, recipe) as place:
         yield place
 
 

@@ -1,6 +1,7 @@
 """Training is told to stop by real signals: it saves its step, says which one that is, and goes on from there."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.train import train
 from crash.signals import CHILD_TIMEOUT_S, last_line, read_until, started
 from crash.trees import small_recipe
+from forked import Forks
 from safetensors.torch import load_file
 from training import without_times
 
@@ -77,6 +79,7 @@ def whole(write_recipe: Callable[..., Path]) -> tuple[dict[str, bytes], list[dic
     ],
 )
 def test_training_that_is_told_to_stop_saves_its_step_and_goes_on_to_the_same_bytes(
+    forks: Forks,
     write_recipe: Callable[..., Path],
     whole: tuple[dict[str, bytes], list[dict[str, Any]]],
     number: signal.Signals,
@@ -84,7 +87,7 @@ def test_training_that_is_told_to_stop_saves_its_step_and_goes_on_to_the_same_by
 ):
     file = write_recipe("stopped", **training)
     output = file.with_suffix("")
-    with started("train", str(file)) as child:
+    with started(forks, "train", str(file)) as child:
         read_until(child.stderr, "'loss_hidden'")
         child.send_signal(number)
         stdout, stderr = child.communicate(timeout=CHILD_TIMEOUT_S)
@@ -99,14 +102,16 @@ def test_training_that_is_told_to_stop_saves_its_step_and_goes_on_to_the_same_by
     assert result_of(output) == whole
 
 
-def test_a_second_signal_ends_at_once_and_nothing_is_called_saved_that_is_not(write_recipe: Callable[..., Path]):
+def test_a_second_signal_ends_at_once_and_nothing_is_called_saved_that_is_not(
+    forks: Forks, write_recipe: Callable[..., Path]
+):
     file = write_recipe("twice")
-    with started("train", str(file)) as child:
+    with started(forks, "train", str(file)) as child:
         read_until(child.stderr, f"0/{NUM_STEPS} ")
-        child.send_signal(signal.SIGSTOP)  # so that both come within one step
-        child.send_signal(signal.SIGINT)
-        child.send_signal(signal.SIGTERM)
-        child.send_signal(signal.SIGCONT)
+        behind = forks.pid_behind(child.pid)
+        # Stopped meanwhile, so that both come within one step.
+        for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+            os.kill(behind, number)
         _, stderr = child.communicate(timeout=CHILD_TIMEOUT_S)
     assert child.returncode == 143, stderr
     assert FIRST_SAID in stderr

@@ -4,18 +4,17 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from coldstill.cache.processes import is_dead
+from crash.signals import started
+from forked import Forks
 from typer.testing import Result
 
-ROOT = Path(__file__).parents[2]
 DEADLINE_S = 300
 IMPOSSIBLE = "projector.kind=none, loss.temperature=1"
 
@@ -38,23 +37,6 @@ def sweep(write_recipe: Callable[..., Path], workplace: Path, monkeypatch: pytes
     path = workplace / "sweep.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
-
-
-@contextmanager
-def started(sweep: Path) -> Iterator[subprocess.Popen[str]]:
-    """Run the sweep in a process of its own, which hears an interruption however the tests were started."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "coldstill.cli", "ablate", str(sweep)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def read_until(process: subprocess.Popen[str], said: str) -> list[str]:
@@ -90,11 +72,12 @@ def contents(folder: Path, pattern: str) -> dict[str, tuple[bytes, int]]:
 
 
 def test_a_sweep_that_was_interrupted_and_killed_continues_and_does_nothing_twice(
-    sweep: Path, workplace: Path, coldstill: Callable[..., Result]
+    forks: Forks, sweep: Path, workplace: Path, coldstill: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("coldstill.pipeline.runtime.program.PROGRAM", forks.program("coldstill.cli"))
     folder = workplace / "sweep"
     results = ("runs/*/train.json", "runs/*/student/*", "runs/*/evaluation/*")
-    with started(sweep) as process:
+    with started(forks, "ablate", str(sweep)) as process:
         said = read_until(process, "run 2 of 2: ")
         child = wait_for_process(folder)
         process.send_signal(signal.SIGINT)
@@ -113,11 +96,11 @@ def test_a_sweep_that_was_interrupted_and_killed_continues_and_does_nothing_twic
     store = contents(workplace / "caches", "stores/*/commits/**/*")
     assert len(first_run[0]) == 1
 
-    with started(sweep) as process:
+    with started(forks, "ablate", str(sweep)) as process:
         said = read_until(process, "run 1 of 1: ")
         child = wait_for_process(folder)
         assert not any(IMPOSSIBLE in line for line in said), "what failed is not tried again"
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(forks.pid_behind(process.pid), signal.SIGKILL)
         process.wait()
         assert is_dead(child) is False, "what it began lives on"
         second = coldstill("ablate", sweep, expect=1)

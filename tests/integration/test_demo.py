@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import pytest
 from crash.signals import last_line, started
+from forked import Forks
 
 
 @pytest.mark.slow
@@ -23,10 +24,10 @@ def test_the_demo_recovers_its_student_and_a_second_run_loads_no_teacher(coldsti
 
 
 @pytest.mark.slow
-def test_the_demos_teacher_goes_on_where_its_training_was_interrupted(tmp_path: Path):
+def test_the_demos_teacher_goes_on_where_its_training_was_interrupted(forks: Forks, tmp_path: Path):
     saved = []
     for least in (30, 0):
-        with started("demo", "--folder", str(tmp_path / "demo")) as child:
+        with started(forks, "demo", "--folder", str(tmp_path / "demo")) as child:
             assert child.stderr is not None
             _read_until_step(child.stderr, least)
             child.send_signal(signal.SIGINT)

@@ -3,7 +3,7 @@
 import hashlib
 import http.client
 import json
-import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -33,6 +33,8 @@ from coldstill.cache.reader import Reader
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.file import load_recipe
 from crash.trees import difference, files_below
+from forked import Forks
+from watched import wanted
 
 REGION = "us-east-1"
 # Six rows of 24 tokens in each shard.
@@ -206,8 +208,8 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Use]:
             monkeypatch.setenv(name, value)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    monkeypatch.setattr(remote_objects, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(remote_objects, "_LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(remote_objects, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(remote_objects, "LONGEST_PAUSE_S", 0.05)
     yield chosen
     forget_clients()
 
@@ -305,63 +307,15 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pat
     return made
 
 
-# `coldstill` in a process of its own, which may be killed.
-COMMAND = """
-import os, signal, sys
-os.environ.update(environment)
-file = os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-os.dup2(file, 1)
-os.dup2(file, 2)
-import coldstill.cache.rows, coldstill.cli, s3fs, torch
-from coldstill.cache import remote_objects
-torch.set_num_threads(1)
-coldstill.cache.rows.SHARD_TOKENS = shard_tokens
-s3fs.S3FileSystem.retries = 1
-remote_objects._FIRST_PAUSE_S, remote_objects._LONGEST_PAUSE_S = 0.01, 0.05
-write = remote_objects.RemoteObjects.write
-num_writes = 0
-def write_or_die(self, name, data):
-    global num_writes
-    num_writes += 1
-    if num_writes == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self, name, data)
-remote_objects.RemoteObjects.write = write_or_die
-sys.argv = ["coldstill", *arguments]
-coldstill.cli.main()
-"""
-# What these processes need, imported once in a process that they are forked from.
-PRELOADED = [
-    "coldstill.cli",
-    "coldstill.pipeline.precompute",
-    "coldstill.pipeline.train",
-    "transformers.models.llama.modeling_llama",
-    "s3fs",
-]
-
-
-def in_another_process(url: str, folder: Path, *arguments: Any, kill_at: int | None = None) -> tuple[int, str]:
-    """Run the command line in another process: its exit code and what it said."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    names = {
-        "environment": environment(url, folder / "home"),
-        "errors": str(folder / "errors"),
-        "shard_tokens": SHARD_TOKENS,
-        "kill_at": kill_at,
-        "arguments": [str(argument) for argument in arguments],
-    }
-    # The function is one that a process finds without importing this file.
-    child = context.Process(target=exec, args=(COMMAND, names))
-    child.start()
-    child.join(120)
-    code = child.exitcode
-    if code is None:
-        child.kill()
-        child.join()
-    child.close()
-    assert code is not None, "it did not end"
-    return code, (folder / "errors").read_text()
+def in_another_process(
+    forks: Forks, url: str, folder: Path, *arguments: Any, kill_at: int | None = None
+) -> tuple[int, str]:
+    """Run the command line in another process, which dies at a write; give its exit code and what it said."""
+    command = forks.command("watched", wanted(shard_tokens=SHARD_TOKENS, kill_at=kill_at), *arguments)
+    surroundings = {**os.environ, **environment(url, folder / "home")}
+    said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, env=surroundings, check=False, timeout=120, **said)
+    return done.returncode, done.stdout
 
 
 def one_line(errors: str) -> str:
@@ -625,11 +579,11 @@ def test_a_bucket_keeps_the_contract_of_a_folder(endpoint: Endpoint, use: Use):
 
 @pytest.mark.parametrize("kill_at", [70, *(pytest.param(number, marks=pytest.mark.slow) for number in (20, 45))])
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    endpoint: Endpoint, use: Use, place: Place, tmp_path: Path, kill_at: int
+    forks: Forks, endpoint: Endpoint, use: Use, place: Place, tmp_path: Path, kill_at: int
 ):
     bucket = endpoint.make_bucket()
     recipe = place.recipe(tmp_path / "recipe.yaml", f"s3://{bucket}/caches")
-    code, errors = in_another_process(endpoint.url, tmp_path, "precompute", recipe, kill_at=kill_at)
+    code, errors = in_another_process(forks, endpoint.url, tmp_path, "precompute", recipe, kill_at=kill_at)
     assert code == -signal.SIGKILL, errors
     left = endpoint.names(bucket)
     assert [name for name in left if "/writers/" in name], "it was killed outside of its work"
@@ -642,7 +596,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
 @pytest.mark.parametrize("share", [0.2, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.1, 0.3))])
 def test_requests_that_fail_at_random_cost_nothing_but_time(
-    endpoint: Endpoint, proxy: Proxy, use: Use, place: Place, tmp_path: Path, share: float
+    forks: Forks, endpoint: Endpoint, proxy: Proxy, use: Use, place: Place, tmp_path: Path, share: float
 ):
     chance = random.Random(round(share * 10))
     failed: Counter[tuple[str, str]] = Counter()
@@ -657,7 +611,7 @@ def test_requests_that_fail_at_random_cost_nothing_but_time(
     proxy.fault = at_random
     bucket = endpoint.make_bucket()
     recipe = place.recipe(tmp_path / "recipe.yaml", f"s3://{bucket}/caches")
-    code, errors = in_another_process(proxy.url, tmp_path, "precompute", recipe)
+    code, errors = in_another_process(forks, proxy.url, tmp_path, "precompute", recipe)
     assert code == 0, errors
     assert proxy.num_faults > share * 300, "hardly a request failed"
     assert difference(endpoint.tree(bucket), place.tree) == {}
@@ -671,13 +625,13 @@ def test_requests_that_fail_at_random_cost_nothing_but_time(
     [(400, "503"), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, "drop"), (0, "503"), (150, "drop")])],
 )
 def test_an_endpoint_that_goes_down_is_one_line_and_nothing_is_lost(
-    endpoint: Endpoint, proxy: Proxy, use: Use, place: Place, tmp_path: Path, last_good: int, fault: str
+    forks: Forks, endpoint: Endpoint, proxy: Proxy, use: Use, place: Place, tmp_path: Path, last_good: int, fault: str
 ):
     proxy.fault = lambda number, method, path: fault if number > last_good else None
     bucket = endpoint.make_bucket()
     recipe = place.recipe(tmp_path / "recipe.yaml", f"s3://{bucket}/caches")
     started = time.monotonic()
-    code, errors = in_another_process(proxy.url, tmp_path, "precompute", recipe)
+    code, errors = in_another_process(forks, proxy.url, tmp_path, "precompute", recipe)
     assert time.monotonic() - started < 30
     assert len(proxy.seen) > last_good, "the endpoint was never needed after it went down"
     assert code == 2, errors

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,15 @@ from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import CONSTANTS
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.file import load_recipe
+from forked import Forks
 
 FINAL = {"logits": {"kind": "final"}, "hidden": {"encoding": "coded"}}
+
+
+@pytest.fixture(autouse=True)
+def _forked(forks: Forks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a plan train its few steps in a process that need not import anything."""
+    monkeypatch.setattr("coldstill.pipeline.runtime.program.PROGRAM", forks.program("coldstill.cli"))
 
 
 def planned(coldstill: Callable[..., Any], recipe: Path, *arguments: str) -> dict[str, Any]:
@@ -22,7 +28,7 @@ def planned(coldstill: Callable[..., Any], recipe: Path, *arguments: str) -> dic
 
 
 def test_a_plan_says_what_then_happens(
-    write_recipe: Callable[..., Path], coldstill: Callable[..., Any], workplace: Path
+    forks: Forks, write_recipe: Callable[..., Path], coldstill: Callable[..., Any], workplace: Path
 ):
     recipe = write_recipe(targets=FINAL, data__train__max_rows=400)
     before = sorted(workplace.rglob("*"))
@@ -37,7 +43,7 @@ def test_a_plan_says_what_then_happens(
     constants = sum(record.stored_bytes for record in records if record.shard == CONSTANTS)
     assert plan["constant_bytes"] == pytest.approx(constants, rel=0.01)
     assert plan["num_tokens"] == sum(selection.num_tokens for selection in run.selections.values())
-    trained = trained_in_a_process(recipe)
+    trained = trained_in_a_process(forks, recipe)
     assert plan["train_memory_bytes"] == pytest.approx(trained["peak_memory_bytes"], rel=0.25)
 
 
@@ -61,9 +67,9 @@ def check_proposals(plan: dict[str, Any]) -> None:
         assert "targets.logits.kind=" in proposal["overrides"]
 
 
-def trained_in_a_process(recipe: Path) -> dict[str, Any]:
-    """Train as a person does: the memory of this test's own process would count otherwise."""
-    command = [sys.executable, "-m", "coldstill.cli", "train", str(recipe), "--json"]
+def trained_in_a_process(forks: Forks, recipe: Path) -> dict[str, Any]:
+    """Train in a process that has done nothing else: the memory of this test's own would count otherwise."""
+    command = forks.command("coldstill.cli", "train", recipe, "--json")
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

@@ -307,7 +307,7 @@ def test_neftune_adds_noise_while_it_trains_and_at_no_other_time(student: dict[s
 def test_a_compiled_student_has_the_gradients_of_a_plain_one(changes: list[str], place: Path):
     def run(*more: str) -> tuple[dict[str, torch.Tensor], set[str]]:
         trainer = trainer_of(load_recipe(place / "recipe.yaml", [*changes, *more]))
-        if trainer.args.activation_checkpointing:
+        if trainer.args.gradient_checkpointing:
             trainer.model.activation_checkpointing_enable()
         with torch.profiler.profile() as profile:
             found = gradients(trainer)

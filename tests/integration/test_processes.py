@@ -1,47 +1,49 @@
 """Several processes train as one: `torchrun`, and so `accelerate launch`, on CPUs."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forks
 from safetensors.torch import load_file
+from watched import wanted
 
-ROOT = Path(__file__).parents[2]
-
-
-def launched(num_processes: int, *arguments: object) -> Any:
-    """Run the command line under torchrun, and give the JSON that it prints."""
-    return json.loads(torchrun(num_processes, "-m", "coldstill.cli", *arguments, "--json"))
+SHARD_TOKENS = 128
 
 
-def torchrun(num_processes: int, *arguments: object) -> str:
-    """Run a program in several processes, and give what it prints."""
-    environment = {"PYTHONPATH": str(ROOT), **os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    command = [*launcher, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=100)
+def torchrun(forks: Forks, num_processes: int, module: str, *arguments: object) -> str:
+    """Run a module in several processes, and give what it prints."""
+    launcher = ("--standalone", "--nproc-per-node", num_processes)
+    command = forks.command("torch.distributed.run", *launcher, *forks.script(module), *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_two_processes_train_as_one_at_the_same_global_batch(
-    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
+    forks: Forks, coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
 ):
     narrow = {"student": {"path": str(workplace / "narrow")}, "mapping": {"strategy": "uniform"}}
     # Five eval rows one at a time: the second process reads one of them again, which does not count.
     judged = {"data__eval__max_rows": 5, "train__per_device_eval_batch_size": 1, "train__eval_strategy": "epoch"}
-    changes = {**narrow, "data__packing": False, "data__sequence_length": 60, "train__logging_steps": 1, **judged}
+    # Every fourth row has a prompt that weighs half: mostly the batch of one process has weights, and the other's none.
+    lines = [" ".join(line.split()[:9]) for line in (workplace / "text.txt").read_text().splitlines()]
+    rows = [{"text": line, "prompt": "Is it so?" if index % 4 == 0 else ""} for index, line in enumerate(lines)]
+    (workplace / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"path": "json", "data_files": str(workplace / "rows.jsonl"), "prompt_column": "prompt"}
+    prompts = {"data__train": {**source, "max_rows": 20}, "data__eval": source, "data__prompt_weight": 0.5}
+    changes = {
+        **narrow, **prompts, **judged, "data__packing": False, "data__sequence_length": 60, "train__logging_steps": 1
+    }  # fmt: skip
     recipe = write_recipe(**changes)
     coldstill("precompute", recipe)
     coldstill("train", recipe)
     alone = workplace / "run"
     recipe = write_recipe(output=str(workplace / "two"), **{**changes, "train__per_device_train_batch_size": 2})
-    assert launched(2, "train", recipe)["trained_steps"] == 4
+    assert json.loads(torchrun(forks, 2, "coldstill.cli", "train", recipe, "--json"))["trained_steps"] == 4
     want, got = (load_file(folder / "student/model.safetensors") for folder in (alone, workplace / "two"))
     start = load_file(workplace / "narrow/model.safetensors")
     for name, value in want.items():
@@ -55,54 +57,35 @@ def test_two_processes_train_as_one_at_the_same_global_batch(
 
 
 @pytest.mark.parametrize("heads", ["tied", "untied"])
-def test_a_sharded_distiller_has_the_gradients_of_the_whole(heads: str):
-    assert torchrun(2, ROOT / "tests/sharded_gradients.py", heads).startswith("equal: ")
+def test_a_sharded_distiller_has_the_gradients_of_the_whole(forks: Forks, heads: str):
+    assert torchrun(forks, 2, "sharded_gradients", heads).startswith("equal: ")
 
 
 def test_two_processes_fill_one_store_each_shard_once(
-    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path, monkeypatch: pytest.MonkeyPatch
+    forks: Forks,
+    coldstill: Callable[..., Any],
+    write_recipe: Callable[..., Path],
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     long_rows = {"data__sequence_length": 64, "teacher__batch_size": 1}
-    trace = workplace / "trace"
-    trace.mkdir()
-    (workplace / "sitecustomize.py").write_text(TRACING)
-    monkeypatch.setenv("PYTHONPATH", f"{workplace}:{ROOT}")
-    monkeypatch.setenv("COLDSTILL_TEST_TRACE", str(trace))
     recipe = write_recipe(cache=str(workplace / "two"), **long_rows)
-    summary = launched(2, "precompute", recipe)
+    told = wanted(shard_tokens=SHARD_TOKENS, commits=workplace / "commits")
+    summary = json.loads(torchrun(forks, 2, "watched", told, "precompute", recipe, "--json"))
     assert summary["missing_shards"] == 0
-    written = [line for file in trace.iterdir() for line in file.read_text().splitlines()]
-    commits = [line for line in written if line.startswith("commits/") and line.endswith(".json")]
+    of_process = [file.read_text().splitlines() for file in workplace.glob("commits.*")]
+    commits = [line for lines in of_process for line in lines]
     assert len(commits) == len(set(commits)) > 20
-    of_process = [
-        {line.split("~")[0] for line in file.read_text().splitlines() if "~hidden~" in line} for file in trace.iterdir()
-    ]
-    with_shards = [shards for shards in of_process if shards]
+    shards = [{line.split()[0] for line in lines if " hidden/" in line} for lines in of_process]
+    with_shards = [computed for computed in shards if computed]
     assert len(with_shards) == 2, "both processes computed shards"
     assert not with_shards[0] & with_shards[1]
     coldstill("cache", "verify", workplace / "two")
-    alone = launched(1, "precompute", write_recipe(cache=str(workplace / "one"), **long_rows))
+    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", SHARD_TOKENS)
+    recipe = write_recipe(cache=str(workplace / "one"), **long_rows)
+    alone = json.loads(coldstill("precompute", recipe, "--json").stdout)
     assert summary["computed_tokens"] == alone["computed_tokens"]
     assert stored(workplace / "two") == stored(workplace / "one")
-
-
-# Runs in each child before anything else: small shards, and a list of what is published.
-TRACING = """
-import os, sys
-if os.environ.get("COLDSTILL_TEST_TRACE"):
-    import coldstill.cache.rows
-    from coldstill.cache.local_objects import LocalObjects
-
-    coldstill.cache.rows.SHARD_TOKENS = 128
-    publish = LocalObjects.write_all
-
-    def traced(self, objects):
-        publish(self, objects)
-        with open(f"{os.environ['COLDSTILL_TEST_TRACE']}/{os.getpid()}", "a") as file:
-            file.writelines(f"{name}\\n" for name in objects)
-
-    LocalObjects.write_all = traced
-"""
 
 
 def stored(root: Path) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,9 +19,9 @@ from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.train import train
+from forked import Forks
 
 PROBE_TOKENS = 24  # one row of them; no batch of rows has so few
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -241,7 +240,7 @@ def test_a_share_that_is_none_is_one_line(coldstill: Callable[..., Any], write_r
 
 
 def test_rows_are_read_while_the_store_is_being_extended(
-    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
+    forks: Forks, coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
 ):
     recipe = write_recipe()
     coldstill("precompute", recipe)
@@ -254,8 +253,8 @@ def test_rows_are_read_while_the_store_is_being_extended(
 
     right, rounds = read(), 0
     extension = [f"output={workplace}/extended", "data.train.max_rows=null", "targets.hidden.blocks=[0,1,2,3]"]
-    command = [sys.executable, "-m", "coldstill.cli", "precompute", str(recipe), *extension, "--json"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as extending:
+    command = forks.command("coldstill.cli", "precompute", recipe, *extension, "--json")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as extending:
         while extending.poll() is None:
             np.testing.assert_equal(read(), right)
             rounds += 1

@@ -39,7 +39,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make chunks so short that a few tokens fill several."""
-    monkeypatch.setattr("coldstill.cache.columns._CHUNK_TARGET_BYTES", 64)
+    monkeypatch.setattr("coldstill.cache.columns.CHUNK_TARGET_BYTES", 64)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def lay() -> Callable[..., Selection]:
         write_tokens(store, manifest, new, tokens, vocab_size=VOCAB_SIZE)
         publish_rows(store, new)
         found = find_rows(store, read_rows(store), manifest.shards(TOKENS), ids)
-        return write_selection(store, found, [0] * len(rows), {})
+        return write_selection(store, found, [()] * len(rows), {})
 
     return laid
 

@@ -71,7 +71,7 @@ def decode(data: bytes, spec: ArraySpec, shape: tuple[int, ...]) -> np.ndarray:
 def _small_and_large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let objects be read both as small ones and as large ones."""
     if request.param == "by index and chunks":
-        monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
+        monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,9 @@ def test_a_small_object_is_read_at_once_and_a_large_one_by_parts(monkeypatch: py
     assert all(before[0] + before[1] == after[0] for before, after in itertools.pairwise(ranges))
     assert sum(num_bytes for _, num_bytes in ranges) == len(data) - index_bytes
     # One byte decides: an object of exactly the limit is still small.
-    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", len(data) - 1)
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", len(data) - 1)
     assert opened(data, spec, values.shape).index_range == large.index_range
-    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", len(data))
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", len(data))
     small = opened(data, spec, values.shape)
     assert small.index_range == (0, len(data))
     assert {small.chunk_range(number) for number in range(small.num_chunks)} == {(0, 0)}

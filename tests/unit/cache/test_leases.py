@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -12,7 +11,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,7 +22,6 @@ from coldstill.cache.leases import LAYOUT, Lease, hold, living_writers
 from coldstill.cache.objects import Objects, open_objects
 from coldstill.cache.processes import process_token
 
-ROOT = Path(__file__).parents[3]
 ELSEWHERE = "0123456789ab-77-1795341849970"
 
 # A writer in a process of its own: it says when it holds its shards, and whether its lease still holds at each line
@@ -35,7 +32,7 @@ from coldstill.cache import leases
 from coldstill.cache.errors import InUseError
 from coldstill.cache.objects import open_objects
 root, token, beat_s, *shards = sys.argv[1:]
-leases._BEAT_S = float(beat_s)
+leases.BEAT_S = float(beat_s)
 if token:
     leases.process_token = lambda: token
 with leases.hold(open_objects(root), shards) as lease:
@@ -64,9 +61,9 @@ def local(tmp_path: Path) -> Objects:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "_BEAT_S", 0.05)
-    monkeypatch.setattr(leases, "_SILENCE_S", 0.3)
-    monkeypatch.setattr(leases, "_POLL_S", 0.02)
+    monkeypatch.setattr(leases, "BEAT_S", 0.05)
+    monkeypatch.setattr(leases, "SILENCE_S", 0.3)
+    monkeypatch.setattr(leases, "POLL_S", 0.02)
 
 
 @pytest.fixture
@@ -77,7 +74,7 @@ def start_writer(local: Objects) -> Iterator[StartWriter]:
         def start(*shards: str, token: str = "", beat_s: float = 0.05) -> "subprocess.Popen[str]":
             command = [sys.executable, "-c", CHILD, local.root, token, str(beat_s), *shards]
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, **pipes)
+            child = subprocess.Popen(command, **pipes)
             stack.enter_context(child)
             stack.callback(child.kill)
             assert child.stdout is not None
@@ -205,7 +202,7 @@ def test_a_living_process_keeps_its_shards(local: Objects, start_writer: StartWr
 def test_a_killed_process_gives_its_shards_up_at_once(
     local: Objects, start_writer: StartWriter, monkeypatch: pytest.MonkeyPatch, is_waited_for: bool
 ):
-    monkeypatch.setattr(leases, "_SILENCE_S", 60.0)
+    monkeypatch.setattr(leases, "SILENCE_S", 60.0)
     child = start_writer("a")
     child.kill()
     if is_waited_for:
@@ -271,7 +268,7 @@ def test_a_writer_on_another_machine_that_shows_life_keeps_its_shards(local: Obj
 def test_a_writer_that_shows_life_seldom_but_often_enough_keeps_its_shards(
     local: Objects, start_writer: StartWriter, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(leases, "_SILENCE_S", 1.2)
+    monkeypatch.setattr(leases, "SILENCE_S", 1.2)
     child = start_writer("a", token=ELSEWHERE, beat_s=0.4)
     with pytest.raises(InUseError):
         hold(local, ["a"]).__enter__()
@@ -351,7 +348,7 @@ from coldstill.cache import leases
 from coldstill.cache.errors import InUseError
 from coldstill.cache.objects import open_objects
 root, marks, number = sys.argv[1:]
-leases._POLL_S = 0.01
+leases.POLL_S = 0.01
 chance = random.Random(int(number))
 held = refused = met = 0
 Path(marks, f"ready{number}").touch()
@@ -381,14 +378,11 @@ print(held, refused, met)
 def test_processes_that_race_never_hold_the_same_shard_at_once(local: Objects, tmp_path: Path):
     marks = tmp_path / "marks"
     marks.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", RACER, local.root, str(marks), str(number)],
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
-            cwd=ROOT,
         )
         for number in range(4)
     ]
@@ -401,7 +395,7 @@ def test_processes_that_race_never_hold_the_same_shard_at_once(local: Objects, t
 
 
 def test_threads_that_race_over_a_url_never_hold_the_same_shard_at_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(leases, "_POLL_S", 0.005)
+    monkeypatch.setattr(leases, "POLL_S", 0.005)
     root = f"memory://{uuid4().hex}/store"
     holders: Counter[str] = Counter()
     guard = threading.Lock()
@@ -451,174 +445,3 @@ def test_of_many_that_find_a_dead_writer_only_one_takes_over(local: Objects, sta
     for thread in threads:
         thread.join()
     assert most == [1] * 5
-
-
-# `coldstill` in a process of its own, over short shards, that waits with the others for all to be ready and keeps a
-# list of what it commits.
-COMMAND = """
-import os, sys, time
-import coldstill.cache.rows, coldstill.cli, torch
-from coldstill.cache.manifest import Manifest
-output, errors = (os.open(f"{folder}/{kind}{number}", os.O_CREAT | os.O_WRONLY) for kind in ("output", "errors"))
-os.dup2(output, 1)
-os.dup2(errors, 2)
-torch.set_num_threads(1)
-coldstill.cache.rows.SHARD_TOKENS = 72
-commit = Manifest.commit
-def commit_and_tell(self, record):
-    commit(self, record)
-    with open(f"{folder}/commits{number}", "a") as file:
-        print(record.shard, record.column.name, file=file)
-Manifest.commit = commit_and_tell
-os.close(os.open(f"{folder}/ready{number}", os.O_CREAT))
-while not all(os.path.exists(f"{folder}/ready{other}") for other in range(num_processes)):
-    time.sleep(0.001)
-sys.argv = ["coldstill", *arguments]
-coldstill.cli.main()
-"""
-# What these processes need, imported once in a process that they are forked from.
-PRELOADED = [
-    "coldstill.cli",
-    "coldstill.pipeline.precompute",
-    "coldstill.pipeline.train",
-    "transformers.models.llama.modeling_llama",
-    "s3fs",
-]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A `coldstill precompute` that ended: its exit code, what it said, and what it committed."""
-
-    code: int | None
-    output: str
-    errors: str
-    commits: list[str]
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return json.loads(self.output)
-
-
-def run_at_once(folder: Path, *commands: list[str]) -> list[Ended]:
-    """Run `coldstill` in one process for each command, all at once."""
-    folder.mkdir()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    children = []
-    for number, command in enumerate(commands):
-        names = {"folder": str(folder), "number": number, "num_processes": len(commands), "arguments": command}
-        # The function is one that a process finds without importing this file.
-        children.append(context.Process(target=exec, args=(COMMAND, names)))
-        children[-1].start()
-    ended = []
-    for number, child in enumerate(children):
-        child.join(120)
-        told = [folder / f"{kind}{number}" for kind in ("output", "errors", "commits")]
-        output, errors, commits = (file.read_text() if file.exists() else "" for file in told)
-        ended.append(Ended(child.exitcode, output, errors, commits.splitlines()))
-        child.close()
-    return ended
-
-
-def stores(root: Path) -> dict[str, bytes]:
-    """Give every file of a root's stores but those of writers: name -> bytes."""
-    files = [path for path in (root / "stores").rglob("*") if path.is_file()]
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
-
-
-@pytest.fixture
-def short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lay three rows of 24 tokens into each shard."""
-    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 72)
-
-
-@pytest.fixture
-def alone(coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path, short_shards: None) -> Any:
-    """The store as one process makes it, in a root of its own."""
-    coldstill("precompute", write_recipe(cache=str(workplace / "alone")))
-    return stores(workplace / "alone")
-
-
-def test_two_that_precompute_the_same_at_once_compute_nothing_twice_and_one_of_them_may_be_refused(
-    alone: dict[str, bytes], coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
-):
-    recipe = str(write_recipe())
-    ended = run_at_once(workplace / "at_once", *[["precompute", recipe, "--json"]] * 2)
-    assert [one.code for one in ended if one.code not in (0, 2)] == [], [one.errors for one in ended]
-    assert 0 in [one.code for one in ended], [one.errors for one in ended]
-    for one in ended:
-        if one.code == 2:
-            lines = [line for line in one.errors.splitlines() if line.startswith("coldstill: ")]
-            assert len(lines) == 1
-            assert "is in use: process" in lines[0]
-            assert "Traceback" not in one.errors
-    both = [line for one in ended for line in one.commits]
-    assert max(Counter(both).values()) == 1, "something was committed twice"
-    assert stores(workplace / "caches") == alone
-    coldstill("cache", "verify", workplace / "caches")
-    assert json.loads(coldstill("precompute", recipe, "--json").stdout)["computed_tokens"] == 0
-    coldstill("train", recipe)
-
-
-def test_two_workers_at_once_fill_the_store_with_disjoint_shards(
-    alone: dict[str, bytes], coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path
-):
-    recipe = str(write_recipe())
-    commands = [["precompute", recipe, "--json", "--worker", f"{number}/2"] for number in (1, 2)]
-    ended = run_at_once(workplace / "at_once", *commands)
-    assert [one.code for one in ended] == [0, 0], [one.errors for one in ended]
-    both = [line for one in ended for line in one.commits]
-    assert max(Counter(both).values()) == 1, "something was committed twice"
-    computed = [{line.split()[0] for line in one.commits if not line.endswith(" tokens")} for one in ended]
-    assert not computed[0] & computed[1] - {"constants"}
-    assert all(len(shards) >= 3 for shards in computed), "one of them did all the work"
-    assert sum(one.summary["computed_tokens"] for one in ended) == 624
-    assert min(one.summary["missing_shards"] for one in ended) == 0
-    coldstill("cache", "verify", workplace / "caches")
-    # The one that ends last folds the small files; where both found the other at work, the next run does.
-    assert json.loads(coldstill("precompute", recipe, "--json").stdout)["computed_tokens"] == 0
-    assert stores(workplace / "caches") == alone
-
-
-@pytest.mark.parametrize("order", [(1, 2), (2, 1), (3, 1, 2)], ids=str)
-def test_workers_one_after_another_complete_the_store(
-    alone: dict[str, bytes],
-    coldstill: Callable[..., Any],
-    write_recipe: Callable[..., Path],
-    workplace: Path,
-    order: tuple[int, ...],
-):
-    recipe = write_recipe()
-    shares = [
-        json.loads(coldstill("precompute", recipe, "--worker", f"{number}/{len(order)}", "--json").stdout)
-        for number in order
-    ]
-    assert sum(share["computed_tokens"] for share in shares) == 624
-    assert [share["missing_shards"] > 0 for share in shares] == [True] * (len(order) - 1) + [False]
-    assert stores(workplace / "caches") == alone
-
-
-def test_a_worker_that_begins_when_another_is_half_done_is_not_refused(
-    coldstill: Callable[..., Any],
-    write_recipe: Callable[..., Path],
-    workplace: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    short_shards: None,
-):
-    from coldstill.pipeline.stage_one.shard_jobs import ShardComputer
-
-    recipe = write_recipe()
-    run = ShardComputer.run
-    shards_done = []
-
-    def run_and_let_the_other_begin(self: ShardComputer, job: Any, *others: Any) -> None:
-        run(self, job, *others)
-        shards_done.append(job.shard)
-        if len(shards_done) == 2:
-            coldstill("precompute", recipe, "--worker", "2/2")
-
-    monkeypatch.setattr(ShardComputer, "run", run_and_let_the_other_begin)
-    coldstill("precompute", recipe, "--worker", "1/2")
-    assert len(shards_done) == len(set(shards_done)) == 9
-    assert json.loads(coldstill("precompute", recipe, "--json").stdout)["computed_tokens"] == 0

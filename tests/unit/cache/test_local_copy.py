@@ -179,9 +179,9 @@ def test_two_objects_of_the_same_bytes_share_a_copy(tmp_path: Path, copies: Path
 
 
 def test_the_copies_may_be_removed_while_a_reader_uses_them(store, selection, copies, every_axis, monkeypatch):
-    monkeypatch.setattr("coldstill.cache.reader._CHUNK_CACHE_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.reader.CHUNK_CACHE_BYTES", 0)
     # Large objects: their chunks are read apart from their index.
-    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
     reader = Reader(store, selection, [every_axis.name], local_copy=str(copies))
     reader.rows(range(len(reader)))
     shutil.rmtree(copies)

@@ -153,7 +153,7 @@ def test_compacted_records_are_the_same_bytes_in_any_order_of_commits(store: Sto
     before = tree(store.path)
     for file in commit_files(store):
         file.unlink()
-    monkeypatch.setattr("coldstill.cache.manifest._FOLD_EVERY", fold_every)
+    monkeypatch.setattr("coldstill.cache.manifest.FOLD_EVERY", fold_every)
     manifest = Manifest(store)
     for number, key in reversed(list(enumerate(KEYS))):
         manifest.commit(record_of(*key, number))
@@ -168,7 +168,7 @@ def test_no_records_need_no_compaction(store: Store, tree):
 
 
 def test_loose_records_are_folded_every_so_often(store: Store, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("coldstill.cache.manifest._FOLD_EVERY", 3)
+    monkeypatch.setattr("coldstill.cache.manifest.FOLD_EVERY", 3)
     manifest = Manifest(store)
     shapes = []
     for number in range(8):
@@ -187,7 +187,7 @@ def test_loose_records_are_folded_every_so_often(store: Store, monkeypatch: pyte
 
 
 def test_a_process_folds_only_its_own_records(store: Store, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("coldstill.cache.manifest._FOLD_EVERY", 2)
+    monkeypatch.setattr("coldstill.cache.manifest.FOLD_EVERY", 2)
     first, second = Manifest(store), Manifest(store)
     second.commit(record_of("s9", "tokens"))
     first.commit(record_of("s0", "tokens"))

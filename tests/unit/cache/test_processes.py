@@ -1,6 +1,7 @@
 """Tokens of processes: who lives, who is dead, and of whom nobody can tell."""
 
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -10,10 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from coldstill.cache import processes
 from coldstill.cache.processes import describe_process, is_dead, process_token
 
-ROOT = Path(__file__).parents[3]
 CHILD = """
 import sys
 from coldstill.cache.processes import is_dead, process_token
@@ -25,11 +24,8 @@ sys.stdin.read()
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[str]]:
     """Start a process that prints its token and what it thinks of this one's, and then waits."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", CHILD, process_token()]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
-    ) as started:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
         yield started
         started.kill()
 
@@ -102,11 +98,19 @@ def test_a_token_of_this_machine_without_a_process_id_is_no_token(middle: str):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="fakes what Linux says of the system's start")
-def test_a_clock_that_was_set_makes_nobody_dead(monkeypatch: pytest.MonkeyPatch):
+def test_a_clock_that_was_set_makes_nobody_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # The time of the system's start is the clock less the uptime: setting the clock moves it under living processes.
     token = process_token()
     booted = psutil.boot_time()
-    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 3.0)
+    processes = tmp_path / "proc"
+    processes.mkdir()
+    for name in ("stat", str(os.getpid())):
+        (processes / name).symlink_to(f"/proc/{name}")
+    started = (processes / "stat").read_text().replace(f"btime {booted:.0f}", f"btime {booted + 3:.0f}")
+    (processes / "stat").unlink()
+    (processes / "stat").write_text(started)
+    monkeypatch.setattr("psutil.PROCFS_PATH", str(processes))
+    assert psutil.boot_time() == booted + 3
     assert is_dead(token) is False
 
 
@@ -127,14 +131,19 @@ def test_a_forked_process_has_a_token_of_its_own():
     assert is_dead(forked) is True
 
 
-def test_another_boot_and_another_container_are_other_machines(monkeypatch: pytest.MonkeyPatch):
-    machine = process_token().split("-")[0]
-    processes._machine.cache_clear()
-    monkeypatch.setattr("platform.node", lambda: "elsewhere")
-    assert processes._machine() != machine
-    monkeypatch.undo()
-    processes._machine.cache_clear()
-    assert processes._machine() == machine
+@pytest.mark.parametrize(("node", "is_another"), [("elsewhere", True), (platform.node(), False)])
+def test_another_boot_and_another_container_are_other_machines(node: str, is_another: bool):
+    """Told apart by what a process finds at its start, and so asked of a new one."""
+    code = f"import platform; platform.node = lambda: {node!r}\n{CHILD}"
+    said = subprocess.run(
+        [sys.executable, "-c", code, process_token()],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert (said[0].split("-")[0] != process_token().split("-")[0]) == is_another
+    assert said[1] == ("None" if is_another else "False")
 
 
 def test_a_person_is_told_the_process_id_and_whether_it_runs_elsewhere():

@@ -16,6 +16,7 @@ from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader, read_constants, require_complete
 from coldstill.cache.rows import find_rows, read_rows
 from coldstill.cache.selections import Selection, write_selection
+from coldstill.cache.spans import RowSpans
 from coldstill.cache.store import CONSTANTS, Store, create_store, open_store
 from coldstill.cache.tokens import TOKENS
 from coldstill.cache.writer import write_column
@@ -44,13 +45,18 @@ class CountingObjects(LocalObjects):
 def _object_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let objects be read at once, or by their index and chunks."""
     if request.param == "large objects":
-        monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
+        monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
 
 
 def select(store: Store, rows: list[np.ndarray]) -> Selection:
     ids = [row_id(row) for row in rows]
     found = find_rows(store, read_rows(store), Manifest(store).shards(TOKENS), ids)
-    return write_selection(store, found, [0] * len(rows), {})
+    return write_selection(store, found, [()] * len(rows), {})
+
+
+def unsaid(num_rows: int) -> tuple[RowSpans, np.ndarray]:
+    """Neither spans nor labels of rows."""
+    return RowSpans.of_rows([()] * num_rows), np.zeros((num_rows, 0), np.float32)
 
 
 def shard_of(selection: Selection, index: int) -> str:
@@ -181,13 +187,13 @@ def test_a_missing_object_is_corrupt_by_column_array_and_shard(
 
 
 def test_an_object_that_is_removed_while_it_is_read_is_corrupt(store: Store, make_rows, lay, monkeypatch):
-    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.reader.CHUNK_CACHE_BYTES", 0)
     selection = lay(store, make_rows(LENGTHS))
     reader = Reader(store, selection, ["tokens"])
     reader.row(7)
-    (chunks,) = {key[0] for key in reader._chunks}
-    reader._chunks.clear()
-    store.objects.remove(chunks)
+    reader.row(0)  # so that nothing is remembered of row 7 but where its chunks are
+    store.objects.remove(f"arrays.zarr/shards/{shard_of(selection, 7)}/tokens/ids/c.0")
     with pytest.raises(CorruptError, match="column tokens, array ids, shard .* its object is missing"):
         reader.row(7)
 
@@ -225,7 +231,7 @@ def test_a_batch_is_fetched_in_one_request_for_the_indices_and_one_for_the_chunk
     Reader(Store(objects, store.teacher), selection, ["tokens", every_axis.name]).rows(everything)
     num_arrays = len(selection.shard_names) * (1 + len(every_axis.arrays))
     assert (objects.num_requests, objects.num_ranges) == (1, num_arrays), "small objects come with their index"
-    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
     objects = CountingObjects(store.path)
     reader = Reader(Store(objects, store.teacher), selection, ["tokens", every_axis.name])
     reader.rows(everything)
@@ -237,11 +243,11 @@ def test_a_batch_is_fetched_in_one_request_for_the_indices_and_one_for_the_chunk
 
 def test_of_a_large_object_only_the_index_and_the_chunks_of_the_row_are_read(store: Store, monkeypatch, fill):
     column = Column("hidden/1", {"values": ArraySpec("float32", (16,))})
-    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
     size = {"num_tokens": 1000, "num_rows": 10}
     record = write_column(store, Manifest(store), "s0", column, fill(column, **size), **size)
     ten = np.arange(10, dtype="int32")
-    selection = Selection("x", ["s0"], ten * 0, ten, ten * 100, ten * 0 + 100, ten * 0, {})
+    selection = Selection("x", ["s0"], ten * 0, ten, ten * 100, ten * 0 + 100, *unsaid(10), {})
     objects = CountingObjects(store.path)
     Reader(Store(objects, store.teacher), selection, ["hidden/1"]).row(3)
     index_bytes = 1000 * 16 + 4
@@ -270,7 +276,7 @@ def test_rows_far_apart_in_one_array_read_back(store: Store, fill, indices: Sequ
     values = fill(column, **size)
     write_column(store, Manifest(store), "s0", column, values, **size)
     ten = np.arange(10, dtype="int32")
-    selection = Selection("x", ["s0"], ten * 0, ten, ten * 10, ten * 0 + 10, ten * 0, {})
+    selection = Selection("x", ["s0"], ten * 0, ten, ten * 10, ten * 0 + 10, *unsaid(10), {})
     reader = Reader(store, selection, ["hidden/1"])
     reader.row(4)
     for index, row in zip(indices, reader.rows(indices), strict=True):
@@ -287,15 +293,15 @@ def test_a_reader_knows_the_records_of_its_columns_alone(
 ):
     selection = lay(store, make_rows(LENGTHS))
     write_shards(store, Manifest(store), selection.shard_names, every_axis)
-    assert Reader(store, selection, [every_axis.name])._manifest.columns() == [every_axis.name]
+    assert Reader(store, selection, [every_axis.name]).manifest.columns() == [every_axis.name]
 
 
 @pytest.mark.parametrize(
-    ("limit", "value"), [("_CHUNK_CACHE_BYTES", 130), ("_CHUNK_CACHE_BYTES", 0), ("_OPEN_COLUMNS", 1)]
+    ("limit", "value"), [("CHUNK_CACHE_BYTES", 130), ("CHUNK_CACHE_BYTES", 0), ("OPEN_COLUMNS", 1)]
 )
 def test_a_reader_that_forgets_still_reads_right(store: Store, make_rows, lay, monkeypatch, limit: str, value: int):
     monkeypatch.setattr(f"coldstill.cache.reader.{limit}", value)
-    monkeypatch.setattr("coldstill.cache.array_object._SMALL_OBJECT_BYTES", 0)
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
     rows = make_rows(LENGTHS)
     lay(store, rows)
     objects = CountingObjects(store.path)
@@ -304,14 +310,54 @@ def test_a_reader_that_forgets_still_reads_right(store: Store, make_rows, lay, m
     once = objects.num_ranges
     assert_rows(reader, rows)
     assert objects.num_ranges > once, "nothing was forgotten, so the memory is not bounded"
-    remembered = [chunk.nbytes for chunk in reader._chunks.values()]
-    assert reader._chunk_bytes == sum(remembered)
-    if limit == "_CHUNK_CACHE_BYTES":
-        assert len(remembered) == 1 or sum(remembered) <= value
-    else:
-        assert len(reader._open) == 1
     for row, read in zip(rows, reader.rows(range(len(rows))), strict=True):
         np.testing.assert_array_equal(read["tokens"]["ids"], row)
+
+
+@pytest.mark.parametrize(("limit", "num_remembered"), [(0, 1), (64, 1), (130, 2), (64 * 4, 4)])
+def test_of_chunks_as_many_are_remembered_as_the_memory_holds_the_last_ones_and_never_none(
+    store: Store, fill, monkeypatch, limit: int, num_remembered: int
+):
+    """Sixteen rows, each of them a chunk of 64 bytes."""
+    monkeypatch.setattr("coldstill.cache.reader.CHUNK_CACHE_BYTES", limit)
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
+    column = Column("hidden/1", {"values": ArraySpec("float32")})
+    write_column(
+        store, Manifest(store), "s0", column, fill(column, num_tokens=256, num_rows=16), num_tokens=256, num_rows=16
+    )
+    each = np.arange(16, dtype="int32")
+    selection = Selection("x", ["s0"], each * 0, each, each * 16, each * 0 + 16, each * 0, {})
+    objects = CountingObjects(store.path)
+    reader = Reader(Store(objects, store.teacher), selection, ["hidden/1"])
+    for index in range(16):
+        reader.row(index)
+    read = []
+    for index in reversed(range(16)):
+        before = objects.num_ranges
+        reader.row(index)
+        read.append(objects.num_ranges - before)
+        if read[-1]:
+            break
+    assert read == [0] * num_remembered + [1]
+
+
+def test_of_indices_as_many_are_remembered_as_are_allowed(store: Store, make_rows, lay, monkeypatch):
+    """A shard for each row: whoever comes back to the first has forgotten it where two are allowed."""
+    monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
+    rows = make_rows([9, 9, 9])
+    selection = lay(store, rows)
+    assert len(selection.shard_names) == 3
+    found = []
+    for allowed in (2, 3):
+        monkeypatch.setattr("coldstill.cache.reader.OPEN_COLUMNS", allowed)
+        objects = CountingObjects(store.path)
+        reader = Reader(Store(objects, store.teacher), selection, ["tokens"])
+        for index in (0, 1, 2):
+            reader.row(index)
+        before = objects.num_ranges
+        reader.row(0)
+        found.append(objects.num_ranges - before)
+    assert found == [1, 0], "an index was read again, the chunk was not"
 
 
 def test_a_chunk_that_is_remembered_is_not_read_again(store: Store, make_rows, lay):
@@ -371,10 +417,10 @@ def test_constants_that_were_never_committed_are_refused(store: Store):
 
 
 def test_what_a_large_batch_leaves_in_memory_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch, make_rows, lay):
-    monkeypatch.setattr("coldstill.cache.reader._CHUNK_CACHE_BYTES", 1 << 16)
-    monkeypatch.setattr("coldstill.cache.reader._BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr("coldstill.cache.reader.CHUNK_CACHE_BYTES", 1 << 16)
+    monkeypatch.setattr("coldstill.cache.reader.BLOCK_BYTES", 1 << 14)
     monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 1 << 15)
-    monkeypatch.setattr("coldstill.cache.columns._CHUNK_TARGET_BYTES", 1 << 12)
+    monkeypatch.setattr("coldstill.cache.columns.CHUNK_TARGET_BYTES", 1 << 12)
     selection = lay(store, make_rows([512] * 60))
     column = Column("hidden/1/float32", {"values": ArraySpec("float32", (8,))})
     values = {"values": np.zeros((512 * 60, 8), np.float32)}

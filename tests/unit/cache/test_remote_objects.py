@@ -95,8 +95,8 @@ def plan(operation: str, *faults: BaseException | None) -> None:
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_objects, "_FIRST_PAUSE_S", 0.0)
-    monkeypatch.setattr(remote_objects, "_LONGEST_PAUSE_S", 0.0)
+    monkeypatch.setattr(remote_objects, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(remote_objects, "LONGEST_PAUSE_S", 0.0)
     fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
     FaultyFileSystem.reset()
 
@@ -228,8 +228,8 @@ def test_whatever_may_pass_is_tried_again(objects: RemoteObjects, fault: Excepti
 
 
 def test_the_pauses_between_attempts_grow_up_to_a_bound(objects: RemoteObjects, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(remote_objects, "_FIRST_PAUSE_S", 1.0)
-    monkeypatch.setattr(remote_objects, "_LONGEST_PAUSE_S", 6.0)
+    monkeypatch.setattr(remote_objects, "FIRST_PAUSE_S", 1.0)
+    monkeypatch.setattr(remote_objects, "LONGEST_PAUSE_S", 6.0)
     pauses: dict[int, list[float]] = defaultdict(list)
     number = itertools.count()
     monkeypatch.setattr("time.sleep", lambda seconds: pauses[next(number) % (ATTEMPTS - 1)].append(seconds))

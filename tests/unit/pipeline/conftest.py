@@ -1,9 +1,10 @@
-"""Every draw that systematic sampling of a tail can give."""
+"""Every draw that systematic sampling of a tail can give, and how many positions a chunk of logits has."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
+from coldstill.pipeline.models import output_head
 from torch import Tensor
 
 # Of a row [V], k and temperatures, with the number of draws: uniforms, and the probability of each one's draw.
@@ -22,5 +23,16 @@ def cells() -> Cells:
         widths = ends.diff()
         keep = widths > 1e-9
         return (ends[:-1] + widths / 2)[keep], widths[keep]
+
+    return cut
+
+
+@pytest.fixture
+def chunk_positions(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let output heads cut positions into chunks of so many."""
+
+    def cut(length: int) -> None:
+        monkeypatch.setattr(output_head, "CHUNK_BYTES", 0)
+        monkeypatch.setattr(output_head, "FEWEST_ROWS", length)
 
     return cut

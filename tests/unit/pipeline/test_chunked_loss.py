@@ -30,12 +30,6 @@ each_head = pytest.mark.parametrize("case", HEADS, ids=str)
 each_chunk_length = pytest.mark.parametrize("chunk_length", [100, 7, 4, 1])
 
 
-@pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch):
-    """Make chunks so many positions long."""
-    return lambda length: monkeypatch.setattr("coldstill.pipeline.models.output_head._chunk_rows", lambda *_: length)
-
-
 def terms(logits: Tensor, chunk: slice) -> Tensor:
     """Two sums over positions, which differ by position."""
     logits = logits.float()
@@ -78,8 +72,8 @@ def assert_near(got: Tensor, want: Tensor) -> None:
 @each_head
 @each_chunk_length
 @pytest.mark.parametrize("upstream", [1.0, 2.0])
-def test_loss_and_gradients_equal_those_of_all_logits_at_once(case, chunk_length, upstream, cut):
-    cut(chunk_length)
+def test_loss_and_gradients_equal_those_of_all_logits_at_once(case, chunk_length, upstream, chunk_positions):
+    chunk_positions(chunk_length)
     state, head = inputs(case)
     assert len(list(head.chunks(N))) == math.ceil(N / chunk_length)
     want_terms = dense(state, case, head)
@@ -98,8 +92,8 @@ def test_loss_and_gradients_equal_those_of_all_logits_at_once(case, chunk_length
 
 
 @each_chunk_length
-def test_a_frozen_head_gets_no_gradient_and_the_state_its_own(chunk_length, cut):
-    cut(chunk_length)
+def test_a_frozen_head_gets_no_gradient_and_the_state_its_own(chunk_length, chunk_positions):
+    chunk_positions(chunk_length)
     case = HEADS[-1]
     state, head = inputs(case, frozen=True)
     loss, _ = chunked_loss(state, head, terms, WEIGHTS)
@@ -113,8 +107,8 @@ def test_a_frozen_head_gets_no_gradient_and_the_state_its_own(chunk_length, cut)
     assert_near(got, state.grad)
 
 
-def test_a_head_is_trained_below_a_frozen_body(cut):
-    cut(4)
+def test_a_head_is_trained_below_a_frozen_body(chunk_positions):
+    chunk_positions(4)
     case = HEADS[-1]
     state, head = inputs(case)
     (dense(state, case, head) * WEIGHTS).sum().backward()
@@ -127,8 +121,8 @@ def test_a_head_is_trained_below_a_frozen_body(cut):
 
 
 @each_chunk_length
-def test_where_no_gradient_is_wanted_there_is_none(chunk_length, cut):
-    cut(chunk_length)
+def test_where_no_gradient_is_wanted_there_is_none(chunk_length, chunk_positions):
+    chunk_positions(chunk_length)
     state, head = inputs(HEADS[0])
     want, _ = chunked_loss(state, head, terms, WEIGHTS)
     with torch.no_grad():
@@ -142,8 +136,8 @@ def test_where_no_gradient_is_wanted_there_is_none(chunk_length, cut):
         assert torch.equal(chunked_loss(state, head, terms, WEIGHTS)[0], want)
 
 
-def test_the_terms_carry_no_gradient(cut):
-    cut(4)
+def test_the_terms_carry_no_gradient(chunk_positions):
+    chunk_positions(4)
     loss, got_terms = chunked_loss(*inputs(HEADS[0]), terms, WEIGHTS)
     assert loss.requires_grad
     assert not got_terms.requires_grad
@@ -151,11 +145,11 @@ def test_the_terms_carry_no_gradient(cut):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_under_autocast_several_chunks_give_the_gradients_of_one(dtype, cut):
+def test_under_autocast_several_chunks_give_the_gradients_of_one(dtype, chunk_positions):
     """Of a body that autocast ran in bfloat16 too: gradients have the dtype of what they are of."""
     found = []
     for chunk_length in (100, 4):
-        cut(chunk_length)
+        chunk_positions(chunk_length)
         state, head = inputs(HEADS[0])
         given = state.to(dtype)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -191,9 +185,9 @@ def test_a_second_backward_is_refused_rather_than_wrong():
         loss.backward()
 
 
-def test_tied_weights_gather_the_gradient_of_both_uses(cut):
+def test_tied_weights_gather_the_gradient_of_both_uses(chunk_positions):
     """As in models whose head is their embedding: what flows through the state adds to what flows through the head."""
-    cut(4)
+    chunk_positions(4)
     ids = torch.arange(N) % V
 
     def run(*, chunked: bool) -> tuple[Tensor, Tensor]:
@@ -213,9 +207,9 @@ def test_tied_weights_gather_the_gradient_of_both_uses(cut):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_head_in_float16_has_gradients_of_a_mean_over_many_positions(bias: bool, cut):
+def test_a_head_in_float16_has_gradients_of_a_mean_over_many_positions(bias: bool, chunk_positions):
     """Each is far below float16's range before it is brought to about 1; what is kept has the weights' dtype."""
-    cut(4)
+    chunk_positions(4)
     state, head = inputs(HeadCase(bias=bias))
     half = OutputHead(
         head.weight_VD.detach().half().requires_grad_(), None if not bias else head.bias_V.detach().half()

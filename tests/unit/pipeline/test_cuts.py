@@ -12,6 +12,7 @@ from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.students.cut_check import check_cut
 from coldstill.pipeline.students.depth import block_importances, cut_blocks
 from coldstill.pipeline.students.layer_patterns import cut_patterns
+from hooks import has_hooks
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -448,8 +449,7 @@ def test_a_block_that_is_another_where_it_stands_now_is_named_with_what_of_it(ch
     assert line.startswith("Qwen3ForCausalLM cannot be cut by blocks 1, 3: block 4 ")
     assert reason in line
     assert line.endswith("; remove other blocks, such as the last ones (student.prune.layers.method: last)")
-    for model in (parts.model, student):
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not has_hooks(parts.model, student)
     assert all(torch.equal(value, weights[name]) for name, value in parts.model.state_dict().items())
 
 
@@ -464,7 +464,7 @@ def test_the_teacher_is_left_as_it_was_by_cuts_that_mend_and_by_refused_ones(bui
             cut_blocks(find_parts(model), kept)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert model.config.to_dict() == config
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert not has_hooks(model)
 
 
 @pytest.mark.parametrize("name", ["lfm2", "bamba", "qwen3_5_text"])

@@ -14,6 +14,7 @@ from coldstill.pipeline.students.making import make_student
 from coldstill.pipeline.students.pruning_report import JudgedRows
 from coldstill.pipeline.students.reconstruction import reconstruct, why_no_reconstruction
 from coldstill.pipeline.students.width import channel_importances, most_important, narrow_mlps, narrow_stream
+from hooks import has_hooks
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
 ROWS = [torch.randint(1, 384, (40,), generator=torch.Generator().manual_seed(row)) for row in range(24)]
@@ -58,7 +59,7 @@ def test_every_block_of_a_reconstructed_student_comes_nearer_to_the_teachers_str
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_neurons_that_others_repeat_go_without_a_trace(build_model, architecture, monkeypatch):
-    monkeypatch.setattr(reconstruction, "_RIDGE", 1e-7)
+    monkeypatch.setattr(reconstruction, "RIDGE", 1e-7)
     model = build_model(architecture, head_dim=8)
     with torch.no_grad():
         for layer in take_apart(model).blocks:
@@ -98,8 +99,7 @@ def test_only_what_writes_to_the_stream_changes_and_the_teacher_does_not(build_m
     expected = {f"model.layers.{block}.{name}.weight" for block in (0, 1) for name in reconstruction.WRITERS}
     assert changed == expected
     assert all(torch.equal(value, teacher[name]) for name, value in model.state_dict().items())
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in student.model.modules())
+    assert not has_hooks(model, student.model)
 
 
 def test_padding_does_not_count(build_model, monkeypatch):
@@ -107,7 +107,7 @@ def test_padding_does_not_count(build_model, monkeypatch):
     rows = [row[: 12 + 3 * place] for place, row in enumerate(ROWS[:8])]
     made = []
     for size in (8, 1):
-        monkeypatch.setattr("coldstill.pipeline.models.forward._BATCH", size)
+        monkeypatch.setattr("coldstill.pipeline.models.forward.BATCH_ROWS", size)
         student = take_apart(cut_blocks(original, [0, 2]))
         reconstruct(student, original, rows, kept_blocks=[0, 2], channels_K=ALL)
         made.append(weights(student.model))

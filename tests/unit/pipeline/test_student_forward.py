@@ -51,8 +51,8 @@ def test_an_unknown_head_warns_once_and_gives_plain_logits(squashed):
 
 
 @pytest.mark.parametrize("chunk_length", [100, 5])
-def test_the_loss_over_plain_logits_has_torchs_own_gradient(squashed, chunk_length, monkeypatch):
-    monkeypatch.setattr("coldstill.pipeline.models.output_head._chunk_rows", lambda *_: chunk_length)
+def test_the_loss_over_plain_logits_has_torchs_own_gradient(squashed, chunk_length, chunk_positions):
+    chunk_positions(chunk_length)
     with pytest.warns(UserWarning, match="computed whole"):
         student = StudentForward(squashed)
 

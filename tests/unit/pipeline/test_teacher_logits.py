@@ -51,7 +51,7 @@ def test_the_end_of_a_vocabulary_that_no_group_holds_is_looked_at():
     ids=str,
 )
 def test_logsumexps_are_torchs(temperatures: list[float], rows_of_a_block: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("coldstill.pipeline.models.row_blocks._BLOCK_BYTES", 4 * 500 * rows_of_a_block)
+    monkeypatch.setattr("coldstill.pipeline.models.row_blocks.BLOCK_BYTES", 4 * 500 * rows_of_a_block)
     logits = random(8, 500) + 30
     got = logsumexp_at(logits, temperatures)
     assert set(got) == set(temperatures)

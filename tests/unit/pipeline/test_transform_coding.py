@@ -190,8 +190,8 @@ def fisher_by_definition(head: OutputHead, states: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", HEADS, ids=str)
 @pytest.mark.parametrize("positions_a_chunk", [100, 2])
-def test_the_fisher_information_is_the_mean_of_its_definition(case, positions_a_chunk, monkeypatch):
-    monkeypatch.setattr("coldstill.pipeline.models.output_head._chunk_rows", lambda *_: positions_a_chunk)
+def test_the_fisher_information_is_the_mean_of_its_definition(case, positions_a_chunk, chunk_positions):
+    chunk_positions(positions_a_chunk)
     head, states = case.head(), (3 * random(5, D, seed=6)).float()
     want = fisher_by_definition(head, states)
     got = fisher_information(states, head).double()

@@ -38,7 +38,7 @@ def rest_of(logits: Tensor, ids: Tensor) -> Tensor:
 @pytest.fixture(params=[1, 2, 4, 100])
 def rows_of_a_block(request, monkeypatch) -> None:
     """The last block is shorter for some."""
-    monkeypatch.setattr("coldstill.pipeline.models.row_blocks._BLOCK_BYTES", 4 * V * request.param)
+    monkeypatch.setattr("coldstill.pipeline.models.row_blocks.BLOCK_BYTES", 4 * V * request.param)
 
 
 @pytest.mark.usefixtures("rows_of_a_block")

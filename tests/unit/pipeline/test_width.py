@@ -14,6 +14,7 @@ from coldstill.pipeline.students.width import (
     neuron_importances,
     neurons_kept,
 )
+from hooks import has_hooks
 from transformers import AutoModelForCausalLM
 
 LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3"]
@@ -106,7 +107,7 @@ def test_the_teacher_is_left_as_it_was(build_model):
     narrow_stream(parts, torch.arange(16), ROWS)
     narrow_mlps(parts, [torch.arange(16)] * 4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not has_hooks(model)
 
 
 @pytest.mark.parametrize("method", ["weights", "activations"])
