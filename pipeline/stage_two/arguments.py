@@ -85,7 +85,7 @@ def check_launch(recipe: Recipe) -> None:
     if recipe.train.get("fsdp") and _num_processes() == 1:
         raise RecipeError(
             "train.fsdp shards the student over several processes, but this is one: start training with accelerate "
-            "launch -m coldstill.cli train, or remove it"
+            "launch -m coldstill train, or remove it"
         )
 
 
