@@ -104,7 +104,7 @@ def write_selection(
     provenance: Mapping[str, Any],
     labels: Sequence[Sequence[float]] = (),
 ) -> Selection:
-    """Publish the rows of one run, and give the selection; takes what `make_selection` takes."""
+    """Publish the rows of one run, and return the selection; takes what `make_selection` takes."""
     name, table = make_selection(found, spans, provenance, labels)
     file = selection_file(name)
     if not store.objects.exists(file):

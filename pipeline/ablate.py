@@ -20,7 +20,7 @@ from coldstill.pipeline.sweeps.state import SweepState, hold_sweep
 def ablate(
     path: Path, overrides: Sequence[str] = (), *, retry: bool = False, say: Callable[[str], None] = lambda _line: None
 ) -> SweepResult:
-    """Run what is missing of a sweep, and give what all of it found.
+    """Run what is missing of a sweep, and return what all of it found.
 
     Args:
         path: The sweep file.

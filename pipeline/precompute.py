@@ -84,7 +84,7 @@ def precompute(*recipes: Recipe, share: Share | None = None, show_progress: bool
 
 
 class _Progress:
-    """How many of the recipes' shards are complete, for who interrupts the run."""
+    """How many of the recipes' shards are complete, for whoever interrupts the run."""
 
     def __init__(self) -> None:
         self._manifest: Manifest | None = None

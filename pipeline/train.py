@@ -120,7 +120,7 @@ def _what_stays(recipe: Recipe, trainer: UniversalDistillationTrainer | None) ->
 
 
 def _learn(recipe: Recipe, trainer: UniversalDistillationTrainer) -> int:
-    """Train from the last checkpoint that is there, and give its step."""
+    """Train from the last checkpoint that is there, and return its step."""
     first_step, checkpoint = newest_checkpoint(checkpoints_folder(recipe))
     if checkpoint is None and recipe.projector.init == "least_squares" and recipe.loss.needs_hidden:
         trainer.fit_projectors(recipe.projector.init_rows)

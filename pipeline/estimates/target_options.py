@@ -91,7 +91,7 @@ def measure_hidden(recipe: Recipe, trial: Trial, *, show_progress: bool) -> list
 
 
 def _logits_sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Give the targets sections to compare, by the overrides that choose each; the recipe's own among them."""
+    """Return the targets sections to compare, by the overrides that choose each; the recipe's own among them."""
     own = recipe.targets.logits.model_dump()
     k = own["k"]
     temperatures = sorted({*own["temperatures"], recipe.loss.temperature})
@@ -109,7 +109,7 @@ def _logits_sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 def _setting(logits: Mapping[str, Any]) -> str:
-    """Give the overrides that choose a kind, without the keys that it does not read."""
+    """Return the overrides that choose a kind, without the keys that it does not read."""
     keys = ["kind", *(key for key in LogitsTargetConfig(**logits).keys_in_use if key not in _SHARED_KEYS)]
     return " ".join(f"targets.logits.{key}={logits[key]}" for key in keys)
 

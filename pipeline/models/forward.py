@@ -48,7 +48,7 @@ def block_outputs(blocks: nn.ModuleList, wanted: Sequence[AnyPlace]) -> Iterator
 def model_inputs(
     input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
 ) -> dict[str, Any]:
-    """Give what a decoder is called with; positions only where there are any, since not every decoder takes them."""
+    """Return what a decoder is called with; positions only where there are any, since not every decoder takes them."""
     positions = {} if position_ids is None else {"position_ids": position_ids}
     return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **positions}
 
@@ -62,7 +62,7 @@ def pad_rows(rows: Sequence[Tensor], *, device: torch.device | str = "cpu") -> t
 
 
 def padded_batches(rows: Sequence[Tensor], model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give a few rows at a time that a model may run together, as `pad_rows` lays them, on the model's device."""
+    """Yield a few rows at a time that a model may run together, as `pad_rows` lays them, on the model's device."""
     device = next(model.parameters()).device
     switches = rope_switches(model.config)
     for _, group in itertools.groupby(rows, lambda row: sides([len(row)], switches)):
@@ -115,7 +115,7 @@ def _part(inputs: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def mean_loss(model: Any, rows: Sequence[Tensor]) -> float:
-    """Give a causal language model's mean cross entropy over rows of token ids [T], in nats a token."""
+    """Return a causal language model's mean cross entropy over rows of token ids [T], in nats a token."""
     total, num_tokens = 0.0, 0
     for ids_BT, mask_BT in padded_batches(rows, model):
         labels_BT = ids_BT.masked_fill(~mask_BT, IGNORED)
@@ -133,10 +133,10 @@ def what_to_try(dtype: torch.dtype) -> str:
 
 
 def block_output(output: Any) -> Tensor:
-    """Give the hidden state of what a decoder block returned: a tensor, or a tuple or list that begins with it."""
+    """Return the hidden state of what a decoder block returned: a tensor, or a tuple or list that begins with it."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 def block_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Give the hidden state that a decoder block is called with, by place or by name."""
+    """Return the hidden state that a decoder block is called with, by place or by name."""
     return args[0] if args else kwargs["hidden_states"]

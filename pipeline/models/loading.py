@@ -101,24 +101,24 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Give the part of a config that describes the language model."""
+    """Return the part of a config that describes the language model."""
     return config.get_text_config(decoder=True)
 
 
 def kept_channels_of(config: PreTrainedConfig) -> list[int] | None:
-    """Give the teacher's channel of each of a student's, where an earlier version wrote them; None elsewhere."""
+    """Return the teacher's channel of each of a student's, where an earlier version wrote them; None elsewhere."""
     kept = getattr(text_config(config), _KEPT_CHANNELS, None)
     return None if kept is None else [int(channel) for channel in kept]
 
 
 def kept_blocks_of(config: PreTrainedConfig) -> list[int] | None:
-    """Give the teacher blocks that a student's config says it was cut from, or None."""
+    """Return the teacher blocks that a student's config says it was cut from, or None."""
     kept = getattr(config, KEPT_BLOCKS, None)
     return None if kept is None else [int(block) for block in kept]
 
 
 def resolve_dtype(config: PreTrainedConfig, dtype: str) -> str:
-    """Turn `auto` into the dtype that the checkpoint was saved in, and give the name of a dtype."""
+    """Turn `auto` into the dtype that the checkpoint was saved in, and return the name of a dtype."""
     if dtype != "auto":
         return dtype
     saved = getattr(text_config(config), "dtype", None) or getattr(config, "dtype", None) or torch.float32
@@ -246,7 +246,7 @@ def _listed(names: Collection[str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Give an error in one line, without what transformers advises its programmers."""
+    """Return an error in one line, without what transformers advises its programmers."""
     if isinstance(error, StrictDataclassError):
         return " ".join(str(error).split()).removesuffix(".")
     if isinstance(error, KeyError):

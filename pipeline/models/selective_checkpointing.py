@@ -20,7 +20,7 @@ _KEPT_PREFIXES = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::
 
 
 def selective_kwargs() -> dict[str, Any]:
-    """Give the arguments that `torch.utils.checkpoint.checkpoint` takes for it."""
+    """Return the arguments that `torch.utils.checkpoint.checkpoint` takes for it."""
     contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
     return {"use_reentrant": False, "context_fn": contexts}
 

@@ -221,19 +221,19 @@ def _find_final_norm(parts: ModelParts) -> nn.Module | None:
 
 
 def _probe_tokens(model: PreTrainedModel) -> Tensor:
-    """Give a row of a few token ids [1, T]."""
+    """Return a row of a few token ids [1, T]."""
     device = next(model.parameters()).device
     return torch.arange(_PROBE_TOKENS, device=device).remainder(text_config(model.config).vocab_size).unsqueeze(0)
 
 
 @torch.no_grad()
 def _probe_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Run a model over token ids [1, T], and give its logits in float32."""
+    """Run a model over token ids [1, T], and return its logits in float32."""
     return model(input_ids=ids, use_cache=False).logits.float()
 
 
 def _tolerance(model: PreTrainedModel, logits: Tensor) -> float:
-    """Give how far the same logits lie apart at most where they are computed in two ways."""
+    """Return how far the same logits lie apart at most where they are computed in two ways."""
     return float(32 * torch.finfo(next(model.parameters()).dtype).eps * logits.abs().max().clamp(min=1.0))
 
 

@@ -108,5 +108,5 @@ def epochs_section(run: RunRecord) -> Section:
 
 
 def logged(log: Sequence[dict[str, float]], name: str, *, by: str = "step") -> Points:
-    """Give the logged values of a name, each with its step or epoch."""
+    """Return the logged values of a name, each with its step or epoch."""
     return [(entry[by], entry[name]) for entry in log if name in entry]

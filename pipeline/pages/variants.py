@@ -154,7 +154,7 @@ def _row(run: RunResult) -> list[str]:
 
 
 def first_complete(variant: VariantResult) -> RunResult | None:
-    """Give the first run of a variant that is complete, by order of seeds."""
+    """Return the first run of a variant that is complete, by order of seeds."""
     return next((run for run in variant.runs if run.status == "complete" and is_run(run.output)), None)
 
 
@@ -164,7 +164,7 @@ def _recipe(sweep: SweepResult, variant: VariantResult) -> dict[str, Any] | None
 
 
 def _shared(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Give the part of nested maps in which all agree."""
+    """Return the part of nested maps in which all agree."""
     first, *others = recipes
     shared: dict[str, Any] = {}
     for key, value in first.items():

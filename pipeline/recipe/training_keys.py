@@ -87,7 +87,7 @@ _OWNED_LORA_KEYS: Mapping[str, str] = {
 
 
 def check_training_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Check names, types and ranges of `train` keys, and give the values back as TrainingArguments takes them.
+    """Check names, types and ranges of `train` keys, and return the values back as TrainingArguments takes them.
 
     Raises:
         ValueError: A key is unknown or owned, or a value is of another type than TrainingArguments declares, or out of
@@ -129,7 +129,7 @@ def check_best_metric(values: Mapping[str, Any], terms: Collection[str]) -> None
 
 
 def check_lora_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Check names of `student.lora` keys, where PEFT is at hand, and give the values back.
+    """Check names of `student.lora` keys, where PEFT is at hand, and return the values back.
 
     Raises:
         ValueError: A key is unknown or owned.

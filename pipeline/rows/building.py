@@ -71,7 +71,7 @@ class Rows:
 
 
 def build_rows(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
-    """Give the train rows and the eval rows of a recipe's data section.
+    """Return the train rows and the eval rows of a recipe's data section.
 
     Raises:
         DataError: A source is missing or empty, has no such column, or gives no row.
@@ -151,7 +151,7 @@ class _EvalDocuments:
         self.ends_in_a_copy = False
 
     def remember(self, documents: Iterable[_Document]) -> Iterator[_Document]:
-        """Give the documents, and note each one that is asked for."""
+        """Yield the documents, and note each one that is asked for."""
         for document in documents:
             self.ends_in_a_copy = document.key in self._keys
             if document.key is not None:
@@ -159,7 +159,7 @@ class _EvalDocuments:
             yield document
 
     def without(self, documents: Iterable[_Document], rows: Rows) -> Iterator[_Document]:
-        """Give the documents that were not noted."""
+        """Yield the documents that were not noted."""
         for document in documents:
             if document.key in self._keys:
                 rows.num_shared += 1
@@ -198,7 +198,7 @@ def _packed_rows(documents: Iterable[TokenisedDocument], length: int, rest: dequ
 
 
 def _document_rows(documents: Iterable[TokenisedDocument], data: DataConfig, rows: Rows) -> Iterator[Row]:
-    """Give each document a row of its own, cut at a length; one without a token to learn is left out."""
+    """Yield each document a row of its own, cut at a length; one without a token to learn is left out."""
     length = data.sequence_length
     for document in documents:
         ids, num_prompt_tokens = document.ids[:length], document.num_prompt_tokens

@@ -21,7 +21,7 @@ _EXCLUDED_FOLDERS = frozenset(
 
 
 def documents() -> list[str]:
-    """Give the corpus as documents, each once, in a fixed shuffled order, so that any prefix is a fair sample."""
+    """Return the corpus as documents, each once, in a fixed shuffled order, so that any prefix is a fair sample."""
     distinct = dict.fromkeys(text.strip() for text in [*_language_reference(), *_docstrings()])
     texts = [text for text in distinct if len(text) >= _SHORTEST_CHARACTERS]
     random.Random(_SHUFFLE_SEED).shuffle(texts)  # noqa: S311 - nothing secret

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from coldstill.pipeline.models import ModelParts, rope_switches
+from coldstill.pipeline.models import ModelParts, all_finite, rope_switches
 from coldstill.pipeline.models.forward import Place, model_inputs, pad_rows, run_body, what_to_try
 from coldstill.pipeline.runtime.errors import NonFiniteError
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest, Draws, TailRequest
@@ -135,13 +135,9 @@ class _Places:
     names: Sequence[str]
 
     def check_finite(self, values: Tensor, what: str) -> None:
-        # One pass that keeps nothing; a sum that overflows is looked at again.
-        if bool(torch.isfinite(values.sum(dtype=torch.float32))):
+        if all_finite([values]):
             return
-        finite = torch.isfinite(values)
-        if bool(finite.all()):
-            return
-        index = int((~finite).reshape(len(values), -1).any(dim=1).nonzero()[0])
+        index = int((~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero()[0])
         for row, name in zip(self.rows, self.names, strict=True):
             if index < len(row):
                 raise NonFiniteError(

@@ -314,7 +314,7 @@ def _run_twice(parts: ModelParts, batch: _Batch, targets: Sequence[TeacherTarget
 
 
 def _row_of_another_length(parts: ModelParts, batch: _Batch) -> Tensor:
-    """Give a row a little longer than all; where the teacher reads no longer ones, a shorter one."""
+    """Return a row a little longer than all; where the teacher reads no longer ones, a shorter one."""
     longest = max(batch.tokens, key=len)
     limit = getattr(text_config(parts.model.config), "max_position_embeddings", None)
     stretched = torch.cat([longest, longest[:1].repeat(_STRETCH)])

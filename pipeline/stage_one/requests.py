@@ -166,7 +166,7 @@ def _check_vocabulary(tokens: Iterable[np.ndarray], teacher: Teacher) -> None:
 
 
 def blocks_to_store(recipe: Recipe, teacher: Teacher, student: Path) -> list[int]:
-    """Give the teacher blocks whose outputs a recipe needs for the student in a folder."""
+    """Return the teacher blocks whose outputs a recipe needs for the student in a folder."""
     section = recipe.targets.hidden.blocks
     if section == "none" or (isinstance(section, list) and not recipe.loss.needs_hidden):
         return list(section) if isinstance(section, list) else []
@@ -196,7 +196,7 @@ class RowRegistry:
         self._shards = set(manifest.shards(TOKENS))
 
     def register(self, request: Request, *, vocab_size: int) -> dict[str, Selection]:
-        """Make the rows of a request known, their tokens first, and give the selection of each split."""
+        """Make the rows of a request known, their tokens first, and return the selection of each split."""
         return {split: self._register_split(request, split, vocab_size) for split in SPLITS}
 
     def _register_split(self, request: Request, split: str, vocab_size: int) -> Selection:

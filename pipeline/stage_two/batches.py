@@ -141,7 +141,7 @@ class BatchCollator:
         self._axes = axes
 
     def __call__(self, rows: Sequence[StoredRow]) -> dict[str, Any]:
-        """Give the distiller's arguments."""
+        """Return the distiller's arguments."""
         lengths = np.array([len(row.arrays[TOKENS]["ids"]) for row in rows])
         batch: dict[str, Any] = {
             "input_ids": self._stack(rows, TOKENS, "ids").long(),
@@ -170,7 +170,7 @@ class BatchCollator:
 
 
 def complete_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Give an ordinary batch with its labels, the token ids themselves where it has none.
+    """Return an ordinary batch with its labels, the token ids themselves where it has none.
 
     Where it has `weights`, one for each token as labels are, a label is `IGNORED` where its weight is 0.
 
@@ -220,7 +220,7 @@ class EpochOrder(Sampler[int]):
 
 
 def _labels(rows: Sequence[StoredRow], longest: int) -> dict[str, Tensor]:
-    """Give `labels`, and `weights` and `row_labels` where rows have them.
+    """Return `labels`, and `weights` and `row_labels` where rows have them.
 
     The labels are the ids themselves; `IGNORED` at the first one, which nothing predicts, where a token weighs nothing
     and behind a row.

@@ -103,7 +103,7 @@ class UniversalDistillationTrainer(ResumableTrainer):
         return self._distiller.layer_map
 
     def trained_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Give the whole state of student and projectors, on the first process where it is sharded; every one asks.
+        """Return the whole state of student and projectors, on the first process where it is sharded; every one asks.
 
         The student's by its own names, the projectors' as `PROJECTORS_FILE` names them.
         """
@@ -158,7 +158,7 @@ class UniversalDistillationTrainer(ResumableTrainer):
         prediction_loss_only: bool,  # noqa: ARG002 - the Trainer's own signature
         ignore_keys: list[str] | None = None,  # noqa: ARG002
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Give the eval loss of a batch, and note its terms; targets are no predictions to gather."""
+        """Return the eval loss of a batch, and note its terms; targets are no predictions to gather."""
         inputs = complete_batch(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, terms = self.compute_loss(model, inputs, return_outputs=True)
@@ -214,7 +214,7 @@ class UniversalDistillationTrainer(ResumableTrainer):
             )
 
     def sums(self) -> dict[str, Any]:
-        """Give the sums of the terms too."""
+        """Return the sums of the terms too."""
         terms = {name: self._mean(total) for name, total in self._terms.items()}
         return {**super().sums(), "terms": terms, "terms_since_step": self._terms_since_step}
 
@@ -311,12 +311,12 @@ class _LossOfStep(TrainerCallback):
 
 
 def _of_student(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the student's part of a distiller's state, by the student's own names."""
+    """Return the student's part of a distiller's state, by the student's own names."""
     return {name.removeprefix(_STUDENT): value for name, value in state.items() if name.startswith(_STUDENT)}
 
 
 def _of_projectors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the projectors' part of a distiller's state; empty where all are the identity."""
+    """Return the projectors' part of a distiller's state; empty where all are the identity."""
     return {name: value.contiguous() for name, value in state.items() if name.startswith(_PROJECTORS)}
 
 

@@ -1,6 +1,6 @@
 """A teacher beside the student, as a source of targets: it runs over each batch, and gives what a store would hold.
 
-The reference that training from a store is held against, and a way for who has the memory and trains once. Loads
+The reference that training from a store is held against, and a way for those who have the memory and train once. Loads
 nothing, and knows no store. The teacher's logits never exist at once: its last states and its head stand for them.
 Shapes: B rows, T positions, D width.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from coldstill.pipeline.models import find_structure, head_problem, rope_switches, text_config
+from coldstill.pipeline.models import all_finite, find_structure, head_problem, rope_switches, text_config
 from coldstill.pipeline.models.forward import model_inputs, run_body, what_to_try
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.runtime.errors import ModelError, NonFiniteError
@@ -120,9 +120,7 @@ class LiveTargets:
 
 
 def _check_finite(states: Mapping[str, Tensor], mask_BT: Tensor | None) -> None:
-    # One pass that keeps nothing and waits for the device once; what overflows in a sum is looked at again.
-    sums = [values_BTD.sum(dtype=torch.float32) for values_BTD in states.values()]
-    if not sums or bool(torch.stack(sums).isfinite().all()):
+    if all_finite(states.values()):
         return
     for name, values_BTD in states.items():
         broken_BT = ~values_BTD.isfinite().all(dim=-1)

@@ -29,7 +29,7 @@ _LOCAL_KEYS = ("path", "data_dir", "data_files")
 
 
 def canonical(recipe: Recipe) -> Recipe:
-    """Give the recipe with the same result whose idle sections are as they are by default, or keep nothing."""
+    """Return the recipe with the same result whose idle sections are as they are by default, or keep nothing."""
     loss, targets = recipe.loss, recipe.targets
     without_effect = [key for term, keys in TERM_KEYS.items() if term not in loss.terms for key in keys.options]
     idle = {key: LossConfig.model_fields[key].default for key in without_effect}
