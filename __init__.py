@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from coldstill.pipeline.prune import prune
     from coldstill.pipeline.recipe.file import load_recipe
     from coldstill.pipeline.recipe.sections import Recipe
+    from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
     from coldstill.pipeline.stage_two.distiller import Distiller
-    from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
     from coldstill.pipeline.train import train
 
 _MODULES = {
     "ColdstillError": "cache.errors",
     "Distiller": "pipeline.stage_two.distiller",
     "Recipe": "pipeline.recipe.sections",
-    "UniversalDistillationTrainer": "pipeline.stage_two.trainer",
+    "UniversalDistillationTrainer": "pipeline.stage_two.distillation_trainer",
     "ablate": "pipeline.ablate",
     "create_layer_map": "pipeline.models.layer_map",
     "create_projectors": "pipeline.models.projectors",

@@ -101,7 +101,7 @@ def register(store: Store, rows: list[np.ndarray]) -> Selection:
     laid = lay_rows(read_rows(store), manifest.shards(TOKENS), ids, [len(row) for row in rows])
     write_tokens(store, manifest, laid, dict(zip(ids, rows, strict=True)), vocab_size=VOCAB_SIZE)
     publish_rows(store, laid)
-    return write_selection(store, find_rows(store, read_rows(store), manifest.shards(TOKENS), ids), [0] * len(ids), {})
+    return write_selection(store, find_rows(store, read_rows(store), manifest.shards(TOKENS), ids), [()] * len(ids), {})
 
 
 class BareFile:

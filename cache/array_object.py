@@ -33,7 +33,7 @@ def object_name(spec: ArraySpec) -> str:
 
 
 def zarr_metadata(spec: ArraySpec, shape: tuple[int, ...]) -> bytes:
-    """Give the array's `zarr.json`; the same bytes whatever release of Zarr is installed."""
+    """Return the array's `zarr.json`; the same bytes whatever release of Zarr is installed."""
     chunk = spec.chunk_length(shape[0])
     bytes_codec: dict[str, Any] = {"name": "bytes"}
     if np.dtype(spec.dtype).itemsize > 1:
@@ -167,7 +167,7 @@ class ArrayObject:
             raise self.corrupt(f"chunk {number} does not decompress ({error})") from None
 
     def corrupt(self, what: str) -> CorruptError:
-        """Give the error that names this array and what is wrong with it."""
+        """Return the error that names this array and what is wrong with it."""
         return CorruptError(f"{self._label} is corrupt: {what}; {self._advice}")
 
     def _checked(self, data: bytes, what: str) -> bytes:
@@ -182,7 +182,7 @@ def _num_chunks(length: int, chunk: int) -> int:
 
 
 def _content_bytes(frame: bytes) -> int | None:
-    """Give the decompressed size that a zstd frame's header names (RFC 8878, section 3.1.1.1); None where it does not.
+    """Return the decompressed size that a zstd frame's header names (RFC 8878, section 3.1.1.1), or None.
 
     The decompressor itself does not mind a frame that fills only a part of where it goes.
     """

@@ -42,7 +42,7 @@ class ArraySource:
         self._copy = LocalCopy(local_copy, store.objects) if local_copy else None
 
     def read(self, ranges: Sequence[tuple[OpenArray, int, int]]) -> list[bytes]:
-        """Give parts of arrays' objects, each as (array, start, number of bytes).
+        """Return parts of arrays' objects, each as (array, start, number of bytes).
 
         Raises:
             CorruptError: An object is missing, or its copy is not what was written.

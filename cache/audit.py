@@ -103,7 +103,7 @@ def audit_store(store: Store, *, on_bytes: OnBytes = lambda _: None) -> StoreAud
 
 
 def stored_bytes(store: Store) -> int:
-    """Give the bytes that an audit of a store will read."""
+    """Return the bytes that an audit of a store will read."""
     return sum(record.stored_bytes for record in Manifest(store, damaged=[]).records())
 
 

@@ -46,13 +46,13 @@ class ArraySpec:
             raise ValueError("an array of the shard needs a shape; store a single number with shape (1,)")
 
     def full_shape(self, *, num_tokens: int, num_rows: int) -> tuple[int, ...]:
-        """Give the array's shape in a shard of that many tokens and rows."""
+        """Return the array's shape in a shard of that many tokens and rows."""
         if self.axis == "shard":
             return self.shape
         return (num_tokens if self.axis == "token" else num_rows, *self.shape)
 
     def chunk_length(self, length: int) -> int:
-        """Give how many indices of the first dimension one chunk holds: a power of two, or all of a shorter array."""
+        """Return how many indices of the first dimension one chunk holds: a power of two, or all of a shorter array."""
         itemsize = np.dtype(self.dtype).itemsize
         trailing = self.shape[1:] if self.axis == "shard" else self.shape
         bytes_per_index = itemsize * int(np.prod(trailing, dtype=np.int64))
@@ -88,7 +88,7 @@ class Column:
             raise ValueError(f"column {self.name} has no arrays")
 
     def to_json(self) -> dict[str, Any]:
-        """Give the column as JSON-able data."""
+        """Return the column as JSON-able data."""
         arrays = {
             name: {"dtype": spec.dtype, "shape": list(spec.shape), "axis": spec.axis}
             for name, spec in self.arrays.items()

@@ -32,7 +32,7 @@ def write_entry(root: str, kind: str, key: Any, value: Mapping[str, Any]) -> Non
 
 
 def read_entry(root: str, kind: str, key: Any) -> dict[str, Any]:
-    """Give what a key leads to.
+    """Return what a key leads to.
 
     Raises:
         StoreNotFoundError: Nothing was published under it.
@@ -52,7 +52,7 @@ def read_entry(root: str, kind: str, key: Any) -> dict[str, Any]:
 
 
 def kept_entry(root: str, kind: str, key: Any) -> dict[str, Any] | None:
-    """Give what a key leads to; None where nothing does, or what was written there is damaged and worth another try."""
+    """Return what a key leads to; None where nothing does, or where it is damaged and worth another try."""
     name = _entry_name(kind, key)
     try:
         return parse_entry(name.rsplit("/", 1)[-1], open_objects(root).read(name))
@@ -85,7 +85,7 @@ def _what_is_there(root: str, kind: str, key: Any) -> str:
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Give the values of nested maps by dotted keys."""
+    """Yield the values of nested maps by dotted keys."""
     if isinstance(value, Mapping) and value:
         for name, item in value.items():
             yield from _leaves(item, f"{path}.{name}" if path else str(name))
@@ -98,7 +98,7 @@ def _shown(leaves: Mapping[str, Any], leaf: str) -> str:
 
 
 def parse_entry(name: str, data: bytes) -> dict[str, Any]:
-    """Give the value of an entry's file, held against its check and its name.
+    """Return the value of an entry's file, held against its check and its name.
 
     Raises:
         ValueError: It is not what was written; KeyError and TypeError mean the same.

@@ -139,7 +139,7 @@ def remove_store(root: str, name: str) -> None:
 
 
 def remove_column(store: Store, column: str) -> int:
-    """Remove a column from all shards, and give the bytes that it took.
+    """Remove a column from all shards, and return the bytes that it took.
 
     Raises:
         StoreNotFoundError: No shard has it, or it is the tokens, without which nothing can be read.

@@ -75,7 +75,7 @@ class Lease:
         """Check that nobody took the lease for dead, as may happen to a process that was halted for long.
 
         Raises:
-            InUseError: Somebody did.
+            InUseError: Another process took it.
         """
         if self._is_lost:
             raise InUseError(
@@ -84,7 +84,7 @@ class Lease:
             )
 
     def withdraw(self) -> None:
-        """Give the shards free."""
+        """Release the shards."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()

@@ -39,7 +39,7 @@ class LocalCopy:
         self._source = source
 
     def fetch(self, stored: StoredObject) -> str:
-        """Copy an object, where it was not yet, and give its name among the copies.
+        """Copy an object, where it was not yet, and return its name among the copies.
 
         Raises:
             FileNotFoundError: The source does not have it.

@@ -74,7 +74,7 @@ class LocalObjects:
         return self._path(name).is_file()
 
     def size(self, name: str) -> int | None:
-        """Give the object's size in bytes, None where there is none."""
+        """Return the object's size in bytes, None where there is none."""
         try:
             return self._path(name).stat().st_size
         except FileNotFoundError:
@@ -153,7 +153,7 @@ def _write_new(path: Path, data: bytes) -> None:
 
 
 def _make_folder(folder: Path) -> list[Path]:
-    """Make a folder and those above it, and give the folders that gained one."""
+    """Make a folder and those above it, and return the folders that gained one."""
     if folder.is_dir():
         return []
     changed = [*_make_folder(folder.parent), folder.parent]

@@ -59,7 +59,7 @@ class CommitRecord:
         return sum(entry["bytes"] for entry in self.objects.values())
 
     def to_line(self) -> Line:
-        """Give the record as flat JSON-able data, as both kinds of file keep it."""
+        """Return the record as flat JSON-able data, as both kinds of file keep it."""
         return {
             "shard": self.shard,
             "column": self.column.name,
@@ -128,7 +128,7 @@ class Manifest:
         return self._places.get(column, {}).keys()
 
     def record(self, shard: str, column: str) -> CommitRecord:
-        """Give the commit record of a column that is complete.
+        """Return the commit record of a column that is complete.
 
         Raises:
             KeyError: It is not.
@@ -139,7 +139,7 @@ class Manifest:
         return CommitRecord.from_line({name: self._table[name][place].as_py() for name in _SCHEMA.names})
 
     def records(self) -> Iterator[CommitRecord]:
-        """Give every record, by shard and then by column."""
+        """Yield every record, by shard and then by column."""
         keys = sorted((shard, column) for column, places in self._places.items() for shard in places)
         for shard, column in keys:
             yield self.record(shard, column)
@@ -210,7 +210,7 @@ def record_name(shard: str, column: str) -> str:
 
 
 def parse_record_name(name: str) -> tuple[str, str]:
-    """Give the shard and column of a fresh record's file."""
+    """Return the shard and column of a fresh record's file."""
     shard, _, column = name.removesuffix(".json").partition("~")
     return shard, column.replace("~", "/")
 

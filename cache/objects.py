@@ -18,10 +18,10 @@ class Objects(Protocol):
     root: str
 
     def read(self, name: str) -> bytes:
-        """Give the whole object; FileNotFoundError where there is none."""
+        """Return the whole object; FileNotFoundError where there is none."""
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """Give parts of objects, each as (name, start, number of bytes); a part is shorter where its object ends.
+        """Return parts of objects, each as (name, start, number of bytes); a part is shorter where its object ends.
 
         FileNotFoundError, with the name as its `filename`, where an object is missing.
         """
@@ -57,7 +57,7 @@ class Objects(Protocol):
         """Remove all objects below a folder; nothing happens where there are none."""
 
     def sweep(self, *, is_alone: bool) -> int:
-        """Remove what dead processes left half-written, and give how many there were.
+        """Remove what dead processes left half-written, and return how many there were.
 
         Args:
             is_alone: Whether no other process writes here, so that what came from another machine is stale too.

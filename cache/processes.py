@@ -61,7 +61,7 @@ def _token_of(process_id: int) -> str:
 
 
 def _start(process_id: int) -> int:
-    """Give a number that tells a process from a later one with the same id, and does not change with the clock."""
+    """Return a number that tells a process from a later one with the same id, and does not change with the clock."""
     try:
         # The fields of proc(5) behind the command in brackets: the state is the first, the start the 20th.
         fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()

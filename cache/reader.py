@@ -74,11 +74,11 @@ class Reader:
         return len(self.selection)
 
     def row(self, index: int) -> RowArrays:
-        """Give one row; see `rows`."""
+        """Return one row; see `rows`."""
         return self.rows([index])[0]
 
     def rows(self, indices: Sequence[int]) -> list[RowArrays]:
-        """Give rows, each as column name -> array name -> values; what they need is fetched together.
+        """Return rows, each as column name -> array name -> values; what they need is fetched together.
 
         Arrays of tokens are cut to the row's tokens, `[T, ...]`; arrays of rows to the row's own entry; arrays of the
         shard come whole. The values are read-only views where that saves a copy.
@@ -106,7 +106,7 @@ class Reader:
         ]
 
     def _place(self, index: int) -> tuple[str, _Span, _Span]:
-        """Give a row's shard and its spans on the axes of tokens and of rows."""
+        """Return a row's shard and its spans on the axes of tokens and of rows."""
         selection = self.selection
         if not 0 <= index < len(selection):
             raise IndexError(f"row {index} of a selection of {len(selection)} rows")
@@ -115,7 +115,7 @@ class Reader:
         return shard, (start, start + int(selection.lengths[index])), (position, position + 1)
 
     def _opened(self, shards: Iterable[str]) -> dict[tuple[str, str], list[OpenArray]]:
-        """Give the open arrays of all columns in some shards."""
+        """Return the open arrays of all columns in some shards."""
         opened: dict[tuple[str, str], list[OpenArray]] = {}
         fresh: dict[tuple[str, str], list[OpenArray]] = {}
         for key in [(shard, column) for shard in shards for column in self.columns]:
@@ -136,7 +136,7 @@ class Reader:
         return [array for array in arrays if (record.column.name, array.name) != (TOKENS, LENGTHS)]
 
     def _loaded(self, wanted: dict[_ChunkKey, OpenArray]) -> dict[_ChunkKey, "_Chunk"]:
-        """Give the wanted chunks, from memory or from the store."""
+        """Return the wanted chunks, from memory or from the store."""
         chunks = {}
         missing = []
         for key in wanted:
@@ -200,7 +200,7 @@ class _Chunk:
 
 
 def _runs(keys: Sequence[_ChunkKey], arrays: dict[_ChunkKey, OpenArray]) -> Iterator[tuple[str, range]]:
-    """Give the runs of consecutive chunks of one array, in the order of the keys; each fits a block."""
+    """Yield the runs of consecutive chunks of one array, in the order of the keys; each fits a block."""
     first = 0
     for index in range(1, len(keys) + 1):
         name, number = keys[first]

@@ -165,7 +165,7 @@ def _folders_of(name: str) -> list[str]:
 
 
 def _lost_record(store: Store, name: str) -> CommitRecord | None:
-    """Give the record that a column's Zarr group carries, where all that it names is there."""
+    """Return the record that a column's Zarr group carries, where all that it names is there."""
     try:
         line = dict(json.loads(store.objects.read(name))["attributes"][NAMESPACE])
         check = line.pop("check")

@@ -30,7 +30,7 @@ ROW_SCHEMA = pa.schema(
 
 
 def read_rows(store: Store, *, damaged: list[str] | None = None) -> pa.Table:
-    """Give every row that was ever laid: row, shard, position, start, length; by shard and position, each once.
+    """Return every row that was ever laid: row, shard, position, start, length; by shard and position, each once.
 
     Args:
         store: The store.
@@ -102,7 +102,7 @@ def find_rows(store: Store, known: pa.Table, shards: Collection[str], row_ids: S
 
 
 def shard_rows(known: pa.Table, shards: Sequence[str]) -> dict[str, pa.Table]:
-    """Give all rows of each shard, in their order on its token axis."""
+    """Return all rows of each shard, in their order on its token axis."""
     chosen = known.filter(pc.is_in(known["shard"].cast(pa.string()), pa.array(shards, pa.string())))
     tables = split_shards(chosen)
     return {shard: tables[shard] for shard in shards}
@@ -120,7 +120,7 @@ def split_shards(rows: pa.Table) -> dict[str, pa.Table]:
 
 
 def rows_table(shard: str, row_ids: Sequence[bytes], lengths: Sequence[int]) -> pa.Table:
-    """Give the lines of one shard's rows."""
+    """Return the lines of one shard's rows."""
     starts = np.cumsum([0, *lengths])[:-1]
     columns: dict[str, Any] = {
         "row": _ids(row_ids),

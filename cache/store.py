@@ -60,7 +60,7 @@ class Store:
 
 
 def store_path(root: str, name: str) -> str:
-    """Give the folder or URL of a store below its root."""
+    """Return the folder or URL of a store below its root."""
     return f"{root.rstrip('/')}/{STORES}/{name}"
 
 
@@ -106,7 +106,7 @@ def open_store(path: str) -> Store:
 
 
 def shard_folder(shard: str) -> str:
-    """Give the Zarr group of a shard, or of the store's constants."""
+    """Return the Zarr group of a shard, or of the store's constants."""
     return f"{HIERARCHY}/{CONSTANTS}" if shard == CONSTANTS else f"{HIERARCHY}/shards/{shard}"
 
 
@@ -116,13 +116,13 @@ def metadata_name(folder: str) -> str:
 
 
 def group_metadata(attributes: Mapping[str, Any] | None = None) -> bytes:
-    """Give the `zarr.json` of a group."""
+    """Return the `zarr.json` of a group."""
     metadata = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})}
     return json.dumps(metadata, indent=1, sort_keys=True).encode()
 
 
 def root_metadata(teacher: Mapping[str, Any]) -> bytes:
-    """Give the `zarr.json` of a store's root group."""
+    """Return the `zarr.json` of a store's root group."""
     facts = {"format": FORMAT_VERSION, "teacher": dict(teacher)}
     return group_metadata({NAMESPACE: {**facts, "check": digest_of(facts)}})
 
@@ -136,7 +136,7 @@ def parent_groups(shard: str, column: str) -> list[str]:
 
 
 def missing_groups(objects: Objects, folders: list[str]) -> dict[str, bytes]:
-    """Give the metadata, by name, of folders that are no Zarr groups yet."""
+    """Return the metadata, by name, of folders that are no Zarr groups yet."""
     missing = [folder for folder in folders if not objects.exists(metadata_name(folder))]
     return {metadata_name(folder): group_metadata() for folder in missing}
 

@@ -24,7 +24,7 @@ Parsed = TypeVar("Parsed")
 
 
 def write_table(objects: Objects, folder: str, table: pa.Table) -> str:
-    """Publish a table in a folder, and give its name there."""
+    """Publish a table in a folder, and return its name there."""
     data = parquet_bytes(table)
     name = _name_of(data)
     objects.write(f"{folder}/{name}", data)
@@ -43,10 +43,22 @@ def parse_table(name: str, data: bytes, schema: pa.Schema) -> pa.Table:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """Give a table as the bytes of a Parquet file."""
+    """Return a table as the bytes of a Parquet file."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
+
+
+def parquet_names(data: bytes) -> list[str]:
+    """Name the columns of Parquet bytes.
+
+    Raises:
+        ValueError: They are no Parquet file.
+    """
+    try:
+        return list(pq.read_schema(pa.BufferReader(data)).names)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(str(error)) from None
 
 
 def parquet_table(data: bytes, schema: pa.Schema) -> pa.Table:

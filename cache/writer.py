@@ -74,7 +74,7 @@ def object_path(record: CommitRecord, array: str) -> str:
 
 
 def column_metadata(record: CommitRecord) -> dict[str, bytes]:
-    """Give the Zarr metadata of a column's group and arrays, by name.
+    """Return the Zarr metadata of a column's group and arrays, by name.
 
     The group carries the commit record as well, so that a column whose record was lost is found again.
     """

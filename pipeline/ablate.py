@@ -13,14 +13,14 @@ from coldstill.pipeline.sweeps.file import load_sweep
 from coldstill.pipeline.sweeps.keys import sweep_key
 from coldstill.pipeline.sweeps.results import SweepResult, read_state, read_sweep
 from coldstill.pipeline.sweeps.runs import Run, is_wanted, plan_runs
-from coldstill.pipeline.sweeps.stages import checked_runs, precompute_runs, train_and_evaluate_runs
+from coldstill.pipeline.sweeps.stages import checked_runs, precompute_runs, train_and_evaluate_runs, write_recipes
 from coldstill.pipeline.sweeps.state import SweepState, hold_sweep
 
 
 def ablate(
     path: Path, overrides: Sequence[str] = (), *, retry: bool = False, say: Callable[[str], None] = lambda _line: None
 ) -> SweepResult:
-    """Run what is missing of a sweep, and give what all of it found.
+    """Run what is missing of a sweep, and return what all of it found.
 
     Args:
         path: The sweep file.
@@ -45,8 +45,10 @@ def ablate(
         state = SweepState(sweep, keys)
         state.wait_for_orphan(say)
         wanted = checked_runs([run for run in runs if is_wanted(run, state, retry=retry)], state, sweep.output, say)
-        if wanted:
-            precompute_runs(wanted, state, sweep.output, say)
+        write_recipes(wanted)
+        # A teacher that speaks as training goes has no stage one.
+        if stored := [run for run in wanted if not run.recipe.targets.is_live]:
+            precompute_runs(stored, state, sweep.output, say)
         train_and_evaluate_runs([run for run in wanted if state.status(run.key) != "failed"], state, sweep.output, say)
     return read_sweep(sweep.output)
 

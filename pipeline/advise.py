@@ -48,7 +48,7 @@ class NextStep:
 
 
 def advise(recipe: Recipe, *, arguments: Sequence[str], target: float = MODEST) -> NextStep:
-    """Give the next step of a recipe's recovery.
+    """Return the next step of a recipe's recovery.
 
     Args:
         recipe: The recipe.

@@ -88,7 +88,7 @@ def run_demo(folder: Path, *, say: Callable[[str], None]) -> DemoResult:
 
 
 def demo_recipe(folder: Path) -> Recipe:
-    """Give the shipped demo recipe with all of its paths below a folder."""
+    """Return the shipped demo recipe with all of its paths below a folder."""
     data = parse_yaml(files("coldstill.configs").joinpath("demo.yaml").read_text(), name="configs/demo.yaml")
     data["teacher"]["path"] = str(folder / "teacher")
     data["output"] = str(folder / "run")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from coldstill.pipeline.judging.eval_rows import StoredTeacher, sums_of
+from coldstill.pipeline.judging.eval_rows import EvalRows, sums_of
 from coldstill.pipeline.judging.qualities import Quality, differences, quality_of
 from coldstill.pipeline.judging.results import write_evaluation
 from coldstill.pipeline.judging.task_scores import TaskAverage, TaskComparison, compare_on_tasks
@@ -16,11 +16,12 @@ from coldstill.pipeline.models import resolve_device
 from coldstill.pipeline.models.machine import check_device
 from coldstill.pipeline.outputs.places import check_writable
 from coldstill.pipeline.outputs.retention import Estimate
-from coldstill.pipeline.outputs.run_index import find_run_rows, trained_student
+from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained_student
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.interruptions import what_stays
 from coldstill.pipeline.stage_two.model_card import update_card
 from coldstill.pipeline.stage_two.run_folder import check_run, claimed_run, what_is_untrained
+from coldstill.pipeline.stage_two.target_sources import RowSource, StoredTargets
 from coldstill.pipeline.students.folders import find_student
 
 
@@ -74,29 +75,44 @@ def _what_stays(judged: Sequence[str]) -> str:
     return f"with {' and '.join(judged)} judged on the eval rows; run the same command again to go on"
 
 
+def _sources(recipe: Recipe) -> tuple[RunRows, RowSource, RowSource]:
+    """Find the eval rows, and where the teacher's distribution and its own loss come from."""
+    if recipe.targets.is_live:
+        # Imported here: where a store speaks for the teacher, nothing that loads one is.
+        from coldstill.pipeline.stage_one.live_run import gather_live
+
+        live = gather_live(recipe)
+        return live.run, live.judged(), live.judged()
+    run = find_run_rows(recipe)
+    sources = StoredTargets.of_judging(run, recipe.local_copy), StoredTargets.of_numbers(run, recipe.local_copy)
+    for source in sources:
+        source.require_complete("eval")
+    return run, *sources
+
+
 def _evaluate(recipe: Recipe, judged: list[str], *, show_progress: bool) -> Evaluation:
     tasks = load_tasks(recipe.evaluate) if recipe.evaluate.tasks else []
-    run = find_run_rows(recipe)
-    teacher = StoredTeacher(run, resolve_device(recipe.evaluate.device), recipe.local_copy)
+    run, source, numbers = _sources(recipe)
+    rows = EvalRows(source, numbers, resolve_device(recipe.evaluate.device))
     folders = {"pruned": find_student(recipe)}
     untrained = what_is_untrained(recipe)
     if untrained is None:
         folders["recovered"] = trained_student(recipe)
-    sums = {"teacher": teacher.row_sums()}
+    sums = {"teacher": rows.teacher}
     for name, folder in folders.items():
-        sums[name] = sums_of(recipe, run, teacher, folder, name, show_progress=show_progress)
+        sums[name] = sums_of(recipe, run, rows, folder, name, show_progress=show_progress)
         judged.append(name)
     compared, average = (
         compare_on_tasks(recipe, run, folders, tasks, show_progress=show_progress) if tasks else ({}, None)
     )
-    found = differences(sums, teacher.counts)
+    found = differences(sums, rows.counts)
     result = Evaluation(
-        models={name: quality_of(of_rows, teacher.counts) for name, of_rows in sums.items()},
+        models={name: quality_of(of_rows, rows.counts) for name, of_rows in sums.items()},
         gaps=found.gaps,
         gains=found.gains,
         gap_closed=found.gap_closed,
-        num_tokens=sum(teacher.counts),
-        num_rows=len(teacher),
+        num_tokens=sum(rows.counts),
+        num_rows=len(rows),
         tasks=compared,
         task_average=average,
         missing={} if untrained is None else {"recovered": untrained},

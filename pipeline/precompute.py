@@ -19,6 +19,7 @@ from coldstill.pipeline.stage_one.requests import (
     blocks_to_store,
     gather,
     needed_targets,
+    require_stored,
 )
 from coldstill.pipeline.stage_one.workers import (
     Share,
@@ -83,7 +84,7 @@ def precompute(*recipes: Recipe, share: Share | None = None, show_progress: bool
 
 
 class _Progress:
-    """How many of the recipes' shards are complete, for who interrupts the run."""
+    """How many of the recipes' shards are complete, for whoever interrupts the run."""
 
     def __init__(self) -> None:
         self._manifest: Manifest | None = None
@@ -111,6 +112,7 @@ def _precompute(
     recipes: Sequence[Recipe], share: Share | None, progress: _Progress, *, show_progress: bool
 ) -> PrecomputeSummary:
     share = share or launched_share()
+    require_stored(recipes)
     teacher, gathered = gather(recipes)
     with first_process_first():
         requests = [_request(item, teacher) for item in gathered]

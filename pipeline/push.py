@@ -45,7 +45,7 @@ def push(path: Path, repo: str, *, private: bool = False) -> PushSummary:
 
 
 def push_student(student: Path, repo: str, *, private: bool = False) -> str:
-    """Upload a student's folder into a model repository, which is made where it is missing, and give its URL.
+    """Upload a student's folder into a model repository, which is made where it is missing, and return its URL.
 
     What was uploaded stays when the rest fails; the same call goes on.
 

@@ -16,11 +16,11 @@ from coldstill.pipeline.figures.sheet import drawing_style
 from coldstill.pipeline.judging.similarity import BlockSimilarity, block_similarity
 from coldstill.pipeline.pages.blocks import layers_section, projectors_section, similarity_section
 from coldstill.pipeline.pages.data import RunRecord, is_run, read_run
+from coldstill.pipeline.pages.loss_curves import epochs_section, loss_section
 from coldstill.pipeline.pages.page import Page, render
 from coldstill.pipeline.pages.record import cost_section, record_section
 from coldstill.pipeline.pages.recovery import recovery_section, recovery_tiles, run_subtitle
 from coldstill.pipeline.pages.sweep import sweep_page
-from coldstill.pipeline.pages.training import epochs_section, loss_section
 from coldstill.pipeline.pages.variants import first_complete
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.whole import whole_file, write_whole

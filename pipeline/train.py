@@ -1,4 +1,7 @@
-"""Stage two: train the student and its projectors from the store. Neither teacher nor its files are needed."""
+"""Stage two: train the student and its projectors from the store. Neither teacher nor its files are needed.
+
+They are where a recipe asks for it: `targets.source: live` keeps the teacher beside the student, and has no store.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +20,7 @@ from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.runtime.interruptions import signals_wait, what_stays
+from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.model_card import model_card
 from coldstill.pipeline.stage_two.resumable_trainer import newest_checkpoint, sweep_checkpoints, where_it_stands
 from coldstill.pipeline.stage_two.run_folder import (
@@ -31,7 +35,7 @@ from coldstill.pipeline.stage_two.run_folder import (
     write_metrics,
 )
 from coldstill.pipeline.stage_two.setup import create_trainer
-from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
+from coldstill.pipeline.stage_two.target_sources import LiveRows
 from coldstill.pipeline.students.folders import find_student
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
@@ -76,9 +80,7 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
     """
     trainer = None
     with what_stays(lambda: _what_stays(recipe, trainer)):
-        run = find_run_rows(recipe)
-        _check_teacher(recipe, run)
-        student_folder = find_student(recipe)
+        run, student_folder, live = _material(recipe)
         key = run_key(recipe, run)
         if restart:
             remove_run(recipe)
@@ -87,7 +89,7 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
         if finished is not None:
             return TrainSummary(**{"exported_step": finished["num_steps"], **finished, "trained_steps": 0})
         _check_places(recipe, student_folder)
-        trainer = create_trainer(recipe, run, student_folder)
+        trainer = create_trainer(recipe, run, student_folder, live=live)
         trainer.add_callback(_ClaimAtFirstStep(recipe, key))
         if trainer.is_world_process_zero():
             sweep_checkpoints(checkpoints_folder(recipe))
@@ -98,6 +100,19 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
             return _finish(recipe, run, trainer, key, card=card, first_step=first_step)
 
 
+def _material(recipe: Recipe) -> tuple[RunRows, Path, LiveRows | None]:
+    """Find the recipe's rows and its student; and the teacher, where no store speaks for it."""
+    if recipe.targets.is_live:
+        # Imported here: where a store speaks for the teacher, nothing that loads one is.
+        from coldstill.pipeline.stage_one.live_run import gather_live
+
+        live = gather_live(recipe, trains_here=True)
+        return live.run, live.student, live
+    run = find_run_rows(recipe)
+    _check_teacher(recipe, run)
+    return run, find_student(recipe), None
+
+
 def _what_stays(recipe: Recipe, trainer: UniversalDistillationTrainer | None) -> str:
     if finished_summary(recipe) is not None:
         return "when the run was complete: the student is exported"
@@ -105,7 +120,7 @@ def _what_stays(recipe: Recipe, trainer: UniversalDistillationTrainer | None) ->
 
 
 def _learn(recipe: Recipe, trainer: UniversalDistillationTrainer) -> int:
-    """Train from the last checkpoint that is there, and give its step."""
+    """Train from the last checkpoint that is there, and return its step."""
     first_step, checkpoint = newest_checkpoint(checkpoints_folder(recipe))
     if checkpoint is None and recipe.projector.init == "least_squares" and recipe.loss.needs_hidden:
         trainer.fit_projectors(recipe.projector.init_rows)

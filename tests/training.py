@@ -6,8 +6,8 @@ import pytest
 import torch
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.setup import create_trainer
-from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.train import train
 

@@ -70,7 +70,7 @@ def proposals(
     logits: Sequence[LogitsOption],
     hidden: Sequence[HiddenOption],
 ) -> list[Proposal]:
-    """Give the best few combinations that fit; where none does, the smallest of all, which says how much is too much.
+    """Return the best few combinations that fit; where none does, the smallest of all, which says how much is too much.
 
     Args:
         budget_bytes: For all columns of all rows.

@@ -80,7 +80,7 @@ class FidelityJudge:
         )
 
     def _gradient(self, target: LogitsTarget) -> list[Tensor]:
-        """Give the gradient of the forward KL, summed over positions, by each of the student's parameters."""
+        """Return the gradient of the forward KL, summed over positions, by each of the student's parameters."""
         # The divergence needs no tokens that follow.
         predictions = Predictions(torch.empty(0, dtype=torch.int64), target)
 
@@ -106,7 +106,7 @@ class FidelityJudge:
 
     @torch.no_grad()
     def _distribution(self, target: LogitsTarget) -> tuple[float, float | None]:
-        """Give the stored mass and the KL from the live distribution to the rebuilt one."""
+        """Return the stored mass and the KL from the live distribution to the rebuilt one."""
         mass, kl, count = 0.0, 0.0, len(self._state_ND)
         ids_NK, gives_all = target.token_ids, True
         for chunk in self._head.chunks(count):

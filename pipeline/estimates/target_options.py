@@ -13,7 +13,7 @@ from coldstill.pipeline.losses.logits_targets import FullDistribution
 from coldstill.pipeline.models import load_model
 from coldstill.pipeline.models.labels import counts_of
 from coldstill.pipeline.models.teacher import Teacher
-from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.recipe.sections import LogitsTargetConfig, Recipe
 from coldstill.pipeline.stage_one.capture import capture
 from coldstill.pipeline.stage_two.target_sources import StoredTargets
 from coldstill.pipeline.students.folders import find_student
@@ -26,6 +26,8 @@ from coldstill.pipeline.targets.wanted import block_output
 _JUDGED_ROWS = 4
 _CODED_STEPS = (0.02, 0.03, 0.05, 0.08)
 _HIDDEN_STEPS = (0.1, 0.2, 0.4)
+# What all options that are compared have alike.
+_SHARED_KEYS = ("values", "temperatures")
 # Of int8 as measured on the residual stream of a real model; docs/results.md.
 _INT8_ERROR = 6e-5
 
@@ -89,7 +91,7 @@ def measure_hidden(recipe: Recipe, trial: Trial, *, show_progress: bool) -> list
 
 
 def _logits_sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Give the targets sections to compare, by the overrides that choose each; the recipe's own among them."""
+    """Return the targets sections to compare, by the overrides that choose each; the recipe's own among them."""
     own = recipe.targets.logits.model_dump()
     k = own["k"]
     temperatures = sorted({*own["temperatures"], recipe.loss.temperature})
@@ -107,9 +109,8 @@ def _logits_sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 def _setting(logits: Mapping[str, Any]) -> str:
-    """Give the overrides that choose a kind, without the keys that it does not read."""
-    keys = {"topk": ["k"], "topk_sampled": ["k", "samples"], "final": ["encoding"], "none": []}[logits["kind"]]
-    keys = ["kind", *keys, *(["step"] if logits["kind"] == "final" and logits["encoding"] == "coded" else [])]
+    """Return the overrides that choose a kind, without the keys that it does not read."""
+    keys = ["kind", *(key for key in LogitsTargetConfig(**logits).keys_in_use if key not in _SHARED_KEYS)]
     return " ".join(f"targets.logits.{key}={logits[key]}" for key in keys)
 
 

@@ -52,13 +52,13 @@ class Trial:
     summary: PrecomputeSummary
 
     def bytes_per_token(self) -> dict[str, float]:
-        """Give the bytes a token of each column in the trial's store."""
+        """Return the bytes a token of each column in the trial's store."""
         manifest = Manifest(self.run.store)
         measured = {name: manifest.bytes_per_token(name) for name in manifest.columns()}
         return {name: value for name, value in measured.items() if value is not None}
 
     def constant_bytes(self) -> dict[str, int]:
-        """Give the bytes of what a store holds once: the output head and calibrations."""
+        """Return the bytes of what a store holds once: the output head and calibrations."""
         manifest = Manifest(self.run.store)
         named = [name for name in manifest.columns() if (CONSTANTS, name) in manifest]
         return {name: manifest.record(CONSTANTS, name).stored_bytes for name in named}
@@ -70,7 +70,7 @@ class Trial:
         return variants
 
     def train_memory_bytes(self) -> int:
-        """Train a few steps in a process of its own, and give the most memory that it held.
+        """Train a few steps in a process of its own, and return the most memory that it held.
 
         Raises:
             RecipeError: Training fails; says what it said last.
@@ -119,7 +119,7 @@ def trial_of(recipe: Recipe, *, num_rows: int, show_progress: bool) -> Iterator[
 
 
 def varied(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """Give a recipe with some keys changed, section by section."""
+    """Return a recipe with some keys changed, section by section."""
     return parse_recipe(_merged(recipe.model_dump(), changes), name="plan")
 
 

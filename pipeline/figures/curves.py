@@ -70,7 +70,7 @@ def curve_figure(
 
 
 def _thinned(points: Points) -> list[tuple[float, float]]:
-    """Give at most some hundred points: means over neighbours, where there are more."""
+    """Return at most some hundred points: means over neighbours, where there are more."""
     size = math.ceil(len(points) / _MOST_POINTS)
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     return [(part[-1][0], math.fsum(y for _, y in part) / len(part)) for part in parts]

@@ -132,7 +132,7 @@ def _draw_levels(axes: Any, levels: Mapping[str, float]) -> None:
 
 
 def _label(row: DotRow) -> str:
-    """Give a row's name in one or two lines, and what there is instead of a dot."""
+    """Return a row's name in one or two lines, and what there is instead of a dot."""
     status = row.status if row.mean is None else "" if math.isfinite(row.mean) else f"{row.mean:g}"
     lines = textwrap.wrap(row.name, _NAME_CHARS)
     room = 1 if status else 2

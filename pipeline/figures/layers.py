@@ -61,7 +61,7 @@ def layer_map_figure(
 
 
 def _student_rows(num_student: int, num_teacher: int, kept_blocks: Sequence[int] | None) -> list[float]:
-    """Give the height of each student block: that of the block that it was cut from, or evenly spread."""
+    """Return the height of each student block: that of the block that it was cut from, or evenly spread."""
     if kept_blocks is not None:
         return [float(block) for block in kept_blocks]
     if num_student == 1:

@@ -94,7 +94,7 @@ class Figure:
 
 
 def palette_css(colours: Sequence[str]) -> str:
-    """Give the CSS variables of the series' colours."""
+    """Return the CSS variables of the series' colours."""
     return " ".join(f"--series-{index}: {colour};" for index, colour in enumerate(colours))
 
 
@@ -190,7 +190,7 @@ class Sheet:
         self._bar.locator_params(axis="y", nbins=5)
 
     def finish(self, name: str, *, caption: str, description: str) -> Figure:
-        """Make room for the tick labels, and give the figure."""
+        """Make room for the tick labels, and return the figure."""
         self._fit()
         svg, png = io.StringIO(), io.BytesIO()
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))

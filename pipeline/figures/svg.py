@@ -19,7 +19,7 @@ _FONT_FAMILY = re.compile(r"font-family:[^;]*;?\s*")
 def page_svg(
     drawn: str, *, name: str, title: str, description: str, colours: Mapping[str, str], inline_style: str | None = None
 ) -> str:
-    """Give the SVG element of a drawing.
+    """Return the SVG element of a drawing.
 
     Args:
         drawn: What matplotlib wrote, text as text.

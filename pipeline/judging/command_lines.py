@@ -21,7 +21,7 @@ _LABELS = {
 
 
 def command_line(command: str, arguments: Sequence[str], changes: Mapping[str, Any]) -> str:
-    """Give the line that runs a command with changes, which replace what the command line said before."""
+    """Return the line that runs a command with changes, which replace what the command line said before."""
     file, *overrides = arguments
     kept = [override for override in overrides if override.partition("=")[0] not in changes]
     words = [*kept, *(as_override(key, value) for key, value in changes.items())]

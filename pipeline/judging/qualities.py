@@ -115,7 +115,7 @@ def shares_closed(models: Mapping[str, Mapping[str, float]], gaps: Mapping[str, 
 
 
 def _covariance(sums: Sequence[RowSums], counts: Sequence[int], measure: str, values: Sequence[float]) -> Matrix | None:
-    """Give the covariances of the models' values; those of perplexities by the delta method, d exp(x) = exp(x) dx."""
+    """Return the covariances of the models' values; those of perplexities by the delta method, d exp(x) = exp(x) dx."""
     if len(counts) < 2 or not all(map(math.isfinite, values)):
         return None
     if measure != "perplexity":

@@ -107,7 +107,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def retention_of(evaluation: Mapping[str, Any]) -> Retention:
-    """Give what the student retains on tasks, or its agreement with the teacher where no task was evaluated."""
+    """Return what the student retains on tasks, or its agreement with the teacher where no task was evaluated."""
     average = evaluation["task_average"]
     estimate = average["retention"].get("recovered") if average else None
     if estimate is None:

@@ -41,7 +41,7 @@ def settings_of(recipe: Recipe, cut: Cut, log: Sequence[Mapping[str, Any]]) -> S
 
 
 def _hidden_share(recipe: Recipe, log: Sequence[Mapping[str, Any]]) -> float | None:
-    """Give what the weighted hidden loss made up of the loss when it was logged last; None where it never was."""
+    """Return what the weighted hidden loss made up of the loss when it was logged last; None where it never was."""
     logged = [entry for entry in log if "loss_hidden" in entry and entry.get("loss", 0) > 0]
     if not logged:
         return None

@@ -35,9 +35,9 @@ from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.runtime.whole import write_whole
+from coldstill.pipeline.stage_two.distillation_trainer import PROJECTORS_FILE
 from coldstill.pipeline.stage_two.run_folder import check_run
 from coldstill.pipeline.stage_two.target_sources import StoredTargets
-from coldstill.pipeline.stage_two.trainer import PROJECTORS_FILE
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.pruning_record import read_kept_channels
 from coldstill.pipeline.targets.wanted import block_output
@@ -214,7 +214,7 @@ def _read_rows(source: StoredTargets, num_rows: int) -> _Rows:
 
 @torch.inference_mode()
 def _student_states(recipe: Recipe, folder: Path, rows: _Rows) -> dict[int, Tensor]:
-    """Give the output [N, Ds] of every block of a student, where positions count."""
+    """Return the output [N, Ds] of every block of a student, where positions count."""
     check_device("evaluate.device", recipe.evaluate.device)
     device = resolve_device(recipe.evaluate.device)
     model = load_model(folder, dtype="float32", trust_remote_code=recipe.student.trust_remote_code).to(device)
@@ -228,7 +228,7 @@ def _student_states(recipe: Recipe, folder: Path, rows: _Rows) -> dict[int, Tens
 
 
 def _teacher_channels(recipe: Recipe, folder: Path, teacher_width: int) -> Any:
-    """Give which of the teacher's channels a student's are: all, those that were kept of them, or None: unknown."""
+    """Return which of the teacher's channels a student's are: all, those that were kept of them, or None: unknown."""
     config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
     if int(text_config(config).hidden_size) == teacher_width:
         return slice(None)

@@ -13,12 +13,12 @@ States = Mapping[int, Tensor]
 
 
 def mean_cosine(student_ND: Tensor, teacher_ND: Tensor) -> float:
-    """Give the cosine of two states of one width, averaged over positions."""
+    """Return the cosine of two states of one width, averaged over positions."""
     return float(F.cosine_similarity(student_ND.float(), teacher_ND.float(), dim=-1).mean())
 
 
 def cosine_matrix(student: States, teacher: States) -> list[list[float]]:
-    """Give the mean cosine of each student block's states [N, D] with each teacher block's, [S, R]."""
+    """Return the mean cosine of each student block's states [N, D] with each teacher block's, [S, R]."""
     units = {block: F.normalize(states_ND.float(), dim=-1) for block, states_ND in teacher.items()}
     matrix = []
     for states_ND in student.values():
@@ -28,7 +28,7 @@ def cosine_matrix(student: States, teacher: States) -> list[list[float]]:
 
 
 def cka_matrix(student: States, teacher: States) -> list[list[float]]:
-    """Give the linear CKA of each student block's states [N, Ds] with each teacher block's [N, Dt], [S, R].
+    """Return the linear CKA of each student block's states [N, Ds] with each teacher block's [N, Dt], [S, R].
 
     Between 0 and 1, blind to rotation and scale, and defined for any two widths; it needs more positions than channels
     to say much (Kornblith et al., ICML 2019).

@@ -110,7 +110,7 @@ class Advice:
 
 
 def advise_next(settings: Settings, measured: Measured, *, target: float = MODEST) -> Advice:
-    """Give the next step towards a target retention, with its reason."""
+    """Return the next step towards a target retention, with its reason."""
     if settings.is_short and not is_reached(measured.retention, target):
         return _see_the_rows(settings, notes=(_PROXY_NOTE,) if measured.is_proxy else ())
     if measured.worse is not None:
@@ -171,7 +171,7 @@ def _done(settings: Settings, retention: float, target: float) -> Advice:
 
 
 def _more_hidden(settings: Settings, where: str, target: float) -> Advice:
-    """Give block outputs more weight, in the measure that their kind of loss answers to."""
+    """Return block outputs more weight, in the measure that their kind of loss answers to."""
     if settings.hidden != "mse":
         return _more_normalised(settings, where)
     if settings.gamma == 0 and wants_hidden_terms(settings.cut, target):
@@ -245,7 +245,7 @@ def _remember_the_task(settings: Settings, worse: str) -> Advice:
 
 
 def _straddled(measured: Measured, target: float) -> float | None:
-    """Give the nearest threshold that the 95% interval of the retention holds; None where it holds none."""
+    """Return the nearest threshold that the 95% interval of the retention holds; None where it holds none."""
     if measured.stderr is None:
         return None
     done = HIGH if HIGH <= target <= MODEST else target

@@ -132,7 +132,7 @@ def _student(recipe: Recipe, folder: Path, name: str) -> _AskedModel:
 def _scores(
     recipe: Recipe, asked: _AskedModel, tasks: Sequence[LoadedTask], *, show_progress: bool
 ) -> dict[str, TaskScore]:
-    """Give a model's scores by task: those that are kept, and those of the tasks that it is asked now."""
+    """Return a model's scores by task: those that are kept, and those of the tasks that it is asked now."""
     keys = {task.name: {"model": asked.identity, "task": task.content, "lm_eval": harness_version()} for task in tasks}
     kept = {name: kept_entry(recipe.cache, "tasks", key) for name, key in keys.items()}
     scores = {name: TaskScore(**entry) for name, entry in kept.items() if entry is not None}
@@ -174,7 +174,7 @@ def _average(comparisons: Mapping[str, TaskComparison], covariances: Mapping[str
 def _shares(
     names: Sequence[str], values: Sequence[float], covariance: Matrix | None, *, higher_is_better: bool
 ) -> tuple[dict[str, Estimate], Estimate | None]:
-    """Give each student's retention, and the gap that training closed; the first model is the teacher."""
+    """Return each student's retention, and the gap that training closed; the first model is the teacher."""
     kept = {}
     for place in range(1, len(names)) if higher_is_better else ():
         estimate = retention(values[place], values[0], covariance_of(covariance, (place, 0)))

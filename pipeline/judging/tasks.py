@@ -73,7 +73,7 @@ class TaskScore:
 
 
 def harness_version() -> str:
-    """Give the version of lm-evaluation-harness.
+    """Return the version of lm-evaluation-harness.
 
     Raises:
         RecipeError: It is not installed.
@@ -130,7 +130,7 @@ def answer(
 
 
 def _find(section: EvaluateConfig) -> tuple[Any, dict[str, str]]:
-    """Give a task manager that knows all entries, and what it knows each of them by."""
+    """Return a task manager that knows all entries, and what it knows each of them by."""
     files = {entry: _task_file(entry, section.include_path) for entry in section.tasks if entry.endswith(".yaml")}
     names = [entry for entry in section.tasks if entry not in files]
     manager = _manager(section.include_path, include_defaults=False)
@@ -208,7 +208,7 @@ def _content(entry: str, task: Any, section: EvaluateConfig) -> str:
 
 
 def _num_fewshot(task: Any, section: EvaluateConfig) -> int:
-    """Give how many examples stand before each question; a task that wants none keeps to that, as in the harness."""
+    """Return how many examples stand before each question; a task that wants none keeps to that, as in the harness."""
     own = task.get_config("num_fewshot")
     if own == 0 or section.num_fewshot is None:
         return int(own or 0)

@@ -7,7 +7,7 @@ they are those of the states themselves, at the teacher's width.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from coldstill.pipeline.losses.state_losses import HIDDEN_LOSSES
+from coldstill.pipeline.losses.state_losses import HIDDEN_LOSSES, HIDDEN_UNITS
 from coldstill.pipeline.losses.term import BlockTerm, StatePair, weighted_sum
 from coldstill.pipeline.recipe.loss import HiddenLoss, LossConfig, TermName
 from torch import Tensor
@@ -22,6 +22,9 @@ class Dynamics(BlockTerm):
     """
 
     name: ClassVar[TermName] = "loss_dynamics"
+    title: ClassVar[str] = "Loss of dynamics"
+    label: ClassVar[str] = "dynamics"
+    compared: ClassVar[str] = "changes from each mapped block to the next"
     fewest_pairs: ClassVar[int] = 2
 
     loss_name: HiddenLoss
@@ -35,6 +38,11 @@ class Dynamics(BlockTerm):
     def summary(self) -> str:
         """What it compares."""
         return f"dynamics ({self.loss_name})"
+
+    @property
+    def unit(self) -> str:
+        """What it is measured in."""
+        return HIDDEN_UNITS[self.loss_name]
 
     def loss(self, pair: StatePair, before: StatePair | None, /) -> Tensor | None:
         """Return the sum over positions of the change since the pair before; None at the first pair."""

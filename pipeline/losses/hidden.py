@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from coldstill.pipeline.losses.state_losses import HIDDEN_LOSSES, POSITION_WEIGHTS
+from coldstill.pipeline.losses.state_losses import HIDDEN_LOSSES, HIDDEN_UNITS, POSITION_WEIGHTS
 from coldstill.pipeline.losses.term import BlockTerm, StatePair, weighted_sum
 from coldstill.pipeline.recipe.loss import HiddenLoss, LossConfig, TermName
 from torch import Tensor
@@ -18,6 +18,9 @@ class Hidden(BlockTerm):
     """
 
     name: ClassVar[TermName] = "loss_hidden"
+    title: ClassVar[str] = "Hidden loss"
+    label: ClassVar[str] = "hidden"
+    compared: ClassVar[str] = "block outputs"
 
     loss_name: HiddenLoss
 
@@ -30,6 +33,11 @@ class Hidden(BlockTerm):
     def summary(self) -> str:
         """What it compares."""
         return f"hidden ({self.loss_name})"
+
+    @property
+    def unit(self) -> str:
+        """What it is measured in."""
+        return HIDDEN_UNITS[self.loss_name]
 
     def loss(self, pair: StatePair, _before: StatePair | None, /) -> Tensor:
         """Return the sum over positions at one mapped pair."""

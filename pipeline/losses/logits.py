@@ -20,6 +20,8 @@ class Logits(VocabularyTerm):
     """
 
     name: ClassVar[TermName] = "loss_logits"
+    title: ClassVar[str] = "Logits loss"
+    label: ClassVar[str] = "logits (T² · div.)"
 
     divergence: Divergence
 
@@ -32,6 +34,11 @@ class Logits(VocabularyTerm):
     def summary(self) -> str:
         """What it compares."""
         return self.divergence.summary
+
+    @property
+    def unit(self) -> str:
+        """What it is measured in."""
+        return "T² · divergence (nats a token)"
 
     def request(self, predictions: Predictions, chunk: slice) -> Request | None:
         """Ask for what the target compares."""

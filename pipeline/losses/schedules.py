@@ -1,10 +1,19 @@
 """Values of the loss that change over a run: a pure function of the step, so that a resumed run meets the same ones."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from coldstill.pipeline.recipe.loss import LossConfig, LossWeight, ScheduleShape
+
+# The value between start and end, where 0 to 1 of the way is gone.
+SHAPES: Mapping[ScheduleShape, Callable[[float, float, float], float]] = {
+    "constant": lambda start, _end, _way: start,
+    "linear": lambda start, end, way: start + (end - start) * way,
+    "cosine": lambda start, end, way: start + (end - start) * ((1.0 - math.cos(math.pi * way)) / 2.0),
+    "exponential": lambda start, end, way: start * (end / start) ** way,
+}
 
 
 @dataclass(frozen=True)
@@ -38,10 +47,4 @@ class Schedule:
         first = int(self.warmup * num_steps)
         way = (step - first) / max(num_steps - 1 - first, 1)
         way = min(max(way, 0.0), 1.0)
-        if self.shape == "constant":
-            return self.start
-        if self.shape == "exponential":
-            return self.start * (self.end / self.start) ** way
-        if self.shape == "cosine":
-            way = (1.0 - math.cos(math.pi * way)) / 2.0
-        return self.start + (self.end - self.start) * way
+        return SHAPES[self.shape](self.start, self.end, way)

@@ -45,3 +45,9 @@ POSITION_WEIGHTS: Mapping[HiddenLoss, Callable[[Tensor], Tensor]] = {
     "normalised_mse": lambda teacher_ND: 1.0 / teacher_ND.var(dim=-1, correction=0).clamp(min=_SMALLEST_VARIANCE),
     "cosine": lambda teacher_ND: 1.0 / teacher_ND.square().sum(dim=-1).clamp(min=_SMALLEST_NORM**2),
 }
+# What each is in.
+HIDDEN_UNITS: Mapping[HiddenLoss, str] = {
+    "mse": "mean squared error",
+    "normalised_mse": "share of the teacher's variance",
+    "cosine": "1 - cosine",
+}

@@ -16,11 +16,18 @@ class Task(VocabularyTerm):
     """The cross entropy; needs nothing of the teacher."""
 
     name: ClassVar[TermName] = "loss_task"
+    title: ClassVar[str] = "Task loss (cross entropy)"
+    label: ClassVar[str] = "task (CE)"
 
     @property
     def summary(self) -> str:
         """What it compares."""
         return "cross entropy"
+
+    @property
+    def unit(self) -> str:
+        """What it is measured in."""
+        return "nats a token"
 
     def request(self, predictions: Predictions, chunk: slice) -> Request:
         """Ask for the next token's logit and the logsumexp at temperature 1."""

@@ -24,12 +24,16 @@ class Term(ABC):
 
     Attributes:
         name: What the log calls it.
+        title: What a figure of it is called.
+        label: What it is called beside others in one figure.
         fewest_pairs: How many pairs of student and teacher block it needs.
         weight: What it is multiplied by, at the first step.
         schedule: How the weight changes over the run; None where it does not.
     """
 
     name: ClassVar[TermName]
+    title: ClassVar[str]
+    label: ClassVar[str]
     fewest_pairs: ClassVar[int] = 0
 
     weight: float
@@ -66,6 +70,11 @@ class Term(ABC):
     @abstractmethod
     def summary(self) -> str:
         """What it compares, in a few words, for a model's card."""
+
+    @property
+    @abstractmethod
+    def unit(self) -> str:
+        """What it is measured in, for a figure's axis."""
 
     def at(self, step: int, num_steps: int) -> Self:
         """Return the term with its weight at a step, counted from 0, of a run of so many."""
@@ -130,9 +139,14 @@ class StatePair:
 
 
 class BlockTerm(Term):
-    """A term over the outputs of mapped blocks; needs those of student and teacher."""
+    """A term over the outputs of mapped blocks; needs those of student and teacher.
+
+    Attributes:
+        compared: What of student and teacher it compares.
+    """
 
     fewest_pairs: ClassVar[int] = 1
+    compared: ClassVar[str]
 
     @abstractmethod
     def loss(self, pair: StatePair, before: StatePair | None, /) -> Tensor | None:

@@ -62,7 +62,7 @@ def chunk_losses(
     requests = [term.request(predictions, chunk) for term in terms]
     known = [request for request in requests if request is not None]
     if len(known) < len(requests):
-        # Whoever needs all logits leaves none to be overwritten, and nothing to be saved by taking some of them.
+        # Where one term needs all logits, all terms get them: nothing would be saved by taking some of them as well.
         taken = [StudentEvents(logits_CV)] * len(terms)
     else:
         taken = take(logits_CV, known, overwrites=overwrites)

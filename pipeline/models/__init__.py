@@ -1,9 +1,9 @@
 """Models: found, loaded whole, taken apart by structure, and held against each other's vocabulary."""
 
+from coldstill.pipeline.models.finite import all_finite, first_non_finite
 from coldstill.pipeline.models.identity import identify
 from coldstill.pipeline.models.loading import (
     KEPT_BLOCKS,
-    first_non_finite,
     kept_blocks_of,
     kept_channels_of,
     load_config,
@@ -29,6 +29,7 @@ __all__ = [
     "KEPT_BLOCKS",
     "ModelParts",
     "Structure",
+    "all_finite",
     "check_length",
     "check_tokenizers",
     "check_vocabularies",

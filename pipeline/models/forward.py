@@ -9,7 +9,7 @@ Shapes: B rows, T positions, D width.
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +21,23 @@ from transformers import PreTrainedModel
 BATCH_ROWS = 4
 
 
+# Where the residual stream can be caught: behind a decoder block, by the block's number.
+Place = int
+AnyPlace = TypeVar("AnyPlace", bound=Place)
+
+
 @contextmanager
-def block_outputs(blocks: nn.ModuleList, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collect the outputs of some decoder blocks, by block, while the context is open; the hooks go with it."""
-    outputs: dict[int, Tensor] = {}
+def block_outputs(blocks: nn.ModuleList, wanted: Sequence[AnyPlace]) -> Iterator[dict[AnyPlace, Tensor]]:
+    """Collect the residual stream at some places, by place, while the context is open; the hooks go with it."""
+    outputs: dict[AnyPlace, Tensor] = {}
 
-    def keep(block: int) -> torch.utils.hooks.RemovableHandle:
+    def keep(place: AnyPlace) -> torch.utils.hooks.RemovableHandle:
         def hook(_module: nn.Module, _args: object, output: object) -> None:
-            outputs[block] = block_output(output)
+            outputs[place] = block_output(output)
 
-        return blocks[block].register_forward_hook(hook)
+        return blocks[place].register_forward_hook(hook)
 
-    handles = [keep(block) for block in wanted]
+    handles = [keep(place) for place in wanted]
     try:
         yield outputs
     finally:
@@ -43,7 +48,7 @@ def block_outputs(blocks: nn.ModuleList, wanted: Sequence[int]) -> Iterator[dict
 def model_inputs(
     input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
 ) -> dict[str, Any]:
-    """Give what a decoder is called with; positions only where there are any, since not every decoder takes them."""
+    """Return what a decoder is called with; positions only where there are any, since not every decoder takes them."""
     positions = {} if position_ids is None else {"position_ids": position_ids}
     return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **positions}
 
@@ -57,7 +62,7 @@ def pad_rows(rows: Sequence[Tensor], *, device: torch.device | str = "cpu") -> t
 
 
 def padded_batches(rows: Sequence[Tensor], model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give a few rows at a time that a model may run together, as `pad_rows` lays them, on the model's device."""
+    """Yield a few rows at a time that a model may run together, as `pad_rows` lays them, on the model's device."""
     device = next(model.parameters()).device
     switches = rope_switches(model.config)
     for _, group in itertools.groupby(rows, lambda row: sides([len(row)], switches)):
@@ -70,23 +75,23 @@ def run_body(
     body: nn.Module,
     blocks: nn.ModuleList,
     inputs: Mapping[str, Any],
-    wanted: Sequence[int],
+    wanted: Sequence[AnyPlace],
     *,
     switches: Sequence[int],
     take: Callable[[Any], Tensor] = lambda output: output.last_hidden_state,
-) -> tuple[dict[int, Tensor], Tensor]:
+) -> tuple[dict[AnyPlace, Tensor], Tensor]:
     """Run rows through a model, those on each side of its switches by themselves.
 
     Args:
         body: Takes token ids.
         blocks: Its decoder blocks.
         inputs: What `model_inputs` gives.
-        wanted: Blocks whose outputs to give.
+        wanted: Places where to catch the stream.
         switches: What `rope_switches` gives of the model.
         take: What to give of the body's output.
 
     Returns:
-        The blocks' outputs [B, T, D], by block, and what was taken, [B, T, ...].
+        The stream [B, T, D] by place, and what was taken, [B, T, ...].
     """
     groups = rows_by_side(inputs, switches)
     if not groups:
@@ -110,7 +115,7 @@ def _part(inputs: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def mean_loss(model: Any, rows: Sequence[Tensor]) -> float:
-    """Give a causal language model's mean cross entropy over rows of token ids [T], in nats a token."""
+    """Return a causal language model's mean cross entropy over rows of token ids [T], in nats a token."""
     total, num_tokens = 0.0, 0
     for ids_BT, mask_BT in padded_batches(rows, model):
         labels_BT = ids_BT.masked_fill(~mask_BT, IGNORED)
@@ -128,10 +133,10 @@ def what_to_try(dtype: torch.dtype) -> str:
 
 
 def block_output(output: Any) -> Tensor:
-    """Give the hidden state of what a decoder block returned: a tensor, or a tuple or list that begins with it."""
+    """Return the hidden state of what a decoder block returned: a tensor, or a tuple or list that begins with it."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 def block_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Give the hidden state that a decoder block is called with, by place or by name."""
+    """Return the hidden state that a decoder block is called with, by place or by name."""
     return args[0] if args else kwargs["hidden_states"]

@@ -76,7 +76,7 @@ def _tensor_digests(file: Path) -> dict[str, list[Any]]:
 
 
 def _read_header(stream: BinaryIO) -> tuple[int, list[tuple[str, str, list[int], int, int]]]:
-    """Give where a safetensors file's data starts, and each tensor's name, dtype, shape, start and end within it."""
+    """Return where a safetensors file's data starts, and each tensor's name, dtype, shape, start and end within it."""
     (header_bytes,) = struct.unpack("<Q", stream.read(8))
     header = json.loads(stream.read(min(header_bytes, _LARGEST_HEADER_BYTES)))
     header.pop("__metadata__", None)

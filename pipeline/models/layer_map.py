@@ -83,7 +83,7 @@ def _kept_map(n_student: int, n_teacher: int, kept_blocks: Sequence[int] | None)
 
 
 def check_pairs(pairs: Mapping[int, int], *, n_student: int, n_teacher: int, name: str) -> dict[int, int]:
-    """Give pairs of student and teacher block in the student's order; `name` is what an error calls them.
+    """Return pairs of student and teacher block in the student's order; `name` is what an error calls them.
 
     Raises:
         RecipeError: One of them names a block that does not exist.

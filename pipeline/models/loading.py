@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coldstill.pipeline.models.finite import first_non_finite
 from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -101,24 +101,24 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Give the part of a config that describes the language model."""
+    """Return the part of a config that describes the language model."""
     return config.get_text_config(decoder=True)
 
 
 def kept_channels_of(config: PreTrainedConfig) -> list[int] | None:
-    """Give the teacher's channel of each of a student's, where an earlier version wrote them; None elsewhere."""
+    """Return the teacher's channel of each of a student's, where an earlier version wrote them; None elsewhere."""
     kept = getattr(text_config(config), _KEPT_CHANNELS, None)
     return None if kept is None else [int(channel) for channel in kept]
 
 
 def kept_blocks_of(config: PreTrainedConfig) -> list[int] | None:
-    """Give the teacher blocks that a student's config says it was cut from, or None."""
+    """Return the teacher blocks that a student's config says it was cut from, or None."""
     kept = getattr(config, KEPT_BLOCKS, None)
     return None if kept is None else [int(block) for block in kept]
 
 
 def resolve_dtype(config: PreTrainedConfig, dtype: str) -> str:
-    """Turn `auto` into the dtype that the checkpoint was saved in, and give the name of a dtype."""
+    """Turn `auto` into the dtype that the checkpoint was saved in, and return the name of a dtype."""
     if dtype != "auto":
         return dtype
     saved = getattr(text_config(config), "dtype", None) or getattr(config, "dtype", None) or torch.float32
@@ -165,17 +165,6 @@ def load_model(folder: Path, *, dtype: str, trust_remote_code: bool = False) -> 
     if name := first_non_finite(model.state_dict()):
         raise ModelError(f"{folder} has numbers in {name} that are not finite: NaN or infinity; use another checkpoint")
     return model.eval()
-
-
-def first_non_finite(state: Mapping[str, Tensor]) -> str | None:
-    """Name the first tensor that holds a NaN or an infinity; None where all are finite."""
-    for name, value in state.items():
-        if value.is_floating_point() and not value.is_meta:
-            # One pass that keeps nothing; a sum that overflows is looked at again.
-            total = value.sum(dtype=torch.float32)
-            if not bool(total.isfinite()) and not bool(value.isfinite().all()):
-                return name
-    return None
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -257,7 +246,7 @@ def _listed(names: Collection[str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Give an error in one line, without what transformers advises its programmers."""
+    """Return an error in one line, without what transformers advises its programmers."""
     if isinstance(error, StrictDataclassError):
         return " ".join(str(error).split()).removesuffix(".")
     if isinstance(error, KeyError):

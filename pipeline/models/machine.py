@@ -83,6 +83,11 @@ def machine_notes(recipe: Recipe, command: str) -> list[str]:
     on_cpu = recipe.train.get("use_cpu") or not torch.accelerator.is_available()
     if command in ("train", "plan") and recipe.train.get("bf16") and on_cpu:
         notes += [f"train.bf16 {said}: set train.bf16=false" for said in _slowness("bfloat16")]
+    if command == "train" and recipe.targets.is_live:
+        notes += [
+            "targets.source is live: the teacher stays in memory beside the student, and runs over every batch of "
+            "every epoch and of every run; a store would run it once"
+        ]
     return notes
 
 

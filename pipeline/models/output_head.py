@@ -35,11 +35,11 @@ class PlainLogits:
         return _chunks(num_positions, _chunk_rows(self.vocab_size, torch.device("cpu"), CHUNK_BYTES))
 
     def detached(self, _dtype: torch.dtype | None) -> "PlainLogits":
-        """Give the head itself: it has no weights."""
+        """Return the head itself: it has no weights."""
         return self
 
     def product(self, logits_NV: Tensor) -> Tensor:
-        """Give the logits as they are."""
+        """Return the logits as they are."""
         return logits_NV
 
     @property
@@ -48,7 +48,7 @@ class PlainLogits:
         return True
 
     def __call__(self, logits_NV: Tensor) -> Tensor:
-        """Give the logits in float32."""
+        """Return the logits in float32."""
         return logits_NV.float()
 
 
@@ -95,13 +95,13 @@ class OutputHead:
         return _chunks(num_positions, _chunk_rows(self.vocab_size, self.weight_VD.device, limit))
 
     def detached(self, dtype: torch.dtype | None) -> "OutputHead":
-        """Give the head without its weights' gradient, in a dtype; in their own where it is None."""
+        """Return the head without its weights' gradient, in a dtype; in their own where it is None."""
         dtype = dtype or self.weight_VD.dtype
         bias_V = None if self.bias_V is None else self.bias_V.detach().to(dtype)
         return replace(self, weight_VD=self.weight_VD.detach().to(dtype), bias_V=bias_V)
 
     def product(self, state_ND: Tensor) -> Tensor:
-        """Give logits in the weights' dtype; in float32 where something comes behind the product, or of float16.
+        """Return logits in the weights' dtype; in float32 where something comes behind the product, or of float16.
 
         Their gradient has their dtype, and would vanish in float16.
         """
@@ -121,18 +121,18 @@ class OutputHead:
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
     def slope(self, logits: Tensor) -> Tensor:
-        """Give the derivative of each logit by the product of state and weights, from the logits themselves."""
+        """Return the derivative of each logit by the product of state and weights, from the logits themselves."""
         if self.softcap is None:
             return torch.full_like(logits, self.scale)
         return self.scale * (1.0 - (logits / self.softcap).square())
 
     def to(self, device: torch.device) -> "OutputHead":
-        """Give the head with its weights on a device."""
+        """Return the head with its weights on a device."""
         bias_V = None if self.bias_V is None else self.bias_V.to(device)
         return replace(self, weight_VD=self.weight_VD.to(device), bias_V=bias_V)
 
     def __call__(self, state_ND: Tensor) -> Tensor:
-        """Give logits [..., V] in float32; the matrix product is in the weights' dtype, as the model does it."""
+        """Return logits [..., V] in float32; the matrix product is in the weights' dtype, as the model does it."""
         logits = F.linear(state_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()
         if self.scale != 1.0:
             logits = logits * self.scale

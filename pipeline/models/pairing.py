@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 
 def layer_map_of(mapping: MappingConfig, student: PreTrainedConfig, *, num_teacher_blocks: int) -> dict[int, int]:
-    """Give student block to teacher block, for the pairs that the recipe wants.
+    """Return student block to teacher block, for the pairs that the recipe wants.
 
     Raises:
         RecipeError: The mapping does not fit these two models.
@@ -22,7 +22,7 @@ def layer_map_of(mapping: MappingConfig, student: PreTrainedConfig, *, num_teach
 def layer_map_between(
     mapping: MappingConfig, num_student_blocks: int, num_teacher_blocks: int, *, kept_blocks: Sequence[int] | None
 ) -> dict[int, int]:
-    """Give the same for models of so many blocks, which need not exist yet."""
+    """Return the same for models of so many blocks, which need not exist yet."""
     layer_map = create_layer_map(
         num_student_blocks, num_teacher_blocks, mapping.strategy, kept_blocks=kept_blocks, pairs=mapping.pairs
     )

@@ -31,7 +31,7 @@ def check_length(config: PreTrainedConfig, sequence_length: int, *, who: str) ->
 
 
 def rope_switches(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Give the lengths beyond which a model turns positions by other factors, ascending; mostly there is none."""
+    """Return the lengths beyond which a model turns positions by other factors, ascending; mostly there is none."""
     of_text = text_config(config)
     parameters: dict[str, Any] = getattr(of_text, "rope_parameters", None) or {}
     # Where kinds of layers have factors of their own, the parameters are a map of such maps.
@@ -45,12 +45,12 @@ def rope_switches(config: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def sides(lengths: Sequence[int], switches: Sequence[int]) -> list[int]:
-    """Give for each length of a row how many switches it lies beyond: rows with one number may be run together."""
+    """Return for each length of a row how many switches it lies beyond: rows with one number may be run together."""
     return [sum(length > switch for switch in switches) for length in lengths]
 
 
 def rows_by_side(inputs: Mapping[str, Any], switches: Sequence[int]) -> list[tuple[Tensor, int]]:
-    """Give the rows of a batch that may be run together, as indices, and how many positions hold all of them.
+    """Return the rows of a batch that may be run together, as indices, and how many positions hold all of them.
 
     Args:
         inputs: `input_ids` [B, T], and `attention_mask` [B, T] and `position_ids` [B, T], or None.

@@ -25,7 +25,7 @@ class LearnableProjector(nn.Module):
         return self.linear
 
     def features(self, hidden: Tensor) -> Tensor:
-        """Give what the last linear map takes: the hidden states themselves."""
+        """Return what the last linear map takes: the hidden states themselves."""
         return hidden
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class MlpProjector(nn.Module):
         return self.leave.linear
 
     def features(self, hidden: Tensor) -> Tensor:
-        """Give what the last linear map takes, [..., Dt]."""
+        """Return what the last linear map takes, [..., Dt]."""
         return nn.functional.gelu(self.enter(hidden))
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ elements. Computed again from the products, they cost a few percent of a step; f
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 
 # What the Trainer's arguments call it; a function among them could not be written to a log.
 SELECTIVE = "selective"
@@ -18,9 +20,17 @@ _KEPT_PREFIXES = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::
 
 
 def selective_kwargs() -> dict[str, Any]:
-    """Give the arguments that `torch.utils.checkpoint.checkpoint` takes for it."""
+    """Return the arguments that `torch.utils.checkpoint.checkpoint` takes for it."""
     contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
     return {"use_reentrant": False, "context_fn": contexts}
+
+
+def enable_of(model: PreTrainedModel | type[PreTrainedModel]) -> Callable[..., None]:
+    """Return the method that enables checkpointing, which transformers before 5.23 has by an earlier name.
+
+    Its first argument are those of `torch.utils.checkpoint.checkpoint`, or None.
+    """
+    return getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
 
 
 def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -103,7 +103,10 @@ def take_apart(model: PreTrainedModel) -> ModelParts:
             later one.
     """
     parts = find_parts(model)
-    problem = head_problem(model, parts.structure) or _causality_problem(model)
+    problem = _foreign_head(model)
+    if problem is None:
+        logits = _probe_logits(model, _probe_tokens(model))
+        problem = _head_problem(model, parts.structure, logits) or _causality_problem(model, logits)
     if problem is not None:
         raise ModelError(problem)
     return parts
@@ -144,38 +147,51 @@ def _body_around(model: PreTrainedModel, blocks_name: str) -> str:
     return name
 
 
-@torch.no_grad()
 def head_problem(model: PreTrainedModel, structure: Structure) -> str | None:
     """Say what keeps a model's logits from being its output head over its body's last state; None where they are.
 
     Runs both over a few tokens, so that an unknown scaling or soft-cap cannot slip by.
     """
-    name, head = type(model).__name__, model.get_output_embeddings()
-    if type(head).forward is not nn.Linear.forward:
-        # Adapters begin at zero and would slip by.
-        return f"{name}: its output head is a {type(head).__name__}, which Coldstill does not take apart"
-    ids = _probe_tokens(model)
-    expected = model(input_ids=ids, use_cache=False).logits.float()
-    state = model.get_submodule(structure.body_name)(input_ids=ids, use_cache=False).last_hidden_state
-    got = OutputHead.of_model(head, text_config(model.config))(state)
+    return _foreign_head(model) or _head_problem(model, structure, _probe_logits(model, _probe_tokens(model)))
+
+
+def _foreign_head(model: PreTrainedModel) -> str | None:
+    """Say that an output head is no linear map by its class; None where it is one."""
+    head = model.get_output_embeddings()
+    if type(head).forward is nn.Linear.forward:
+        return None
+    # Found by its class, since adapters begin at zero and would pass for nothing when the model is run.
+    return f"{type(model).__name__}: its output head is a {type(head).__name__}, which Coldstill does not take apart"
+
+
+@torch.no_grad()
+def _head_problem(model: PreTrainedModel, structure: Structure, expected: Tensor) -> str | None:
+    """Hold the output head over the body's last state against the model's own logits of the probe [1, T, V]."""
+    body = model.get_submodule(structure.body_name)
+    state = body(input_ids=_probe_tokens(model), use_cache=False).last_hidden_state
+    got = OutputHead.of_model(model.get_output_embeddings(), text_config(model.config))(state)
     tolerance = _tolerance(model, expected)
     error = (got - expected).abs().max()
     # A teacher that gives NaN here gives it everywhere; the capture says where it begins.
     if bool(torch.isfinite(expected).all()) and not error <= tolerance:
         return (
-            f"{name}: output head over last hidden state differs from the model's logits by {error:.3g} (at most "
-            f"{tolerance:.3g} expected): its head does something that Coldstill does not know"
+            f"{type(model).__name__}: output head over last hidden state differs from the model's logits by "
+            f"{error:.3g} (at most {tolerance:.3g} expected): its head does something that Coldstill does not know"
         )
     return None
 
 
 @torch.no_grad()
-def _causality_problem(model: PreTrainedModel) -> str | None:
-    """Say that a position sees a later one, as in an encoder; None where none does."""
-    ids = _probe_tokens(model)
-    others = ids.clone()
+def _causality_problem(model: PreTrainedModel, logits: Tensor) -> str | None:
+    """Say that a position sees a later one, as in an encoder; None where none does.
+
+    Args:
+        model: The model.
+        logits: Its logits of the probe tokens [1, T, V].
+    """
+    others = _probe_tokens(model)
     others[0, -1] = (others[0, -1] + 1) % model.get_output_embeddings().weight.shape[0]
-    before, after = (model(input_ids=tokens, use_cache=False).logits[0, :-1].float() for tokens in (ids, others))
+    before, after = logits[0, :-1], _probe_logits(model, others)[0, :-1]
     error, tolerance = (after - before).abs().max(), _tolerance(model, before)
     if bool(torch.isfinite(before).all()) and not error <= tolerance:
         return (
@@ -205,13 +221,19 @@ def _find_final_norm(parts: ModelParts) -> nn.Module | None:
 
 
 def _probe_tokens(model: PreTrainedModel) -> Tensor:
-    """Give a row of a few token ids [1, T]."""
+    """Return a row of a few token ids [1, T]."""
     device = next(model.parameters()).device
     return torch.arange(_PROBE_TOKENS, device=device).remainder(text_config(model.config).vocab_size).unsqueeze(0)
 
 
+@torch.no_grad()
+def _probe_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Run a model over token ids [1, T], and return its logits in float32."""
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
 def _tolerance(model: PreTrainedModel, logits: Tensor) -> float:
-    """Give how far the same logits lie apart at most where they are computed in two ways."""
+    """Return how far the same logits lie apart at most where they are computed in two ways."""
     return float(32 * torch.finfo(next(model.parameters()).dtype).eps * logits.abs().max().clamp(min=1.0))
 
 

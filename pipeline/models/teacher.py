@@ -88,7 +88,7 @@ class Teacher:
         return "parts" in self.__dict__
 
     def loss_on(self, rows: Sequence[np.ndarray]) -> float:
-        """Give the mean cross entropy over rows of token ids, in nats a token; the same rows are read once."""
+        """Return the mean cross entropy over rows of token ids, in nats a token; the same rows are read once."""
         key = digest_of([row_id(tokens).hex() for tokens in rows])
         if key not in self._losses:
             self._losses[key] = mean_loss(self.parts.model, [torch.from_numpy(tokens) for tokens in rows])
@@ -100,7 +100,7 @@ class Teacher:
         return load_tokenizer(self.folder, trust_remote_code=self.section.trust_remote_code)
 
     def describe(self) -> dict[str, Any]:
-        """Give the facts that a store keeps of its teacher, JSON-able."""
+        """Return the facts that a store keeps of its teacher, JSON-able."""
         config = text_config(self.config)
         return {
             "identity": self.identity,

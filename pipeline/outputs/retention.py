@@ -39,7 +39,7 @@ class Estimate:
 
 
 def covariance_of_means(sums: Matrix, counts: Sequence[int] | None = None) -> list[list[float]]:
-    """Give the covariances of the models' means over the same N questions, or rows of text.
+    """Return the covariances of the models' means over the same N questions, or rows of text.
 
     A row counts as many times as it has positions: mean a = sum of a / sum of counts, a ratio of two sums, for which
     Cov(a, b) = N / (N - 1) * sum over rows of (a - mean a * count)(b - mean b * count) / (sum of counts)^2. With a
@@ -66,7 +66,7 @@ def covariance_of_means(sums: Matrix, counts: Sequence[int] | None = None) -> li
 
 
 def independent(stderrs: Sequence[float | None]) -> list[list[float]] | None:
-    """Give the covariances of scores of which only their errors are known, as if they knew nothing of each other.
+    """Return the covariances of scores of which only their errors are known, as if they knew nothing of each other.
 
     That overstates the error of a ratio of scores that rise and fall together. None where an error is not known.
     """
@@ -89,7 +89,7 @@ def retention(after: float, original: float, covariance: Matrix | None) -> Estim
 
 
 def improvement(before: float, after: float, covariance: Matrix | None, *, higher_is_better: bool = True) -> Estimate:
-    """Give how much better `after` is than `before`: below 0 where it is worse, whichever direction is the better one.
+    """Return how much better `after` is than `before`: below 0 where it is worse, whichever direction is better.
 
     The covariance is that of (before, after); None where it is not known.
     """
@@ -113,7 +113,7 @@ def is_above_zero(difference: Estimate, *, rounding: float = 0.0) -> bool:
 def gap_closed(
     original: float, pruned: float, after: float, covariance: Matrix | None, *, higher_is_better: bool = True
 ) -> Estimate | None:
-    """Give (after - pruned) / (original - pruned), the share of a gap that training closed.
+    """Return (after - pruned) / (original - pruned), the share of a gap that training closed.
 
     None where pruning opened no gap: the pruned model is not worse than the original by more than the error of their
     difference, see `is_above_zero`.
@@ -131,14 +131,14 @@ def gap_closed(
 
 
 def covariance_of(covariance: Matrix | None, places: Sequence[int]) -> list[list[float]] | None:
-    """Give the covariances of some of the scores, in the order of their places; None where they are not known."""
+    """Return the covariances of some of the scores, in the order of their places; None where they are not known."""
     if covariance is None:
         return None
     return [[covariance[row][column] for column in places] for row in places]
 
 
 def average_covariance(covariances: Sequence[Matrix | None]) -> list[list[float]] | None:
-    """Give the covariances of scores averaged over tasks, which share no question; None where one is not known."""
+    """Return the covariances of scores averaged over tasks, which share no question; None where one is not known."""
     known = [covariance for covariance in covariances if covariance is not None]
     if not known or len(known) < len(covariances):
         return None

@@ -41,11 +41,11 @@ def find_run_rows(recipe: Recipe) -> RunRows:
 
 
 def trained_student(recipe: Recipe) -> Path:
-    """Give the folder that the trained student is exported to."""
+    """Return the folder that the trained student is exported to."""
     return Path(recipe.output) / STUDENT
 
 
 def rows_key(recipe: Recipe) -> dict[str, Any]:
-    """Give the sections of a recipe that decide its store and its rows."""
+    """Return the sections of a recipe that decide its store and its rows."""
     teacher = recipe.teacher.model_dump(include={"path", "revision", "dtype"})
     return {"teacher": teacher, "data": recipe.data.identity()}

@@ -4,20 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from coldstill.pipeline.recipe.loss import HiddenLoss
-
 # Of each measure of held-out text: its name, and its unit.
 MEASURES = {
     "loss": ("loss", "nats a token"),
     "perplexity": ("perplexity", "exp of the loss"),
     "kl": ("KL to teacher", "nats a token"),
     "agreement": ("top-1 agreement", "% of tokens"),
-}
-# What each kind of hidden loss is in; `coldstill.pipeline.losses.state_losses` has them.
-HIDDEN_UNITS: Mapping[HiddenLoss, str] = {
-    "mse": "mean squared error",
-    "normalised_mse": "share of the teacher's variance",
-    "cosine": "1 - cosine",
 }
 
 

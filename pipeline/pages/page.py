@@ -130,7 +130,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """Give the page as HTML."""
+    """Return the page as HTML."""
     from jinja2 import Environment, StrictUndefined
 
     folder = files("coldstill.pipeline.pages")
@@ -145,7 +145,7 @@ def render(page: Page) -> str:
 
 
 def _unfolded(blocks: Sequence[Block]) -> list[Block]:
-    """Give blocks, and behind each those that it holds."""
+    """Return blocks, and behind each those that it holds."""
     found: list[Block] = []
     for block in blocks:
         found.append(block)

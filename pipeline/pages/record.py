@@ -43,7 +43,7 @@ def cost_section(run: RunRecord) -> Section:
 
 
 def record_section(run: RunRecord) -> Section:
-    """Give the recipe, and where, when and with what the student was made."""
+    """Return the recipe, and where, when and with what the student was made."""
     facts = {key: value for key, value in run.provenance.items() if key not in ("run", "argv")}
     rows = [[".".join(path), str(value)] for path, value in _leaves(facts)]
     if "argv" in run.provenance:

@@ -24,7 +24,7 @@ def run_subtitle(run: RunRecord) -> str:
 
 
 def recovery_tiles(run: RunRecord) -> list[Tile]:
-    """Give the figures to see first."""
+    """Return the figures to see first."""
     if run.evaluation is None:
         return []
     models, tiles = run.evaluation["models"], []

@@ -42,7 +42,7 @@ _SHARES = ("agreement", RETENTION, TASK_AVERAGE)
 
 
 def sweep_page(sweep: SweepResult, similarities: "Mapping[str, BlockSimilarity | str]", *, footer: str) -> Page:
-    """Give the whole report of a sweep, given how alike the blocks of each variant and of the teacher are."""
+    """Return the whole report of a sweep, given how alike the blocks of each variant and of the teacher are."""
     runs = [run for variant in sweep.variants for run in variant.runs]
     counts = {status: sum(run.status == status for run in runs) for status in ("complete", "failed", "pending")}
     said = list_words([f"{count} {status}" for status, count in counts.items() if count])

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from coldstill.pipeline.figures.curves import Points, curve_figure
 from coldstill.pipeline.figures.sheet import LIGHT, Figure
+from coldstill.pipeline.losses.objective import TERMS, Objective
+from coldstill.pipeline.losses.term import BlockTerm, Term
 from coldstill.pipeline.pages.data import is_run
-from coldstill.pipeline.pages.numbers import HIDDEN_UNITS, list_words, show_measure
+from coldstill.pipeline.pages.loss_curves import logged
+from coldstill.pipeline.pages.numbers import list_words, show_measure
 from coldstill.pipeline.pages.page import Block, Code, Figures, Folded, Missing, Section, Table, Words
-from coldstill.pipeline.pages.training import logged
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.runtime.units import format_duration
 from coldstill.pipeline.sweeps.results import RunResult, SweepResult, VariantResult, measures_of
@@ -18,12 +20,6 @@ from coldstill.pipeline.sweeps.results import RunResult, SweepResult, VariantRes
 if TYPE_CHECKING:
     from coldstill.pipeline.judging.similarity import BlockSimilarity
 
-_TERMS = {
-    "loss_task": "Task loss (cross entropy)",
-    "loss_logits": "Logits loss",
-    "loss_hidden": "Hidden loss",
-    "loss_dynamics": "Loss of dynamics",
-}
 _MOST_LINES = len(LIGHT)
 
 
@@ -38,12 +34,12 @@ def training_section(sweep: SweepResult) -> Section:
             some = f" Only {next(iter(series))} has it."
         figures.append(
             curve_figure(
-                f"curves-{term.replace('_', '-')}-{len(figures)}",
-                _TERMS[term],
+                f"curves-{term.name.replace('_', '-')}-{len(figures)}",
+                term.title,
                 chosen,
                 x_label="optimizer step",
                 y_label=unit,
-                is_log=term in ("loss_hidden", "loss_dynamics"),
+                is_log=issubclass(term, BlockTerm),
                 caption=f"Training, the first seed of each variant that has this term, before its weight.{some}",
             )
         )
@@ -53,26 +49,21 @@ def training_section(sweep: SweepResult) -> Section:
     return Section("training", title, [Figures(figures)])
 
 
-def _lines(sweep: SweepResult) -> dict[tuple[str, str], dict[str, Points]]:
-    """Give, by term and unit, the points of each variant; kinds of hidden loss that differ share no axis."""
-    lines: dict[tuple[str, str], dict[str, Points]] = {}
+def _lines(sweep: SweepResult) -> dict[tuple[type[Term], str], dict[str, Points]]:
+    """Return, by term and unit, the points of each variant; kinds of hidden loss that differ share no axis."""
+    lines: dict[tuple[type[Term], str], dict[str, Points]] = {}
     for variant in sweep.variants:
         run = first_complete(variant)
         if run is None:
             continue
         log = json.loads((run.output / "train.json").read_text())["log"]
         loss = load_recipe(run.output / "student" / "recipe.yaml").loss
-        units = {
-            "loss_task": "nats a token",
-            "loss_logits": "T² · divergence (nats a token)",
-            "loss_hidden": f"{HIDDEN_UNITS[loss.hidden]} (log axis)",
-            "loss_dynamics": f"{HIDDEN_UNITS[loss.dynamics]} (log axis)",
-        }
-        for term, unit in units.items():
-            points = [(step, value) for step, value in logged(log, term) if value > 0]
+        for term in Objective.of(loss).terms:
+            points = [(step, value) for step, value in logged(log, term.name) if value > 0]
+            unit = f"{term.unit} (log axis)" if isinstance(term, BlockTerm) else term.unit
             if points:
-                lines.setdefault((term, unit), {})[variant.name] = points
-    return {key: lines[key] for key in sorted(lines, key=lambda key: list(_TERMS).index(key[0]))}
+                lines.setdefault((type(term), unit), {})[variant.name] = points
+    return {key: lines[key] for key in sorted(lines, key=lambda key: TERMS.index(key[0]))}
 
 
 def nearest_blocks_section(found: "Mapping[str, BlockSimilarity | str]") -> Section:
@@ -163,7 +154,7 @@ def _row(run: RunResult) -> list[str]:
 
 
 def first_complete(variant: VariantResult) -> RunResult | None:
-    """Give the first run of a variant that is complete, by order of seeds."""
+    """Return the first run of a variant that is complete, by order of seeds."""
     return next((run for run in variant.runs if run.status == "complete" and is_run(run.output)), None)
 
 
@@ -173,7 +164,7 @@ def _recipe(sweep: SweepResult, variant: VariantResult) -> dict[str, Any] | None
 
 
 def _shared(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Give the part of nested maps in which all agree."""
+    """Return the part of nested maps in which all agree."""
     first, *others = recipes
     shared: dict[str, Any] = {}
     for key, value in first.items():

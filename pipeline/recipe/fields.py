@@ -1,9 +1,9 @@
 """What the sections of a recipe are made of: a strict section, numbers with their ranges, and places."""
 
 import os.path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 
 def _nameable(value: float) -> float:
@@ -34,7 +34,29 @@ WarmupFraction = Annotated[float, Field(ge=0, lt=1)]
 Place = Annotated[str, AfterValidator(_at_home)]
 
 
+_LATER: dict[str, JsonValue] = {"came_later": True}
+
+
+def later(default: Any) -> Any:
+    """Declare a key that recipes had not when roots and outputs that are in use were made; see `Section.identity`."""
+    return Field(default=default, json_schema_extra=_LATER)
+
+
 class Section(BaseModel):
     """A part of a recipe: no unknown keys, no conversions, nothing changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the section says, as roots and outputs know it by: JSON-able.
+
+        They outlive versions: a key that came `later` is left out where it is as it was before there was one.
+        """
+        said = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            value, extra = getattr(self, name), field.json_schema_extra
+            if isinstance(value, Section):
+                said[name] = value.identity()
+            elif extra == _LATER and value == field.default:
+                del said[name]
+        return said

@@ -109,7 +109,7 @@ def parse_model(model: type[_Model], data: Mapping[str, Any], *, name: str) -> _
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Give the resolved recipe, every default written out, as YAML that `load_recipe` reads back."""
+    """Return the resolved recipe, every default written out, as YAML that `load_recipe` reads back."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
 
 
@@ -149,7 +149,7 @@ def apply_changes(data: dict[str, Any], changes: Sequence[tuple[str, str, Any]])
 
 
 def _leaves(path: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Give each value that a change says, with its path; an empty map says none."""
+    """Yield each value that a change says, with its path; an empty map says none."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _leaves((*path, name), item)

@@ -31,18 +31,22 @@ class TermKeys:
     Attributes:
         weight: The key of its weight.
         targets: The sections of `targets` that say what it learns from.
+        options: The keys that have no effect without it.
     """
 
     weight: LossWeight
     targets: tuple[TargetName, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 # By the names of the terms in the log.
 TERM_KEYS: Mapping[TermName, TermKeys] = {
     "loss_task": TermKeys("alpha"),
-    "loss_logits": TermKeys("beta", ("logits",)),
-    "loss_hidden": TermKeys("gamma", ("hidden",)),
-    "loss_dynamics": TermKeys("delta", ("hidden",)),
+    "loss_logits": TermKeys(
+        "beta", ("logits",), ("temperature", "divergence", "divergence_weight", "selective_k", "selective_entropy")
+    ),
+    "loss_hidden": TermKeys("gamma", ("hidden",), ("hidden",)),
+    "loss_dynamics": TermKeys("delta", ("hidden",), ("dynamics",)),
 }
 
 

@@ -21,7 +21,7 @@ _WEIGHTS: Mapping[Cut, Mapping[str, float]] = {
 
 
 def with_preset(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a recipe that is a map still, with its preset's values for the keys that it does not give.
+    """Return a recipe that is a map still, with its preset's values for the keys that it does not give.
 
     What is no preset or no section is left as it is, for the recipe's own check to name.
 
@@ -42,7 +42,7 @@ def with_preset(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def preset_values(cut: Cut, *, is_aggressive: bool) -> dict[str, dict[str, float]]:
-    """Give what a preset says, section by section."""
+    """Return what a preset says, section by section."""
     return {
         "loss": {**_WEIGHTS[cut], "temperature": 3.0 if is_aggressive else 2.0},
         "train": {"learning_rate": 1e-5, "num_train_epochs": 5.0 if is_aggressive else 3.0},

@@ -5,7 +5,7 @@ Knows nothing of files, models or stores; `coldstill.pipeline.recipe.file` reads
 
 from typing import Annotated, Any, Literal
 
-from coldstill.pipeline.recipe.fields import BlockIndex, Count, Nameable, Place, Positive, Section
+from coldstill.pipeline.recipe.fields import BlockIndex, Count, Nameable, Place, Positive, Section, Weight, later
 from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.presets import PresetName, with_preset
 from coldstill.pipeline.recipe.student import StudentConfig
@@ -18,6 +18,7 @@ FinalEncoding = Literal["coded", "int8", "float16", "float32"]
 MappingStrategy = Literal["uniform", "last", "kept", "stride", "endpoints", "pairs"]
 ProjectorKind = Literal["auto", "linear", "mlp", "none"]
 LogitsKind = Literal["topk", "topk_sampled", "final", "none"]
+TargetSource = Literal["stored", "live"]
 
 
 class TeacherConfig(Section):
@@ -44,19 +45,12 @@ class SourceConfig(Section):
     options: dict[str, Any] = Field(default={})
     text_column: str = "text"
     prompt_column: str | None = None
-    skip_null: bool = False
+    skip_null: bool = later(False)
     max_rows: Count | None = None
 
     def origin(self) -> dict[str, Any]:
         """Say which documents these are, whatever number of rows is taken of them."""
         return self.model_dump(exclude={"max_rows"})
-
-    def identity(self) -> dict[str, Any]:
-        """Give what decides the documents and their number, as rows are found and named by it in a root.
-
-        Roots outlive versions: a key that came later is left out where it is as it was before there was one.
-        """
-        return self.model_dump(exclude=None if self.skip_null else {"skip_null"})
 
 
 class DataConfig(Section):
@@ -65,21 +59,36 @@ class DataConfig(Section):
     sequence_length: Annotated[int, Field(ge=2)] = 512
     packing: bool = True
     append_eos: bool = True
+    prompt_weight: Annotated[Weight, Field(le=1)] = later(0.0)
     train: SourceConfig
     eval: SourceConfig
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
-        prompts = {self.train.prompt_column, self.eval.prompt_column} - {None}
-        if prompts and self.packing:
+        if self.has_prompts and self.packing:
             raise ValueError("prompt_column needs one document a row: set data.packing to false")
         if self.eval.max_rows is None and self.train.origin() == self.eval.origin():
             raise ValueError("train and eval read the same source, so eval.max_rows must say how many rows eval takes")
         return self
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a source names a column of prompts."""
+        return self.train.prompt_column is not None or self.eval.prompt_column is not None
+
     def identity(self) -> dict[str, Any]:
-        """Give what decides the rows, as they are found by it in a root; see `SourceConfig.identity`."""
-        return {**self.model_dump(), "train": self.train.identity(), "eval": self.eval.identity()}
+        """Return what decides the rows, as they are found by it in a root; a weight of no prompt decides nothing."""
+        said = super().identity()
+        return said if self.has_prompts else {key: value for key, value in said.items() if key != "prompt_weight"}
+
+
+# What each kind of logits target reads of its section.
+_KEYS_OF_KIND: dict[LogitsKind, tuple[str, ...]] = {
+    "topk": ("k", "values", "temperatures"),
+    "topk_sampled": ("k", "values", "samples", "temperatures"),
+    "final": ("encoding", "step"),
+    "none": (),
+}
 
 
 class LogitsTargetConfig(Section):
@@ -92,6 +101,21 @@ class LogitsTargetConfig(Section):
     encoding: FinalEncoding = "coded"
     step: Nameable = 0.03
     temperatures: list[Nameable] = Field(default=[1.0, 2.0, 3.0, 4.0])
+
+    @property
+    def keys_in_use(self) -> list[str]:
+        """The keys beside `kind` that this kind reads."""
+        keys = _KEYS_OF_KIND[self.kind]
+        return [key for key in keys if key != "step" or self.encoding == "coded"]
+
+    def idle_keys(self) -> list[str]:
+        """Say which keys are not as they are by default and yet have no effect, each with the reason."""
+        idle = [key for key in _changed(self) if key not in ("kind", *self.keys_in_use)]
+        reasons = {
+            key: f"encoding is {self.encoding}" if key in _KEYS_OF_KIND[self.kind] else f"kind is {self.kind}"
+            for key in idle
+        }
+        return [f"targets.logits.{key} has no effect: {reason}" for key, reason in reasons.items()]
 
     @field_validator("temperatures", mode="before")
     @classmethod
@@ -116,12 +140,37 @@ class HiddenTargetConfig(Section):
     step: Nameable = 0.2
     token_fraction: Annotated[Nameable, Field(le=1)] = 1.0
 
+    @property
+    def named_blocks(self) -> dict[str, list[int]]:
+        """The blocks that the section names by number, by key."""
+        return {"blocks": self.blocks} if isinstance(self.blocks, list) else {}
+
 
 class TargetsConfig(Section):
-    """What stage one keeps of the teacher."""
+    """What stage one keeps of the teacher; nothing, where it speaks as training goes."""
 
+    source: TargetSource = later("stored")
     logits: LogitsTargetConfig = LogitsTargetConfig()
     hidden: HiddenTargetConfig = HiddenTargetConfig()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the teacher speaks as training goes, so that nothing is stored, and nothing rounded."""
+        return self.source == "live"
+
+    def idle_keys(self) -> list[str]:
+        """Say which keys are not as they are by default and yet have no effect, each with the reason."""
+        sections = {"logits": self.logits, "hidden": self.hidden}
+        if self.is_live:
+            return [
+                f"targets.{name}.{key} has no effect: source is live, and nothing is stored"
+                for name, section in sections.items()
+                for key in _changed(section)
+            ]
+        idle = self.logits.idle_keys()
+        if self.hidden.encoding != "coded" and "step" in _changed(self.hidden):
+            idle.append(f"targets.hidden.step has no effect: encoding is {self.hidden.encoding}")
+        return idle
 
 
 class MappingConfig(Section):
@@ -199,6 +248,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
+        check_best_metric(self.train, self.loss.terms)
+        if not self.targets.is_live:
+            self._check_what_is_stored()
+        return self
+
+    def _check_what_is_stored(self) -> None:
+        """Refuse a loss that learns from what is not stored."""
         loss, kind = self.loss, self.targets.logits.kind
         for weight in loss.weights_on("logits"):
             if kind == "none":
@@ -213,8 +269,6 @@ class Recipe(Section):
                 )
         if kind in ("topk", "topk_sampled"):
             self._check_temperature()
-        check_best_metric(self.train, loss.terms)
-        return self
 
     def _check_temperature(self) -> None:
         """Refuse temperatures of the loss that the kind of logits target does not store."""
@@ -234,18 +288,10 @@ class Recipe(Section):
 
     def idle_keys(self) -> list[str]:
         """Say which keys are not as they are by default and yet have no effect, each with the reason."""
-        logits, hidden, loss = self.targets.logits, self.targets.hidden, self.loss
-        is_top, is_coded = logits.kind in ("topk", "topk_sampled"), logits.encoding == "coded"
-        is_final = logits.kind == "final"
-        read = {"kind": True, **dict.fromkeys(("k", "values", "temperatures"), is_top)}
-        read |= {"samples": logits.kind == "topk_sampled", "encoding": is_final, "step": is_final}
-        idle = [
-            f"targets.logits.{key} has no effect: kind is {logits.kind}" for key in _changed(logits) if not read[key]
-        ]
-        if is_final and not is_coded and "step" in _changed(logits):
-            idle.append(f"targets.logits.step has no effect: encoding is {logits.encoding}")
-        if hidden.encoding != "coded" and "step" in _changed(hidden):
-            idle.append(f"targets.hidden.step has no effect: encoding is {hidden.encoding}")
+        loss = self.loss
+        idle = self.targets.idle_keys()
+        if "prompt_weight" in _changed(self.data) and not self.data.has_prompts:
+            idle.append("data.prompt_weight has no effect: no source names a prompt_column")
         if not loss.ever("delta") and "dynamics" in _changed(loss):
             idle.append("loss.dynamics has no effect: delta is 0")
         projector = _changed(self.projector)

@@ -72,6 +72,12 @@ _CHOICES: Mapping[str, Collection[Any]] = {
 # `no` without quotes is false in YAML.
 _STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
 
+# What transformers called them before 5.23; until its version 6, both names are known.
+EARLIER_NAMES: Mapping[str, str] = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+
 _OWNED_LORA_KEYS: Mapping[str, str] = {
     "task_type": "the student: a causal language model",
     "peft_type": "student.lora",
@@ -81,7 +87,7 @@ _OWNED_LORA_KEYS: Mapping[str, str] = {
 
 
 def check_training_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Check names, types and ranges of `train` keys, and give the values back as TrainingArguments takes them.
+    """Check names, types and ranges of `train` keys, and return the values back as TrainingArguments takes them.
 
     Raises:
         ValueError: A key is unknown or owned, or a value is of another type than TrainingArguments declares, or out of
@@ -92,6 +98,8 @@ def check_training_keys(values: dict[str, Any]) -> dict[str, Any]:
     from transformers import TrainingArguments
 
     declared = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+    for name, earlier in EARLIER_NAMES.items():
+        declared.setdefault(name, declared[earlier])
     checked = {}
     for key, value in values.items():
         if key in OWNED_KEYS:
@@ -121,7 +129,7 @@ def check_best_metric(values: Mapping[str, Any], terms: Collection[str]) -> None
 
 
 def check_lora_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Check names of `student.lora` keys, where PEFT is at hand, and give the values back.
+    """Check names of `student.lora` keys, where PEFT is at hand, and return the values back.
 
     Raises:
         ValueError: A key is unknown or owned.

@@ -56,7 +56,7 @@ def parse_yaml(text: str, *, name: str, key: str = "") -> Any:
 
 
 def _one_line(error: yaml.MarkedYAMLError, text: str) -> str:
-    """Give what PyYAML says, with the lines of the text that it is about."""
+    """Return what PyYAML says, with the lines of the text that it is about."""
     mark = error.problem_mark or error.context_mark
     if mark is None:
         return " ".join(str(error).split())
@@ -116,13 +116,13 @@ class _Check:
                 merged[key] = given
 
     def _own(self, node: yaml.MappingNode) -> "Iterator[tuple[Any, _Given]]":
-        """Give the keys that a map itself says; keys that are no scalars are the constructor's to refuse."""
+        """Yield the keys that a map itself says; keys that are no scalars are the constructor's to refuse."""
         for key_node, value_node in node.value:
             if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _MERGE:
                 yield self._loader.construct_object(key_node), _Given(key_node, value_node)
 
     def _all(self, node: yaml.MappingNode) -> "dict[Any, _Given]":
-        """Give what a map says, with what is merged into it."""
+        """Return what a map says, with what is merged into it."""
         found: dict[Any, _Given] = {}
         for _, source in _merges(node):
             found |= self._all(source)
@@ -153,7 +153,7 @@ class _Given:
 
 
 def _merges(node: yaml.MappingNode) -> Iterator[tuple[_Given, yaml.MappingNode]]:
-    """Give each map that `<<` merges into a map, with the `<<`."""
+    """Yield each map that `<<` merges into a map, with the `<<`."""
     for key_node, value_node in node.value:
         if key_node.tag == _MERGE:
             sources = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]

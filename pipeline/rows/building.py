@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from coldstill.cache.identity import row_id
+from coldstill.cache.spans import Span
 from coldstill.pipeline.recipe.sections import DataConfig
 from coldstill.pipeline.rows.faults import source_name
 from coldstill.pipeline.rows.sources import Document, load_documents
@@ -25,34 +26,52 @@ from coldstill.pipeline.runtime.errors import DataError
 _TOKENISED_AT_ONCE = 64
 
 
+@dataclass(frozen=True)
+class Row:
+    """One row, and what the run says of it.
+
+    Attributes:
+        tokens: Its token ids [T], uint32; they alone are its identity in a store.
+        spans: What its tokens weigh in a loss, ascending and disjoint; 1 where no span covers them.
+        labels: Its own labels, as many for every row of a split.
+    """
+
+    tokens: np.ndarray
+    spans: tuple[Span, ...] = ()
+    labels: tuple[float, ...] = ()
+
+
 @dataclass
 class Rows:
     """The rows of one split.
 
     Attributes:
-        tokens: Each row's token ids, shape [T], uint32.
-        loss_starts: For each row the first token that counts in a loss; those before it are a prompt.
+        rows: The rows, in order.
         num_documents: How many documents were read for them; with one source, those of eval are among train's.
         num_shared: How many documents and rows were left out because eval has them.
         num_filled: How many documents were left out because their prompt alone fills a row.
         shortest_filling: Tokens of the shortest of these prompts; 0 where there are none.
     """
 
-    tokens: list[np.ndarray] = field(default_factory=list)
-    loss_starts: list[int] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     num_documents: int = 0
     num_shared: int = 0
     num_filled: int = 0
     shortest_filling: int = 0
 
     @property
+    def tokens(self) -> list[np.ndarray]:
+        """Each row's token ids, [T], uint32."""
+        return [row.tokens for row in self.rows]
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all rows."""
-        return sum(map(len, self.tokens))
+        return sum(len(row.tokens) for row in self.rows)
 
 
 def build_rows(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
-    """Give the train rows and the eval rows of a recipe's data section.
+    """Return the train rows and the eval rows of a recipe's data section.
 
     Raises:
         DataError: A source is missing or empty, has no such column, or gives no row.
@@ -66,7 +85,7 @@ def build_rows(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
     train, held_out = _rows_of_one_source(data, tokenizer) if _is_one(data) else _rows_of_two(data, tokenizer)
     _drop_shared_rows(train, held_out)
     for split, rows in (("eval", held_out), ("train", train)):
-        if not rows.tokens:
+        if not rows.rows:
             raise DataError(f"data.{split} gives no row: {_why_no_row(split, rows, data)}")
         if rows.num_filled:
             warnings.warn(
@@ -132,7 +151,7 @@ class _EvalDocuments:
         self.ends_in_a_copy = False
 
     def remember(self, documents: Iterable[_Document]) -> Iterator[_Document]:
-        """Give the documents, and note each one that is asked for."""
+        """Yield the documents, and note each one that is asked for."""
         for document in documents:
             self.ends_in_a_copy = document.key in self._keys
             if document.key is not None:
@@ -140,7 +159,7 @@ class _EvalDocuments:
             yield document
 
     def without(self, documents: Iterable[_Document], rows: Rows) -> Iterator[_Document]:
-        """Give the documents that were not noted."""
+        """Yield the documents that were not noted."""
         for document in documents:
             if document.key in self._keys:
                 rows.num_shared += 1
@@ -162,39 +181,41 @@ def _tokenise(documents: Iterable[Document], data: DataConfig, tokenizer: Any) -
 
 def _cut(
     documents: Iterable[TokenisedDocument], data: DataConfig, rows: Rows, rest: deque[int] | None = None
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Give rows of tokens, each with the first token that counts; `rest` is what packing left of the rows before."""
+) -> Iterator[Row]:
+    """Cut documents into rows; `rest` is what packing left of the rows before."""
     if data.packing:
         return _packed_rows(documents, data.sequence_length, deque() if rest is None else rest)
-    return _document_rows(documents, data.sequence_length, rows)
+    return _document_rows(documents, data, rows)
 
 
-def _packed_rows(
-    documents: Iterable[TokenisedDocument], length: int, rest: deque[int]
-) -> Iterator[tuple[np.ndarray, int]]:
+def _packed_rows(documents: Iterable[TokenisedDocument], length: int, rest: deque[int]) -> Iterator[Row]:
     """Cut one long stream of documents into rows of exactly one length; the last, shorter piece stays in `rest`."""
     # What is left may be rows already, where the last document is long.
     for ids in itertools.chain([[]], (document.ids for document in documents)):
         rest.extend(ids)
         while len(rest) >= length:
-            yield np.array([rest.popleft() for _ in range(length)], dtype=np.uint32), 0
+            yield Row(np.array([rest.popleft() for _ in range(length)], dtype=np.uint32))
 
 
-def _document_rows(documents: Iterable[TokenisedDocument], length: int, rows: Rows) -> Iterator[tuple[np.ndarray, int]]:
-    """Give each document a row of its own, cut at a length; one without a token to learn is left out."""
+def _document_rows(documents: Iterable[TokenisedDocument], data: DataConfig, rows: Rows) -> Iterator[Row]:
+    """Yield each document a row of its own, cut at a length; one without a token to learn is left out."""
+    length = data.sequence_length
     for document in documents:
-        ids, loss_start = document.ids[:length], document.num_prompt_tokens
-        if len(ids) > max(loss_start, 1):
-            yield np.array(ids, dtype=np.uint32), loss_start
-        elif loss_start >= length:
+        ids, num_prompt_tokens = document.ids[:length], document.num_prompt_tokens
+        first = num_prompt_tokens if data.prompt_weight == 0 else 0
+        if len(ids) > max(first, 1):
+            yield Row(np.array(ids, dtype=np.uint32), _prompt_spans(min(num_prompt_tokens, len(ids)), data))
+        elif first >= length:
             rows.num_filled += 1
-            rows.shortest_filling = min(rows.shortest_filling or loss_start, loss_start)
+            rows.shortest_filling = min(rows.shortest_filling or first, first)
 
 
-def _take(stream: Iterator[tuple[np.ndarray, int]], max_rows: int | None, rows: Rows) -> None:
-    for tokens, loss_start in itertools.islice(stream, max_rows):
-        rows.tokens.append(tokens)
-        rows.loss_starts.append(loss_start)
+def _prompt_spans(num_tokens: int, data: DataConfig) -> tuple[Span, ...]:
+    return (Span(0, num_tokens, data.prompt_weight),) if num_tokens and data.prompt_weight != 1 else ()
+
+
+def _take(stream: Iterator[Row], max_rows: int | None, rows: Rows) -> None:
+    rows.rows.extend(itertools.islice(stream, max_rows))
 
 
 def _why_no_row(split: str, rows: Rows, data: DataConfig) -> str:
@@ -220,7 +241,6 @@ def _why_no_row(split: str, rows: Rows, data: DataConfig) -> str:
 
 def _drop_shared_rows(train: Rows, held_out: Rows) -> None:
     held_out_ids = {row_id(tokens) for tokens in held_out.tokens}
-    kept = [index for index, tokens in enumerate(train.tokens) if row_id(tokens) not in held_out_ids]
-    train.num_shared += len(train.tokens) - len(kept)
-    train.tokens = [train.tokens[index] for index in kept]
-    train.loss_starts = [train.loss_starts[index] for index in kept]
+    kept = [row for row in train.rows if row_id(row.tokens) not in held_out_ids]
+    train.num_shared += len(train.rows) - len(kept)
+    train.rows = kept

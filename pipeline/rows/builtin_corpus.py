@@ -21,7 +21,7 @@ _EXCLUDED_FOLDERS = frozenset(
 
 
 def documents(library: Path | None = None) -> list[str]:
-    """Give the corpus as documents, each once, in a fixed shuffled order, so that any prefix is a fair sample.
+    """Return the corpus as documents, each once, in a fixed shuffled order, so that any prefix is a fair sample.
 
     Args:
         library: The folder whose modules are read beside the language reference; Python's own standard library by

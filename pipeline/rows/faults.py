@@ -57,7 +57,7 @@ def nothing_to_read(source: SourceConfig) -> DataError:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Give the first exception that says something: `datasets` wraps it in one that does not."""
+    """Return the first exception that says something: `datasets` wraps it in one that does not."""
     while type(error).__name__ == "DatasetGenerationError" and (behind := error.__cause__ or error.__context__):
         error = behind
     return error
@@ -72,7 +72,7 @@ def _undecodable(error: UnicodeDecodeError, files: list[str], encoding: str) -> 
 
 
 def _undecodable_lines(files: list[str], encoding: str) -> Iterator[tuple[str, str]]:
-    """Give each file that its encoding does not fit: where, and what it may be written in instead."""
+    """Yield each file that its encoding does not fit: where, and what it may be written in instead."""
     for file in files:
         decoder = codecs.getincrementaldecoder(encoding)()
         with _opened(file) as stream:

@@ -48,7 +48,7 @@ class Document:
 
 
 def load_documents(source: SourceConfig) -> Iterator[Document]:
-    """Give a source's documents one after another, empty ones left out.
+    """Return a source's documents one after another, empty ones left out.
 
     Raises:
         DataError: The source cannot be loaded or is empty, has no such column, or holds something else than text.
@@ -62,7 +62,7 @@ def load_documents(source: SourceConfig) -> Iterator[Document]:
 
 
 def _located(source: SourceConfig) -> SourceConfig:
-    """Give the source with its local paths as the file system knows them, a file with the reader that reads it.
+    """Return the source with its local paths as the file system knows them, a file with the reader that reads it.
 
     Raises:
         DataError: It names a local file or folder that is not there, or does not say how or what to read.
@@ -98,7 +98,7 @@ def _expanded(path: str) -> str:
 
 
 def _as_pattern(file: str) -> str:
-    """Give a file, or a pattern of files, as a pattern in which brackets of folders that are there mean themselves."""
+    """Return a file or pattern as a pattern in which the brackets of folders that are there mean themselves."""
     if "://" in file:
         return file
     path = Path(file).absolute()
@@ -177,7 +177,7 @@ def _read_columns(dataset: Any, source: SourceConfig) -> Iterator[Document]:
 
 
 def _examples(dataset: Any, source: SourceConfig) -> Iterator[Any]:
-    """Give the rows of a data set; a streamed one finds only here what is wrong with its files."""
+    """Yield the rows of a data set; a streamed one finds only here what is wrong with its files."""
     iterator = iter(dataset)
     while True:
         try:

@@ -39,7 +39,7 @@ class DocumentTokenizer:
         self._before, self._behind = _added_tokens(tokenizer)
 
     def tokenise(self, documents: Iterable[Document], *, at_once: int) -> Iterator[TokenisedDocument]:
-        """Give the documents' tokens, reading so many documents at once; a text may bring what is added by itself."""
+        """Yield the documents' tokens, reading so many documents at once; a text may bring what is added by itself."""
         iterator = iter(documents)
         while batch := list(itertools.islice(iterator, at_once)):
             texts = [document.text for document in batch if not document.prompt]

@@ -41,7 +41,7 @@ def what_stays(say: Callable[[], str]) -> Iterator[None]:
 
 
 def what_stayed(error: BaseException) -> str | None:
-    """Give the words that `what_stays` left on an exception; None where nobody knew any."""
+    """Return the words that `what_stays` left on an exception; None where nobody knew any."""
     notes = getattr(error, "__notes__", [])
     return notes[-1] if notes else None
 

@@ -8,7 +8,7 @@ import torch
 
 
 def peak_memory_bytes() -> int:
-    """Give the peak in bytes: what was allocated on the current GPU, or the process's resident set."""
+    """Return the peak in bytes: what was allocated on the current GPU, or the process's resident set."""
     of_gpu = int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
     if of_gpu:
         return of_gpu
@@ -17,7 +17,7 @@ def peak_memory_bytes() -> int:
 
 
 def release_memory() -> None:
-    """Give back what models that are gone still hold of a GPU, so that another process can have it."""
+    """Return back what models that are gone still hold of a GPU, so that another process can have it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

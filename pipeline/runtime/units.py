@@ -2,7 +2,7 @@
 
 
 def format_size(num_bytes: float) -> str:
-    """Give a number of bytes as a person reads it, in powers of 1000."""
+    """Return a number of bytes as a person reads it, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:,.0f} B" if unit == "B" else f"{num_bytes:,.1f} {unit}"
@@ -11,7 +11,7 @@ def format_size(num_bytes: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Give a time as a person reads it."""
+    """Return a time as a person reads it."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

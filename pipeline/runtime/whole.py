@@ -24,7 +24,7 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a file to write, which takes its place when the `with` ends well."""
+    """Yield a file to write, which takes its place when the `with` ends well."""
     sweep_siblings(path)
     partial = _partial(path)
     try:
@@ -39,7 +39,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder to fill, which takes its place when the `with` ends well; what was there before is replaced."""
+    """Yield a folder to fill, which takes its place when the `with` ends well; what was there before is replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _restore_old(folder)
     sweep_siblings(folder)

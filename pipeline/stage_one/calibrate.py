@@ -59,7 +59,7 @@ def capture_sample(
 
 
 def spread_rows(rows: Sequence[np.ndarray], num_positions: int) -> list[np.ndarray]:
-    """Give rows spread evenly over all, with about so many positions in all."""
+    """Return rows spread evenly over all, with about so many positions in all."""
     mean_length = max(sum(map(len, rows)) / len(rows), 1.0)
     count = min(len(rows), max(1, round(num_positions / mean_length)))
     return [rows[index * len(rows) // count] for index in range(count)]

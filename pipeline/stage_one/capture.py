@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from coldstill.pipeline.models import ModelParts, rope_switches
-from coldstill.pipeline.models.forward import model_inputs, pad_rows, run_body, what_to_try
+from coldstill.pipeline.models import ModelParts, all_finite, rope_switches
+from coldstill.pipeline.models.forward import Place, model_inputs, pad_rows, run_body, what_to_try
 from coldstill.pipeline.runtime.errors import NonFiniteError
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest, Draws, TailRequest
 from coldstill.pipeline.targets.tail_sampling import draw_tail
@@ -51,13 +51,16 @@ def capture(
     outputs, state_BTD = run_body(
         parts.body, parts.blocks, model_inputs(ids_BT, attention_mask), request.blocks, switches=switches
     )
+    # Padding is left behind here: what is stored, and what the head makes logits of, are real positions alone.
     hidden_ND = {block: outputs[block][mask_BT] for block in request.blocks}
     state_ND = state_BTD[mask_BT]
+    # Where each value came from is known only now; in a shard's bytes a NaN would say neither row nor position.
     places = _Places(rows, row_names)
     for block, values_ND in hidden_ND.items():
         places.check_finite(values_ND, f"block {block}")
     places.check_finite(state_ND, "final norm")
     logits = _Logits(request, len(state_ND), device, uniforms_N)
+    # The head is as much work as several blocks, or, of a small model with many words, as all of them.
     if request.needs_logits:
         labels_N = torch.cat([_next_tokens(row) for row in rows]).to(device)
         for chunk in parts.output_head.chunks(len(state_ND), num_bytes=_CHUNK_BYTES):
@@ -89,6 +92,7 @@ class _Logits:
         }
 
     def take(self, chunk: slice, logits_CV: Tensor, labels_C: Tensor) -> None:
+        # In place, chunk by chunk: pieces that are joined at the end would be there twice for a moment.
         for k, (top_logits_NK, top_ids_NK) in self._top_NK.items():
             top_logits_NK[chunk], top_ids_NK[chunk] = largest_logits(logits_CV, k)
         if self._label_logit_N is not None:
@@ -98,6 +102,8 @@ class _Logits:
             self._logsumexp_N[temperature][chunk] = values_C
         for tail, draws in self._draws.items():
             assert self._uniforms_N is not None
+            # Chosen again, not taken from the stored ones: these may be more than the tail begins behind, and where
+            # logits tie, the first k of more are not the k largest.
             _, top_ids_CK = largest_logits(logits_CV, tail.k)
             drawn = draw_tail(
                 logits_CV,
@@ -116,7 +122,7 @@ class _Logits:
             if values is not None:
                 places.check_finite(values, name)
 
-    def finish(self, hidden_ND: dict[int, Tensor], final_state_ND: Tensor | None) -> Captured:
+    def finish(self, hidden_ND: dict[Place, Tensor], final_state_ND: Tensor | None) -> Captured:
         return Captured(
             hidden_ND=hidden_ND,
             final_state_ND=final_state_ND,
@@ -135,13 +141,9 @@ class _Places:
     names: Sequence[str]
 
     def check_finite(self, values: Tensor, what: str) -> None:
-        # One pass that keeps nothing; a sum that overflows is looked at again.
-        if bool(torch.isfinite(values.sum(dtype=torch.float32))):
+        if all_finite([values]):
             return
-        finite = torch.isfinite(values)
-        if bool(finite.all()):
-            return
-        index = int((~finite).reshape(len(values), -1).any(dim=1).nonzero()[0])
+        index = int((~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero()[0])
         for row, name in zip(self.rows, self.names, strict=True):
             if index < len(row):
                 raise NonFiniteError(

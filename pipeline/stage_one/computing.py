@@ -104,6 +104,7 @@ class StoreWork:
         # Of all shards, not of those that are missing now: another worker may be at work already.
         own_shards = set(share.of(list(needed_targets(demands))))
         jobs = [job for job in self.missing(demands) if job.shard in own_shards]
+        # The head belongs to no shard, so one of the workers has to be the one that writes it.
         with self._held(jobs, needs_head=share.index == 0 and not self._has_head) as lease:
             if lease is None:
                 return Computed()
@@ -165,6 +166,7 @@ class StoreWork:
 
             with WriteBehind(self._store, self.manifest, on_written) as writer:
                 for number, job in enumerate(jobs):
+                    # A lease may be lost while a laptop sleeps; two writers of a shard would be found only at its end.
                     lease.require()
                     computer.run(job, writer, bar.update)
                     if number == 0:

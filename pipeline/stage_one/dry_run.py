@@ -20,6 +20,7 @@ from coldstill.pipeline.stage_one.requests import (
     gather,
     missing_jobs,
     needed_targets,
+    require_stored,
 )
 from coldstill.pipeline.students.folders import find_student, has_student, students_folder
 from coldstill.pipeline.students.preparing import calibration_rows, student_name
@@ -85,6 +86,7 @@ def dry_run(*recipes: Recipe, trains_here: bool = False) -> DryRun:
     Raises:
         ColdstillError: Something in a recipe cannot be carried out.
     """
+    require_stored(recipes)
     teacher, gathered = gather(recipes, trains_here=trains_here)
     students = [_Student.of(item, teacher) for item in gathered]
     requests = [Request(student.of_recipe, student.blocks or []) for student in students]

@@ -171,7 +171,7 @@ def _choose_rows(store: Store, manifest: Manifest, num_rows: int) -> list[tuple[
     groups = []
     for targets in dict.fromkeys(targets_of_rows):
         rows = chosen.take([index for index, own in enumerate(targets_of_rows) if own == targets])
-        groups.append((to_selection(*make_selection(rows, [0] * len(rows), {})), targets))
+        groups.append((to_selection(*make_selection(rows, [()] * len(rows), {})), targets))
     return groups
 
 
@@ -314,7 +314,7 @@ def _run_twice(parts: ModelParts, batch: _Batch, targets: Sequence[TeacherTarget
 
 
 def _row_of_another_length(parts: ModelParts, batch: _Batch) -> Tensor:
-    """Give a row a little longer than all; where the teacher reads no longer ones, a shorter one."""
+    """Return a row a little longer than all; where the teacher reads no longer ones, a shorter one."""
     longest = max(batch.tokens, key=len)
     limit = getattr(text_config(parts.model.config), "max_position_embeddings", None)
     stretched = torch.cat([longest, longest[:1].repeat(_STRETCH)])

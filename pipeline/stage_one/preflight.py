@@ -63,7 +63,7 @@ def check_widths(recipe: Recipe, teacher: Teacher) -> None:
 
 
 def model_folders(recipe: Recipe, teacher: Teacher) -> dict[str, Path]:
-    """Give the folders of the models that a recipe reads, by key."""
+    """Return the folders of the models that a recipe reads, by key."""
     folders = {"teacher.path": teacher.folder}
     if recipe.student.path is not None:
         folders["student.path"] = find_student(recipe)
@@ -71,7 +71,7 @@ def model_folders(recipe: Recipe, teacher: Teacher) -> dict[str, Path]:
 
 
 def planned_layer_map(recipe: Recipe, teacher: Teacher) -> tuple[dict[int, int], bool]:
-    """Give the layer map of a student that need not exist yet, and whether its teacher blocks are decided.
+    """Return the layer map of a student that need not exist yet, and whether its teacher blocks are decided.
 
     They are not where student blocks learn from those that they are cut from, and a measurement chooses these.
 

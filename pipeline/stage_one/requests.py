@@ -83,6 +83,20 @@ def gather(recipes: Sequence[Recipe], *, trains_here: bool = False) -> tuple[Tea
     return teacher, _build_rows(recipes, teacher)
 
 
+def require_stored(recipes: Sequence[Recipe]) -> None:
+    """Refuse recipes of which stage one has nothing to store.
+
+    Raises:
+        RecipeError: One keeps its teacher beside the student.
+    """
+    for recipe in recipes:
+        if recipe.targets.is_live:
+            raise RecipeError(
+                f"targets.source of {recipe.output} is live, so nothing is stored of its teacher: run coldstill train, "
+                "or set targets.source=stored"
+            )
+
+
 def locate_teacher(recipes: Sequence[Recipe], *, trains_here: bool = False) -> Teacher:
     """Find the teacher that all recipes name, and refuse, before any work, what cannot be carried out of them.
 
@@ -133,11 +147,11 @@ def _check_recipe(recipe: Recipe, teacher: Teacher) -> None:
     """Refuse, before any work, what this teacher cannot do."""
     logits_targets(recipe.targets.logits).check(ModelSizes.of(teacher.config).vocab_size)
     check_length(teacher.config, recipe.data.sequence_length, who="teacher")
-    blocks = recipe.targets.hidden.blocks
-    for block in blocks if isinstance(blocks, list) else []:
-        if block >= teacher.num_blocks:
+    for key, blocks in recipe.targets.hidden.named_blocks.items():
+        beyond = [block for block in blocks if block >= teacher.num_blocks]
+        if beyond:
             raise RecipeError(
-                f"targets.hidden.blocks names block {block}; the teacher has blocks 0 to {teacher.num_blocks - 1}"
+                f"targets.hidden.{key} names block {beyond[0]}; the teacher has blocks 0 to {teacher.num_blocks - 1}"
             )
 
 
@@ -152,7 +166,7 @@ def _check_vocabulary(tokens: Iterable[np.ndarray], teacher: Teacher) -> None:
 
 
 def blocks_to_store(recipe: Recipe, teacher: Teacher, student: Path) -> list[int]:
-    """Give the teacher blocks whose outputs a recipe needs for the student in a folder."""
+    """Return the teacher blocks whose outputs a recipe needs for the student in a folder."""
     section = recipe.targets.hidden.blocks
     if section == "none" or (isinstance(section, list) and not recipe.loss.needs_hidden):
         return list(section) if isinstance(section, list) else []
@@ -182,7 +196,7 @@ class RowRegistry:
         self._shards = set(manifest.shards(TOKENS))
 
     def register(self, request: Request, *, vocab_size: int) -> dict[str, Selection]:
-        """Make the rows of a request known, their tokens first, and give the selection of each split."""
+        """Make the rows of a request known, their tokens first, and return the selection of each split."""
         return {split: self._register_split(request, split, vocab_size) for split in SPLITS}
 
     def _register_split(self, request: Request, split: str, vocab_size: int) -> Selection:
@@ -196,10 +210,11 @@ class RowRegistry:
         self.known = sorted_rows([self.known, laid])
         self._shards.update(laid["shard"].cast(pa.string()).to_pylist())
         found = find_rows(self._store, self.known, self._shards, row_ids)
+        spans, labels = [row.spans for row in rows.rows], [row.labels for row in rows.rows]
         provenance = request.of.provenance(split)
         if self._is_dry:
-            return to_selection(*make_selection(found, rows.loss_starts, provenance))
-        return write_selection(self._store, found, rows.loss_starts, provenance)
+            return to_selection(*make_selection(found, spans, provenance, labels))
+        return write_selection(self._store, found, spans, provenance, labels)
 
 
 @dataclass(frozen=True)

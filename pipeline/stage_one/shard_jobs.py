@@ -108,6 +108,7 @@ class ShardComputer:
             uniforms_N = batch.uniforms.draw("tail") if request.tails else None
             kept = capture(self._parts, batch.rows, request, row_names=batch.names, uniforms_N=uniforms_N)
             num_tokens = sum(batch.uniforms.lengths)
+            # By what the first batch holds: no kind of target has to say how much it is.
             if not waiting and kept.num_bytes / num_tokens * job.num_tokens > _WAITING_BYTES:
                 place = _HOST
             waiting.append(kept.to(place))
@@ -115,7 +116,8 @@ class ShardComputer:
         # Statistics such as the spread of a channel are the shard's: nothing is encoded before all of it is there.
         captured = joined(waiting)
         waiting.clear()
-        writer.flush()  # one shard waits for the disk at most
+        # One shard waits for the disk at most: memory is bounded, and a full disk is met before the next shard's work.
+        writer.flush()
         for target in job.targets:
             self._write(target, captured, job, writer)
 
@@ -148,6 +150,7 @@ class ShardComputer:
         names = [
             self._row_names.get(row, f"row {position} of shard {job.shard}") for position, row in enumerate(row_ids)
         ]
+        # Never across shards: a shard that is computed again runs in the same batches, and rounds alike.
         for start in range(0, len(rows), self._batch_size):
             chosen = slice(start, start + self._batch_size)
             yield _Batch(list(rows[chosen]), RowUniforms(row_ids[chosen], lengths[chosen]), names[chosen])

@@ -27,7 +27,7 @@ class Share:
     count: int = 1
 
     def of(self, items: Sequence[Item]) -> list[Item]:
-        """Give this process's items: shares are disjoint, and all of them together are everything."""
+        """Return this process's items: shares are disjoint, and all of them together are everything."""
         return list(items[self.index :: self.count])
 
 
@@ -44,7 +44,7 @@ def parse_share(text: str) -> Share:
 
 
 def launched_share() -> Share:
-    """Give the share that torchrun or accelerate launch gave this process; all where neither did."""
+    """Return the share that torchrun or accelerate launch gave this process; all where neither did."""
     return Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 

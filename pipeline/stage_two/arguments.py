@@ -5,6 +5,7 @@ Stage one checks what holds on every machine, and sets up nothing for it; stage 
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import json
 import os
@@ -18,8 +19,9 @@ from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models import compiled_blocks
 from coldstill.pipeline.models.compiled_blocks import Compilation
 from coldstill.pipeline.models.machine import training_problem
-from coldstill.pipeline.models.selective_checkpointing import SELECTIVE
+from coldstill.pipeline.models.selective_checkpointing import SELECTIVE, enable_of
 from coldstill.pipeline.recipe.sections import Recipe
+from coldstill.pipeline.recipe.training_keys import EARLIER_NAMES
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from coldstill.pipeline.stage_two.run_folder import checkpoints_folder
@@ -49,8 +51,9 @@ _PACKAGE_OF_INTEGRATION = {
 # Which of them are installed, transformers lists; but never flyte, and azure_ml only where mlflow is not there.
 _NOT_LISTED = {"azure_ml": is_azureml_available, "flyte": is_flytekit_available}
 _A_FEW_STEPS = 100
-# Of activation_checkpointing_kwargs, what is no argument of torch's.
-_CHECKPOINT_KEYS = {"preserve_rng_state", "every_n_layers", "offload", SELECTIVE}
+# Of activation_checkpointing_kwargs, what is no keyword of torch's; only later transformers know the last two.
+_CHECKPOINT_KEYS = {"preserve_rng_state", SELECTIVE}
+_CHECKPOINT_KEYS |= {"every_n_layers", "offload"} & set(inspect.signature(enable_of(PreTrainedModel)).parameters)
 
 
 class _Anywhere(TrainingArguments):
@@ -82,7 +85,7 @@ def check_launch(recipe: Recipe) -> None:
     if recipe.train.get("fsdp") and _num_processes() == 1:
         raise RecipeError(
             "train.fsdp shards the student over several processes, but this is one: start training with accelerate "
-            "launch -m coldstill.cli train, or remove it"
+            "launch -m coldstill train, or remove it"
         )
 
 
@@ -103,7 +106,8 @@ def check_train_section(
         # As on a machine with an accelerator, which has defaults of its own.
         arguments = _build(_Anywhere, _values(recipe, has_accelerator=True) | _OF_THE_MACHINE)
     _check_integrations(arguments)
-    unknown = set(arguments.activation_checkpointing_kwargs or {}) - _CHECKPOINT_KEYS - _keywords(checkpoint)
+    # By the earlier name, which the later one is mirrored in.
+    unknown = set(arguments.gradient_checkpointing_kwargs or {}) - _CHECKPOINT_KEYS - _keywords(checkpoint)
     if unknown:
         raise RecipeError(f"train.activation_checkpointing_kwargs has no {', '.join(sorted(unknown))}")
     Compilation.of(recipe.train)
@@ -157,6 +161,8 @@ def _values(recipe: Recipe, has_accelerator: bool) -> dict[str, Any]:
     given = {key: value for key, value in copy.deepcopy(recipe.train).items() if key not in compiled_blocks.KEYS}
     if given.get("activation_checkpointing") == SELECTIVE:
         given |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {SELECTIVE: True}}
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    given = {key if key in known else EARLIER_NAMES[key]: value for key, value in given.items()}
     if given.get("deepspeed") is not None:
         _check_deepspeed(given["deepspeed"])
     if _num_processes() == 1:

@@ -5,7 +5,7 @@ device that it runs on.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,17 @@ import torch
 from coldstill.cache.columns import Axis
 from coldstill.cache.reader import Reader, RowArrays
 from coldstill.cache.selections import Selection
+from coldstill.cache.spans import Span, token_weights
 from coldstill.cache.store import open_store
 from coldstill.cache.tokens import TOKENS
-from coldstill.pipeline.models.labels import IGNORED, labels_of
+from coldstill.pipeline.models.labels import IGNORED, labels_of, weights_of
 from coldstill.pipeline.runtime.errors import DataError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 # What a batch may hold, of whichever dataset and collator.
 TARGET_KEYS = ("logits", "hidden")
-BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", *TARGET_KEYS)
+BATCH_KEYS = ("input_ids", "labels", "weights", "attention_mask", "position_ids", *TARGET_KEYS)
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,54 @@ class BatchColumns:
 
 @dataclass(frozen=True)
 class StoredRow:
-    """One row as the store gives it, with the first token that counts in a loss."""
+    """One row as the store gives it, with what the selection says of it.
+
+    Attributes:
+        arrays: Of each column.
+        spans: What its tokens weigh in a loss.
+        labels: Its own labels, float32 [L].
+    """
 
     arrays: RowArrays
-    loss_start: int
+    spans: Sequence[Span] = ()
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
-class StoredRows(Dataset[StoredRow]):
-    """The rows of a selection as a torch dataset.
+class RowSet(Dataset[StoredRow]):
+    """Rows of a recipe as a torch dataset; they are trained on in `EpochOrder`."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> StoredRow:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[StoredRow]:
+        """Return the rows of a batch together; a DataLoader asks for them this way."""
+        raise NotImplementedError
+
+
+class TokenRows(RowSet):
+    """Rows in memory: token ids and what a selection would say of them, for a teacher that speaks as training goes.
+
+    Args:
+        rows: Token ids [T], spans and labels of each.
+    """
+
+    def __init__(self, rows: Sequence[tuple[np.ndarray, Sequence[Span], Sequence[float]]]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[StoredRow]:
+        """Return some of the rows."""
+        chosen = (self._rows[index] for index in indices)
+        return [StoredRow({TOKENS: {"ids": ids}}, spans, np.array(labels, np.float32)) for ids, spans, labels in chosen]
+
+
+class StoredRows(RowSet):
+    """The rows of a selection, with columns of a store.
 
     The store is opened in the process that reads, at its first row: a handle that crossed a fork could deadlock.
 
@@ -74,17 +115,14 @@ class StoredRows(Dataset[StoredRow]):
     def __len__(self) -> int:
         return len(self._selection)
 
-    def __getitem__(self, index: int) -> StoredRow:
-        return self.__getitems__([index])[0]
-
     def __getitems__(self, indices: Sequence[int]) -> list[StoredRow]:
-        """Give the rows of a batch, fetched together; a DataLoader asks for them this way."""
+        """Return the rows of a batch, fetched together."""
         if self._reader is None:
             names = self._columns.names()
             self._reader = Reader(open_store(self._path), self._selection, names, local_copy=self._local_copy)
-        loss_starts = self._selection.loss_starts
-        rows = self._reader.rows(indices)
-        return [StoredRow(row, int(loss_starts[index])) for row, index in zip(rows, indices, strict=True)]
+        spans, labels = self._selection.spans, self._selection.labels
+        rows = zip(self._reader.rows(indices), indices, strict=True)
+        return [StoredRow(arrays, spans[index], labels[index]) for arrays, index in rows]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None}
@@ -103,11 +141,11 @@ class BatchCollator:
         self._axes = axes
 
     def __call__(self, rows: Sequence[StoredRow]) -> dict[str, Any]:
-        """Give the distiller's arguments."""
+        """Return the distiller's arguments."""
         lengths = np.array([len(row.arrays[TOKENS]["ids"]) for row in rows])
         batch: dict[str, Any] = {
             "input_ids": self._stack(rows, TOKENS, "ids").long(),
-            "labels": _labels(rows, int(lengths.max())),
+            **_labels(rows, int(lengths.max())),
         }
         if (lengths < lengths.max()).any():
             batch["attention_mask"] = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]).long()
@@ -132,18 +170,28 @@ class BatchCollator:
 
 
 def complete_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Give an ordinary batch with its labels, the token ids themselves where it has none.
+    """Return an ordinary batch with its labels, the token ids themselves where it has none.
+
+    Where it has `weights`, one for each token as labels are, a label is `IGNORED` where its weight is 0.
 
     Raises:
-        DataError: It has no token ids, labels of another shape, or what would be left out without a word.
+        DataError: It has no token ids, labels or weights of another shape, weights that are no weights, or what would
+            be left out without a word.
     """
     unknown = [name for name in batch if name not in BATCH_KEYS]
     if unknown or "input_ids" not in batch:
         raise DataError(
-            f"a batch holds {', '.join(batch) or 'nothing'}; training takes input_ids, and labels, attention_mask and "
-            "position_ids with them: leave the rest out of the dataset, or out of what its collator gives"
+            f"a batch holds {', '.join(batch) or 'nothing'}; training takes input_ids, and labels, weights, "
+            "attention_mask and position_ids with them: leave the rest out of the dataset, or out of what its collator "
+            "gives"
         )
-    return {**batch, "labels": labels_of(batch)}
+    complete = {**batch, "labels": labels_of(batch)}
+    if weights_of(complete) is None:
+        return complete
+    weights_BT = batch["weights"]
+    if not bool((weights_BT.isfinite() & (weights_BT >= 0)).all()):
+        raise DataError("a batch has weights that are negative or not finite; expected numbers of at least 0")
+    return {**complete, "labels": complete["labels"].masked_fill(weights_BT == 0, IGNORED)}
 
 
 class EpochOrder(Sampler[int]):
@@ -171,11 +219,22 @@ class EpochOrder(Sampler[int]):
         self._epoch = epoch
 
 
-def _labels(rows: Sequence[StoredRow], longest: int) -> Tensor:
-    """Give the ids themselves; `IGNORED` at the first one, which nothing predicts, in a prompt and behind a row."""
+def _labels(rows: Sequence[StoredRow], longest: int) -> dict[str, Tensor]:
+    """Return `labels`, and `weights` and `row_labels` where rows have them.
+
+    The labels are the ids themselves; `IGNORED` at the first one, which nothing predicts, where a token weighs nothing
+    and behind a row.
+    """
     labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
+    weights = np.zeros((len(rows), longest), dtype=np.float32)
     for index, row in enumerate(rows):
         ids = row.arrays[TOKENS]["ids"]
-        first = max(row.loss_start, 1)
-        labels[index, first : len(ids)] = ids[first:]
-    return torch.from_numpy(labels)
+        weights[index, 1 : len(ids)] = token_weights(row.spans, len(ids))[1:]
+        counted = weights[index] > 0
+        labels[index, counted] = ids[counted[: len(ids)]]
+    found = {"labels": torch.from_numpy(labels)}
+    if ((weights != 0) & (weights != 1)).any():
+        found["weights"] = torch.from_numpy(weights)
+    if len(rows[0].labels):
+        found["row_labels"] = torch.from_numpy(np.stack([row.labels for row in rows]))
+    return found

@@ -7,7 +7,7 @@ Shapes: B rows, T positions, N positions that count, C positions of a chunk, D w
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from coldstill.pipeline.losses.block_losses import MappedStates, block_losses
@@ -16,7 +16,7 @@ from coldstill.pipeline.losses.term import Predictions, Term
 from coldstill.pipeline.losses.vocabulary_losses import vocabulary_loss
 from coldstill.pipeline.models.labels import counts_of, next_tokens, weights_of
 from coldstill.pipeline.models.output_head import Head
-from coldstill.pipeline.models.selective_checkpointing import SELECTIVE, selective_kwargs
+from coldstill.pipeline.models.selective_checkpointing import SELECTIVE, enable_of, selective_kwargs
 from coldstill.pipeline.models.student_forward import StudentForward
 from coldstill.pipeline.recipe.loss import TargetName
 from coldstill.pipeline.runtime.errors import RecipeError, TargetError
@@ -104,10 +104,9 @@ class Distiller(nn.Module):
         Raises:
             TargetError: There is no form of it.
         """
-        forms = {"logits": self.forms.logits, "hidden": self.forms.hidden}
         for term in self.objective.terms:
             for target in term.targets:
-                if forms[target] is None:
+                if getattr(self.forms, target) is None:
                     raise _no_target(term, f"nothing gives {_TARGETS[target]}")
 
     def state_pairs(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
@@ -133,7 +132,13 @@ class Distiller(nn.Module):
         own = dict(activation_checkpointing_kwargs or {})
         if own.pop(SELECTIVE, False):
             own |= selective_kwargs()
-        self.student.activation_checkpointing_enable(activation_checkpointing_kwargs=own or None, **kwargs)
+        enable_of(self.student)(own or None, **kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Do the same by the name that the Trainer of transformers before 5.23 calls."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def forward(
         self,
@@ -236,9 +241,11 @@ class Distiller(nn.Module):
         if target == "hidden":
             lacking = [str(block) for block in self.layer_map.values() if str(block) not in given]
             return f"output of teacher block {lacking[0]}" if lacking else ""
-        assert self.forms.logits is not None
-        lacking = [repr(role) for role in self.forms.logits.roles if role not in given]
-        return f"{' and no '.join(lacking)} of the teacher's logits" if lacking else ""
+        if target == "logits":
+            assert self.forms.logits is not None
+            lacking = [repr(role) for role in self.forms.logits.roles if role not in given]
+            return f"{' and no '.join(lacking)} of the teacher's logits" if lacking else ""
+        assert_never(target)
 
 
 def _num_positions(counts_BT: Tensor, weights_BT: Tensor | None, given: Tensor | float | None) -> Tensor:

@@ -1,6 +1,6 @@
 """A teacher beside the student, as a source of targets: it runs over each batch, and gives what a store would hold.
 
-The reference that training from a store is held against, and a way for who has the memory and trains once. Loads
+The reference that training from a store is held against, and a way for those who have the memory and train once. Loads
 nothing, and knows no store. The teacher's logits never exist at once: its last states and its head stand for them.
 Shapes: B rows, T positions, D width.
 """
@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from coldstill.pipeline.models import find_structure, head_problem, rope_switches, text_config
+import torch.nn.functional as F
+from coldstill.pipeline.models import all_finite, find_structure, head_problem, rope_switches, text_config
 from coldstill.pipeline.models.forward import model_inputs, run_body, what_to_try
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.runtime.errors import ModelError, NonFiniteError
 from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from coldstill.pipeline.targets.encodings import StateForm
-from coldstill.pipeline.targets.forms import FINAL, FinalForm, HiddenForm
+from coldstill.pipeline.targets.forms import FINAL, LABEL, NORMALISER, FinalForm, HiddenForm
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,6 +30,8 @@ class LiveTargets:
         teacher: The teacher, where it is to run; it is put in evaluation mode, and not changed otherwise.
         blocks: The teacher blocks whose outputs are learned from.
         with_logits: Whether its distribution is learned from.
+        with_numbers: Whether the logit of the token that follows and the normaliser at temperature 1 are given too,
+            of which its own loss is made.
 
     Attributes:
         forms: How these targets are read.
@@ -37,7 +40,9 @@ class LiveTargets:
         ModelError: Its logits are to be learned from, and are not its output head over its last state.
     """
 
-    def __init__(self, teacher: PreTrainedModel, *, blocks: Sequence[int], with_logits: bool) -> None:
+    def __init__(
+        self, teacher: PreTrainedModel, *, blocks: Sequence[int], with_logits: bool, with_numbers: bool = False
+    ) -> None:
         structure = find_structure(teacher)
         teacher.eval()
         problem = head_problem(teacher, structure) if with_logits else None
@@ -48,7 +53,8 @@ class LiveTargets:
         self._wanted = tuple(blocks)
         self._switches = rope_switches(teacher.config)
         self._with_logits = with_logits
-        head = OutputHead.of_model(teacher.get_output_embeddings(), text_config(teacher.config))
+        self._with_numbers = with_numbers
+        self._head = head = OutputHead.of_model(teacher.get_output_embeddings(), text_config(teacher.config))
         self.forms = TargetForms(
             logits=FinalForm(_EXACT, head) if with_logits else None,
             hidden=HiddenForm(_EXACT) if self._wanted else None,
@@ -93,15 +99,28 @@ class LiveTargets:
         targets: dict[str, Any] = {}
         if self._with_logits:
             targets["logits"] = {FINAL: {"values": states["final norm"]}}
+        if self._with_numbers:
+            targets["logits"] |= self._numbers(batch["input_ids"], states["final norm"])
         if self._wanted:
             targets["hidden"] = {str(block): {"values": states[f"block {block}"]} for block in self._wanted}
         return targets
 
+    def _numbers(self, ids_BT: Tensor, state_BTD: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Return the logit of the token that follows, 0 at the end, and the logsumexp of all, [B, T] in float32."""
+        head = self._head.to(state_BTD.device)
+        following_N = F.pad(ids_BT[:, 1:], (0, 1)).flatten()
+        state_ND = state_BTD.flatten(0, 1)
+        labels, normalisers = [], []
+        for chunk in head.chunks(len(state_ND)):
+            logits_CV = head(state_ND[chunk])
+            labels.append(logits_CV.gather(-1, following_N[chunk].unsqueeze(-1)).squeeze(-1))
+            normalisers.append(logits_CV.logsumexp(dim=-1))
+        named = {LABEL: labels, NORMALISER: normalisers}
+        return {role: {"values": torch.cat(values).view(ids_BT.shape)} for role, values in named.items()}
+
 
 def _check_finite(states: Mapping[str, Tensor], mask_BT: Tensor | None) -> None:
-    # One pass that keeps nothing and waits for the device once; what overflows in a sum is looked at again.
-    sums = [values_BTD.sum(dtype=torch.float32) for values_BTD in states.values()]
-    if not sums or bool(torch.stack(sums).isfinite().all()):
+    if all_finite(states.values()):
         return
     for name, values_BTD in states.items():
         broken_BT = ~values_BTD.isfinite().all(dim=-1)

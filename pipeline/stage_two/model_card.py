@@ -31,7 +31,7 @@ _MEASURES = {
 
 
 def model_card(recipe: Recipe, run: RunRows, pruned: Path, evaluation: Mapping[str, Any] | None = None) -> str:
-    """Give the card's text.
+    """Return the card's text.
 
     Args:
         recipe: What trained the student.
@@ -85,7 +85,7 @@ def has_numbers(student: Path) -> bool:
 
 
 def _eval_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    """Give the student's score of each task as the hub's metadata has it."""
+    """Return the student's score of each task as the hub's metadata has it."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -100,7 +100,7 @@ def _eval_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def _recovery(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    """Give the lines of the recovery table and what its columns mean."""
+    """Yield the lines of the recovery table and what its columns mean."""
     models = ("teacher", "pruned", "recovered")
     yield f"| | {' | '.join(models)} | retention | gap closed |"
     yield "|---|---|---|---|---|---|"
@@ -133,7 +133,7 @@ def _recovery(evaluation: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _estimates(compared: Mapping[str, Any]) -> str:
-    """Give the cells of a task, or of the average: three models, retention, gap closed."""
+    """Return the cells of a task, or of the average: three models, retention, gap closed."""
     models = [compared["models"][name] for name in ("teacher", "pruned", "recovered")]
     form = ".1%" if all(0 <= model["value"] <= 1 for model in models) else ",.2f"
     cells = [_cell(model, form) for model in models]
@@ -162,7 +162,7 @@ def _loss(loss: LossConfig, logits: LogitsTargetConfig) -> str:
 
 
 def _course(loss: LossConfig, name: str) -> str:
-    """Give a value of the loss, and where it goes over the run."""
+    """Return a value of the loss, and where it goes over the run."""
     start, schedule = f"{getattr(loss, name):g}", getattr(loss.schedule, name)
     return start if schedule is None or schedule.end is None else f"({start} to {schedule.end:g}, {schedule.shape})"
 

@@ -90,7 +90,7 @@ class ResumableTrainer(Trainer):
         super().log(logs, start_time)
 
     def sums(self) -> dict[str, Any]:
-        """Give what was summed up since the last log, as JSON takes it; every process asks."""
+        """Return what was summed up since the last log, as JSON takes it; every process asks."""
         return {
             "loss": self._mean(self._tr_loss),
             "total_loss": self._total_loss_scalar,
@@ -229,7 +229,7 @@ class _Flow(TrainerCallback):
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, str | None]:
-    """Give step and path of the newest checkpoint in a folder that training can go on from; 0 and None without one."""
+    """Return step and path of the newest checkpoint that training can go on from; 0 and None without one."""
     by_step = {_step(found): str(found) for found in _checkpoints(folder) if is_whole(found) and _leads_on(found)}
     newest = max(by_step, default=0)
     return newest, by_step.get(newest)
@@ -248,7 +248,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def planned_steps(checkpoint: Path) -> int:
-    """Give how many steps the run of a whole checkpoint is to have."""
+    """Return how many steps the run of a whole checkpoint is to have."""
     return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["max_steps"])
 
 

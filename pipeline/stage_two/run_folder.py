@@ -23,9 +23,9 @@ from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.whole import whole_file, whole_folder, write_whole
+from coldstill.pipeline.stage_two.distillation_trainer import PROJECTORS_FILE, UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.model_card import CARD_FILE
 from coldstill.pipeline.stage_two.resumable_trainer import newest_checkpoint, planned_steps
-from coldstill.pipeline.stage_two.trainer import PROJECTORS_FILE, UniversalDistillationTrainer
 from coldstill.pipeline.students.adapters import has_adapters, merged
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.pruning_record import read_kept_channels, write_kept_channels
@@ -53,7 +53,7 @@ _WHEN_JUDGED = ("eval_", "save_")
 
 
 def folder_named(path: Path) -> Path:
-    """Give the folder that somebody names: itself, or the output of a recipe.
+    """Return the folder that somebody names: itself, or the output of a recipe.
 
     Raises:
         RecipeError: The recipe's output holds a run of another recipe.
@@ -67,15 +67,15 @@ def folder_named(path: Path) -> Path:
 
 
 def run_key(recipe: Recipe, run: RunRows) -> dict[str, Any]:
-    """Give what decides the trained student, section by section, so that a difference can be named."""
+    """Return what decides the trained student, section by section, so that a difference can be named."""
     selections = {split: selection.name for split, selection in run.selections.items()}
     return {**decisive_sections(recipe), "store": run.store.name, "selections": selections}
 
 
 def decisive_sections(recipe: Recipe) -> dict[str, Any]:
-    """Give what of a recipe decides the trained student, but for its teacher and its rows."""
-    # In JSON mode, so that it compares with the record that was read back from a file.
-    sections = recipe.model_dump(mode="json", include=set(_DECISIVE_SECTIONS))
+    """Return what of a recipe decides the trained student, but for its teacher and its rows."""
+    said = recipe.identity()
+    sections = {name: said[name] for name in _DECISIVE_SECTIONS}
     sections["train"] = {key: value for key, value in recipe.train.items() if not _is_idle(key, recipe.train)}
     return sections
 
@@ -88,7 +88,7 @@ def _is_idle(key: str, train: Mapping[str, Any]) -> bool:
 
 
 def claimed_run(recipe: Recipe) -> dict[str, Any] | None:
-    """Give the key of the run that an output holds; None where it holds none.
+    """Return the key of the run that an output holds; None where it holds none.
 
     Where somebody removed the checkpoints, which a trained student does without, the student says whose it is.
     """
@@ -107,7 +107,7 @@ def different_sections(earlier: Mapping[str, Any], key: Mapping[str, Any]) -> li
 
 
 def checkpoints_folder(recipe: Recipe) -> Path:
-    """Give the folder that the Trainer writes to."""
+    """Return the folder that the Trainer writes to."""
     return Path(recipe.output) / "checkpoints"
 
 
@@ -169,13 +169,13 @@ def what_is_untrained(recipe: Recipe) -> str | None:
 
 
 def finished_summary(recipe: Recipe) -> dict[str, Any] | None:
-    """Give the summary of a run that is complete, None where it is not."""
+    """Return the summary of a run that is complete, None where it is not."""
     metrics = read_metrics(recipe)
     return None if metrics is None else dict(metrics["summary"])
 
 
 def read_metrics(recipe: Recipe) -> dict[str, Any] | None:
-    """Give what `write_metrics` wrote of a run that is complete, None where it is not."""
+    """Return what `write_metrics` wrote of a run that is complete, None where it is not."""
     metrics = Path(recipe.output) / _METRICS_FILE
     student = trained_student(recipe)
     if not metrics.is_file() or not (student / "config.json").is_file() or not any(student.glob("*.safetensors")):

@@ -1,7 +1,7 @@
 """From a recipe to the trainer of stage two: student, projectors, losses and rows, each checked against the others."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from coldstill.cache.errors import ColdstillError
@@ -22,15 +22,23 @@ from coldstill.pipeline.outputs.run_index import RunRows
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.stage_two.arguments import arguments_here, check_row_count, check_train_section
-from coldstill.pipeline.stage_two.distiller import Distiller
-from coldstill.pipeline.stage_two.target_sources import StoredTargets
-from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
+from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
+from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
+from coldstill.pipeline.stage_two.target_sources import LiveRows, StoredTargets
 from coldstill.pipeline.students.adapters import add_adapters
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig
 
 
-def create_trainer(recipe: Recipe, run: RunRows, student_folder: Path) -> UniversalDistillationTrainer:
+def create_trainer(
+    recipe: Recipe, run: RunRows, student_folder: Path, *, live: LiveRows | None = None
+) -> UniversalDistillationTrainer:
     """Make the trainer of a recipe, over the rows and the student that were found for it.
+
+    Args:
+        recipe: The recipe.
+        run: Its rows, and what is known of its teacher.
+        student_folder: Its student.
+        live: The rows and the teacher in memory, where no store speaks for it.
 
     Raises:
         StoreError: The store lacks a column that the recipe needs.
@@ -44,61 +52,57 @@ def create_trainer(recipe: Recipe, run: RunRows, student_folder: Path) -> Univer
     arguments = arguments_here(recipe)
     check_train_section(recipe, lambda: outline_of(config, trust_remote_code=trust), arguments=arguments)
     check_row_count(recipe, len(run.selections["train"]), num_processes=arguments.world_size)
-    layer_map, source = _plan(recipe, run, config)
+    layer_map = _layer_map(recipe, run, config)
+    source = None if live is not None else _stored_targets(recipe, run, layer_map)
     # In float32: mixed precision is `train.bf16`, over float32 weights.
     student = load_model(student_folder, dtype="float32", trust_remote_code=trust)
     if recipe.student.lora is not None:
         student = add_adapters(student, recipe.student.lora, seed=recipe.seed)
     if compilation := Compilation.of(recipe.train):
         compile_blocks(student, compilation, arguments.device)
-    return _make_trainer(recipe, source, student, layer_map, student_folder, arguments)
-
-
-def _plan(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> tuple[dict[int, int], StoredTargets]:
-    """Decide the layer map and where targets come from, and check that the store has them."""
-    loss = recipe.loss
-    layer_map: dict[int, int] = {}
-    if loss.needs_hidden:
-        layer_map = layer_map_of(recipe.mapping, student, num_teacher_blocks=run.store.teacher["num_blocks"])
-        check_layer_map(recipe, layer_map)
-    temperature = loss.temperature if loss.needs_logits else None
-    source = StoredTargets.of_recipe(recipe, run, blocks=list(layer_map.values()), temperature=temperature)
-    source.require_complete()
-    return layer_map, source
-
-
-def _make_trainer(
-    recipe: Recipe,
-    source: StoredTargets,
-    student: PreTrainedModel,
-    layer_map: dict[int, int],
-    student_folder: Path,
-    arguments: TrainingArguments,
-) -> UniversalDistillationTrainer:
-    projector = recipe.projector
     projectors = create_projectors(
         layer_map,
         student_dim=int(text_config(student.config).hidden_size),
-        teacher_dim=source.run.store.teacher["hidden_size"],
-        kind=projector.kind,
-        learnable=projector.learnable,
+        teacher_dim=run.store.teacher["hidden_size"],
+        kind=recipe.projector.kind,
+        learnable=recipe.projector.learnable,
         seed=recipe.seed,
     )
     tokenizer = None
     with contextlib.suppress(ModelError):
-        tokenizer = load_tokenizer(student_folder, trust_remote_code=recipe.student.trust_remote_code)
-    objective = Objective.of(recipe.loss)
-    distiller = Distiller(student, projectors, layer_map=layer_map, objective=objective, forms=source.forms)
+        tokenizer = load_tokenizer(student_folder, trust_remote_code=trust)
+    forms = TargetForms() if source is None else source.forms
+    distiller = Distiller(student, projectors, layer_map=layer_map, objective=Objective.of(recipe.loss), forms=forms)
+    rows = live or source
+    assert rows is not None, "rows come from a store or from memory"
     with as_error_of_train():
         return UniversalDistillationTrainer(
             distiller,
             arguments,
-            data_collator=source.collator,
-            train_dataset=source.rows("train"),
-            eval_dataset=source.rows("eval"),
+            teacher_model=None if live is None else live.teacher_model,
+            data_collator=rows.collator,
+            train_dataset=rows.rows("train"),
+            eval_dataset=rows.rows("eval"),
             processing_class=tokenizer,
-            projector_learning_rate=projector.learning_rate,
+            projector_learning_rate=recipe.projector.learning_rate,
         )
+
+
+def _layer_map(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> dict[int, int]:
+    """Return student block to teacher block; nothing where block outputs are not learned from."""
+    if not recipe.loss.needs_hidden:
+        return {}
+    layer_map = layer_map_of(recipe.mapping, student, num_teacher_blocks=run.store.teacher["num_blocks"])
+    check_layer_map(recipe, layer_map)
+    return layer_map
+
+
+def _stored_targets(recipe: Recipe, run: RunRows, layer_map: Mapping[int, int]) -> StoredTargets:
+    """Return what the store keeps for the recipe, once it is known to have all of it."""
+    temperature = recipe.loss.temperature if recipe.loss.needs_logits else None
+    source = StoredTargets.of_recipe(recipe, run, blocks=list(layer_map.values()), temperature=temperature)
+    source.require_complete()
+    return source
 
 
 @contextlib.contextmanager

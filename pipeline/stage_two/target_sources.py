@@ -3,8 +3,8 @@
 Training, evaluation, similarity and a plan's fidelity all read what the teacher says through a source.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -16,28 +16,28 @@ from coldstill.pipeline.losses.logits_targets import LogitsTarget
 from coldstill.pipeline.models.labels import counts_of
 from coldstill.pipeline.outputs.run_index import RunRows
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.stage_two.batches import TARGET_KEYS, BatchCollator, BatchColumns, StoredRows
+from coldstill.pipeline.stage_two.batches import TARGET_KEYS, BatchCollator, BatchColumns, RowSet, StoredRows
 from coldstill.pipeline.stage_two.distiller import TargetForms
 from coldstill.pipeline.targets.encodings import StateForm
-from coldstill.pipeline.targets.forms import HiddenForm
+from coldstill.pipeline.targets.forms import FINAL, LABEL, NORMALISER, HiddenForm, LogitsForm
 from coldstill.pipeline.targets.kinds import stored_targets
-from coldstill.pipeline.targets.logits_kinds import LogitsTargets, Roles, logits_targets
+from coldstill.pipeline.targets.logits_kinds import Roles, logits_targets
 from coldstill.pipeline.targets.states import BlockOutput
 from coldstill.pipeline.targets.stored_constants import StoredConstants
-from coldstill.pipeline.targets.wanted import block_output
+from coldstill.pipeline.targets.wanted import EVAL_LABEL, EVAL_NORMALISER, EVAL_STATE, block_output, eval_form
 from torch import Tensor
+from transformers import PreTrainedModel
 
 _HOST = torch.device("cpu")
 
 
 class TargetSource(Protocol):
-    """Gives the targets of batches.
+    """Gives the targets of batches."""
 
-    Attributes:
-        forms: How the targets that it gives are read.
-    """
-
-    forms: TargetForms
+    @property
+    def forms(self) -> TargetForms:
+        """How the targets that it gives are read."""
+        ...
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the targets of a batch, by the distiller's names, on its device.
@@ -47,12 +47,42 @@ class TargetSource(Protocol):
         """
 
 
+class RowSource(TargetSource, Protocol):
+    """A source that has the rows, too."""
+
+    @property
+    def collator(self) -> BatchCollator:
+        """What lays the rows of a batch side by side."""
+        ...
+
+    def rows(self, split: str) -> RowSet:
+        """Return the rows of a split as a torch dataset."""
+
+
+class LiveRows(Protocol):
+    """The rows of a recipe whose teacher speaks as training goes."""
+
+    @property
+    def collator(self) -> BatchCollator:
+        """What lays the rows of a batch side by side."""
+        ...
+
+    @property
+    def teacher_model(self) -> PreTrainedModel:
+        """The teacher."""
+        ...
+
+    def rows(self, split: str) -> RowSet:
+        """Return the rows of a split as a torch dataset."""
+        ...
+
+
 class StoredTargets:
     """Targets from a store: they come with the rows, which `rows` reads and `collator` lays side by side.
 
     Args:
         run: The rows.
-        logits: What the recipe keeps of the distribution; None where it is not read.
+        form: Says how the distribution is read; None where it is not.
         roles: The targets that it is read from.
         hidden: The targets of block outputs, all in one form.
         local_copy: A folder that keeps copies of what is read; None to read the store in place.
@@ -62,13 +92,13 @@ class StoredTargets:
         self,
         run: RunRows,
         *,
-        logits: LogitsTargets | None = None,
+        form: Callable[[StoredConstants], LogitsForm] | None = None,
         roles: Roles | None = None,
         hidden: Mapping[int, BlockOutput] | None = None,
         local_copy: str | None = None,
     ) -> None:
         self.run = run
-        self._logits = logits
+        self._logits_form = form
         self._roles = roles or {}
         self._hidden = dict(hidden or {})
         self._local_copy = local_copy
@@ -88,11 +118,23 @@ class StoredTargets:
             blocks: The teacher blocks that are mapped.
             temperature: Where the distribution is read; None where it is not.
         """
-        logits, roles = logits_targets(recipe.targets.logits), {}
-        if temperature is not None:
-            roles = logits.read_at(temperature, Manifest(run.store), run.selections["train"].shard_names)
         hidden = {block: block_output(recipe.targets.hidden, block) for block in sorted(set(blocks))}
-        return cls(run, logits=logits, roles=roles, hidden=hidden, local_copy=recipe.local_copy)
+        if temperature is None:
+            return cls(run, hidden=hidden, local_copy=recipe.local_copy)
+        kind = logits_targets(recipe.targets.logits)
+        roles = kind.read_at(temperature, Manifest(run.store), run.selections["train"].shard_names)
+        form = partial(kind.form, roles)
+        return cls(run, form=form, roles=roles, hidden=hidden, local_copy=recipe.local_copy)
+
+    @classmethod
+    def of_judging(cls, run: RunRows, local_copy: str | None) -> Self:
+        """Return the distribution that eval rows are judged by."""
+        return cls(run, form=eval_form, roles={FINAL: EVAL_STATE}, local_copy=local_copy)
+
+    @classmethod
+    def of_numbers(cls, run: RunRows, local_copy: str | None) -> Self:
+        """Return the numbers that the teacher's own loss on eval rows is made of."""
+        return cls(run, roles={LABEL: EVAL_LABEL, NORMALISER: EVAL_NORMALISER}, local_copy=local_copy)
 
     @classmethod
     def of_all_blocks(cls, recipe: Recipe, run: RunRows, *, split: str) -> Self:
@@ -125,10 +167,7 @@ class StoredTargets:
             StoreError: A calibration or the output head is missing, or another one.
         """
         constants = StoredConstants(self.run.store, self._manifest)
-        logits = None
-        if self._roles:
-            assert self._logits is not None, "roles are those of a kind of logits target"
-            logits = self._logits.form(self._roles, constants)
+        logits = None if self._logits_form is None else self._logits_form(constants)
         hidden = None
         if self._hidden:
             codes = {block: constants.code(target) for block, target in self._hidden.items()}

@@ -78,7 +78,7 @@ def has_adapters(student: PreTrainedModel) -> bool:
 
 
 def load_adapters(student: PreTrainedModel, folder: Path) -> None:
-    """Give the adapters the values that were saved in a folder.
+    """Return the adapters the values that were saved in a folder.
 
     Raises:
         ModelError: One is missing, which PEFT would leave as it is.
@@ -91,5 +91,5 @@ def load_adapters(student: PreTrainedModel, folder: Path) -> None:
 
 
 def merged(student: PreTrainedModel) -> PreTrainedModel:
-    """Give the plain model that a student with adapters amounts to; they are used up by it."""
+    """Return the plain model that a student with adapters amounts to; they are used up by it."""
     return student.merge_and_unload()

@@ -32,7 +32,7 @@ MLP_OUTPUT = "mlp.down_proj"
 
 
 def parameter_axes(parts: ModelParts) -> dict[str, tuple[Axis, ...]]:
-    """Give the axes of every entry of a model's state, by its name.
+    """Return the axes of every entry of a model's state, by its name.
 
     Raises:
         ModelError: The model has weights that this module does not know; names the first.
@@ -42,17 +42,17 @@ def parameter_axes(parts: ModelParts) -> dict[str, tuple[Axis, ...]]:
 
 
 def embedding_name(parts: ModelParts) -> str:
-    """Give the name of the input embedding's module."""
+    """Return the name of the input embedding's module."""
     return _module_name(parts, parts.model.get_input_embeddings())
 
 
 def head_name(parts: ModelParts) -> str:
-    """Give the name of the output head's module."""
+    """Return the name of the output head's module."""
     return _module_name(parts, parts.model.get_output_embeddings())
 
 
 def final_norm_name(parts: ModelParts) -> str:
-    """Give the name of the norm behind the last block.
+    """Return the name of the norm behind the last block.
 
     Raises:
         ModelError: There is none.
@@ -70,14 +70,14 @@ def is_tied(parts: ModelParts) -> bool:
 
 
 def weight_of(block: nn.Module, name: str) -> Tensor:
-    """Give the weight of a block's module by its name within the block."""
+    """Return the weight of a block's module by its name within the block."""
     return block.get_parameter(f"{name}.weight")
 
 
 def _axes_of(
     parts: ModelParts, around: Mapping[str, tuple[Axis, ...]], name: str, shape: tuple[int, ...]
 ) -> tuple[Axis, ...]:
-    """Give the axes of one entry, given those of the modules around the blocks."""
+    """Return the axes of one entry, given those of the modules around the blocks."""
     module, _, kind = name.rpartition(".")
     if module in around:
         return around[module][: len(shape)]
@@ -104,7 +104,7 @@ def _module_name(parts: ModelParts, wanted: object) -> str:
 
 
 def mlp_size(parts: ModelParts) -> int:
-    """Give the number of neurons of each block's MLP.
+    """Return the number of neurons of each block's MLP.
 
     Raises:
         ModelError: The blocks do not all have as many.

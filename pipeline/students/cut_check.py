@@ -130,7 +130,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _probe(model: PreTrainedModel) -> Tensor:
-    """Give a row of different token ids [1, T]."""
+    """Return a row of different token ids [1, T]."""
     config = text_config(model.config)
     num_tokens = min(_PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or _PROBE_TOKENS)
     return torch.arange(1, num_tokens + 1, device=model.device).remainder(config.vocab_size).unsqueeze(0)
@@ -228,7 +228,7 @@ def _other_block(parts: ModelParts, blocks: nn.ModuleList, kept_blocks: Sequence
 
 
 def _place(name: str, blocks_name: str) -> tuple[int, str]:
-    """Give the block of a weight and its name in it; the largest number and its whole name for one in no block."""
+    """Return the block of a weight and its name in it; the largest number and its whole name for one in no block."""
     if not name.startswith(f"{blocks_name}."):
         return sys.maxsize, name
     block, _, rest = name.removeprefix(f"{blocks_name}.").partition(".")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def cut_weights(parts: ModelParts, kept_blocks: Sequence[int], student: PreTrainedModel) -> dict[str, Tensor]:
-    """Give the weights of a model that keeps some blocks; those of the original stay as they are.
+    """Return the weights of a model that keeps some blocks; those of the original stay as they are.
 
     Args:
         parts: The original.

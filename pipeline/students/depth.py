@@ -38,14 +38,14 @@ def check_prune(layers: PruneLayersConfig, *, num_blocks: int) -> None:
 
 
 def num_removed(layers: PruneLayersConfig) -> int:
-    """Give how many blocks go."""
+    """Return how many blocks go."""
     return len(layers.blocks) if layers.blocks else layers.remove or 0
 
 
 def choose_kept_blocks(
     layers: PruneLayersConfig, *, num_blocks: int, importances: Sequence[float] | None = None
 ) -> list[int]:
-    """Give the blocks that stay, in order.
+    """Return the blocks that stay, in order.
 
     Args:
         layers: What to remove.
@@ -124,7 +124,7 @@ def _influences(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def deep_config(config: PreTrainedConfig, kept_blocks: Sequence[int]) -> PreTrainedConfig:
-    """Give the config of a model that has only some of the blocks; it names the ones that were kept.
+    """Return the config of a model that has only some of the blocks; it names the ones that were kept.
 
     Raises:
         ModelError: The architecture does not allow these blocks.

@@ -95,7 +95,7 @@ class _Sizes:
         return sizes
 
     def count(self, num_blocks: int, hidden_size: int, mlp_size: int) -> int:
-        """Give the number of parameters of a model of these sizes."""
+        """Return the number of parameters of a model of these sizes."""
         return round(
             sum(
                 factor * hidden_size**channels * mlp_size**neurons * (num_blocks if in_block else 1)
@@ -104,7 +104,7 @@ class _Sizes:
         )
 
     def design(self, num_blocks: int, hidden_size: int, mlp_size: float) -> Design:
-        """Give the architecture of these sizes, its neurons a multiple of 8 and at most the teacher's."""
+        """Return the architecture of these sizes, its neurons a multiple of 8 and at most the teacher's."""
         size = round(mlp_size / NEURON_MULTIPLE) * NEURON_MULTIPLE
         size = self.mlp_size if mlp_size >= self.mlp_size else max(NEURON_MULTIPLE, min(size, self.mlp_size))
         return Design(num_blocks, hidden_size, size, self.count(num_blocks, hidden_size, size))
@@ -141,5 +141,5 @@ def _is_allowed(config: PreTrainedConfig, design: Design) -> bool:
 
 
 def block_positions(num_blocks: int, num_kept: int) -> list[float]:
-    """Give where among the blocks each of fewer ones lies: evenly spaced, the first and the last where they are."""
+    """Return where among the blocks each of fewer ones lies: evenly spaced, the first and the last where they are."""
     return [index * (num_blocks - 1) / max(num_kept - 1, 1) for index in range(num_kept)]

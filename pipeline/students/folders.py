@@ -26,7 +26,7 @@ _RECORD = (PROVENANCE_FILE, RECIPE_FILE)
 
 
 def students_folder(recipe: Recipe) -> Path:
-    """Give the local folder that pruned students are in: beside the stores, or a copy where those are remote."""
+    """Return the local folder that pruned students are in: beside the stores, or a copy where those are remote."""
     if "://" not in recipe.cache:
         return Path(recipe.cache) / PRUNED_STUDENTS
     if recipe.local_copy is not None:

@@ -33,7 +33,7 @@ Values = Mapping[str, Any]
 
 
 def cut_patterns(values: Values, kept_blocks: Sequence[int], *, num_blocks: int) -> dict[str, Any]:
-    """Give what changes in a config when only some of its blocks are kept.
+    """Return what changes in a config when only some of its blocks are kept.
 
     Args:
         values: The config of the language model as a dictionary.
@@ -132,7 +132,7 @@ def _block_configs(values: Values, kept_blocks: Sequence[int]) -> dict[str, Any]
 
 
 def _period_of(wanted: Collection[int], num_blocks: int) -> tuple[int, int] | None:
-    """Give a period and an offset that pick exactly the wanted of so many indices; None where none do."""
+    """Return a period and an offset that pick exactly the wanted of so many indices; None where none do."""
     for period in range(1, num_blocks + 2):
         for offset in range(period):
             if [index for index in range(num_blocks) if index % period == offset] == list(wanted):

@@ -86,7 +86,7 @@ def check_student_section(section: PruneConfig | InitConfig, teacher: PreTrained
 
 
 def num_student_blocks(section: PruneConfig | InitConfig, teacher: PreTrainedConfig) -> int:
-    """Give how many blocks the student will have."""
+    """Return how many blocks the student will have."""
     if isinstance(section, InitConfig):
         return _design_of(section, teacher).num_blocks
     removed = 0 if section.layers is None else num_removed(section.layers)
@@ -94,14 +94,14 @@ def num_student_blocks(section: PruneConfig | InitConfig, teacher: PreTrainedCon
 
 
 def student_width(section: PruneConfig | InitConfig, teacher: PreTrainedConfig) -> int:
-    """Give how many channels the student's residual stream will have."""
+    """Return how many channels the student's residual stream will have."""
     if isinstance(section, InitConfig):
         return _design_of(section, teacher).hidden_size
     return int(text_config(teacher).hidden_size) if section.hidden is None else section.hidden.size
 
 
 def kept_blocks_before_measuring(section: PruneConfig | InitConfig, teacher: PreTrainedConfig) -> list[int] | None:
-    """Give the teacher blocks that the student will be cut from; None where only a measurement decides them."""
+    """Return the teacher blocks that the student will be cut from; None where only a measurement decides them."""
     num_blocks = int(text_config(teacher).num_hidden_layers)
     if isinstance(section, InitConfig):
         return _design_blocks(section, _design_of(section, teacher), num_blocks)
@@ -210,7 +210,7 @@ def _design_of(section: InitConfig, teacher: PreTrainedConfig) -> Design:
 
 
 def _design_blocks(section: InitConfig, design: Design, num_blocks: int) -> list[int] | None:
-    """Give the teacher blocks that a designed student takes; None where its blocks lie between them."""
+    """Return the teacher blocks that a designed student takes; None where its blocks lie between them."""
     if section.weights == "interpolate":
         return None
     if section.weights == "truncate":

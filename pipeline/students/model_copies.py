@@ -40,7 +40,7 @@ def changed_config(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig
 
 
 def reread_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Give a config as transformers will read it from its file; the kind of attention stays.
+    """Return a config as transformers will read it from its file; the kind of attention stays.
 
     Raises:
         ModelError: transformers would not read it.

@@ -22,7 +22,7 @@ def sliced_norm(norm: nn.Module, channels_K: Tensor) -> nn.Module:
 
 @torch.no_grad()
 def scaled_weight(norm: Any, weight: Tensor, factor: float) -> Tensor:
-    """Give the weight with which a norm gives `factor` times what it gives with `weight`.
+    """Return the weight with which a norm gives `factor` times what it gives with `weight`.
 
     Gemma's norms multiply by one plus their weight, others by the weight: which of them this one is, it is asked.
     """

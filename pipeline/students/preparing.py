@@ -86,7 +86,7 @@ def prepare_student(recipe: Recipe, teacher: Teacher, train_rows: Rows) -> Prepa
 
 
 def calibration_rows(section: PruneConfig | InitConfig, train_rows: Rows) -> list[np.ndarray]:
-    """Give the rows that decide what goes, and that what stays is fitted to."""
+    """Return the rows that decide what goes, and that what stays is fitted to."""
     return train_rows.tokens[: section.calibration_rows]
 
 

@@ -11,7 +11,7 @@ _SIZES = {"blocks": "blocks", "mlp": "MLP width", "hidden": "hidden width"}
 
 
 def read_pruning(folder: Path) -> dict[str, Any] | None:
-    """Give what was cut of a student; None for one that was not made here."""
+    """Return what was cut of a student; None for one that was not made here."""
     record = folder / PRUNING_FILE
     return dict(json.loads(record.read_text())) if record.is_file() else None
 
@@ -22,7 +22,7 @@ def write_kept_channels(folder: Path, channels: Sequence[int]) -> None:
 
 
 def read_kept_channels(folder: Path) -> list[int] | None:
-    """Give the teacher's channel of each of a student's, None where nothing says so."""
+    """Return the teacher's channel of each of a student's, None where nothing says so."""
     file = folder / _CHANNELS_FILE
     return list(json.loads(file.read_text())) if file.is_file() else None
 

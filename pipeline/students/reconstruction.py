@@ -169,7 +169,7 @@ def _fit(block: nn.Module, index: int, writer: int, batches: Sequence[_Batch]) -
 
 
 def _calls(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, list[_Call]]:
-    """Give the stream in front of the first block, and what each block is called with beside it."""
+    """Return the stream in front of the first block, and what each block is called with beside it."""
     entered: list[Tensor] = []
     calls: list[_Call] = []
 

@@ -30,13 +30,13 @@ NEURON_MULTIPLE = 8
 
 
 def neurons_kept(share: float, size: int) -> int:
-    """Give how many of so many neurons a share is, to the nearest multiple of 8."""
+    """Return how many of so many neurons a share is, to the nearest multiple of 8."""
     return max(NEURON_MULTIPLE, round(share * size / NEURON_MULTIPLE) * NEURON_MULTIPLE)
 
 
 @torch.inference_mode()
 def neuron_importances(parts: ModelParts, rows: Sequence[Tensor], *, method: str) -> list[Tensor]:
-    """Give each block's importances of its neurons, [I].
+    """Return each block's importances of its neurons, [I].
 
     `weights`: the span from largest to smallest weight (max + |min|) of the neuron's row of the gate, plus that of its
     row of the up projection (Martra, Rearchitecting LLMs; MAW in optipfair). `activations`: the neuron's root mean
@@ -74,7 +74,7 @@ def neuron_importances(parts: ModelParts, rows: Sequence[Tensor], *, method: str
 
 @torch.inference_mode()
 def channel_importances(parts: ModelParts, rows: Sequence[Tensor]) -> Tensor:
-    """Give each channel's share of the residual stream's energy, [D], summed over block inputs and the last output.
+    """Return each channel's share of the residual stream's energy, [D], summed over block inputs and the last output.
 
     At every position the stream counts as much, as it does for the norms that read it. Ranks channels by activations
     as Minitron does (Muralidharan et al., arXiv 2407.14679, section 2.2), which sums magnitudes behind the norms; on
@@ -92,7 +92,7 @@ def channel_importances(parts: ModelParts, rows: Sequence[Tensor]) -> Tensor:
 
 
 def most_important(importances: Tensor, number: int) -> Tensor:
-    """Give the indices of the most important, in order of index; of equal ones the earlier."""
+    """Return the indices of the most important, in order of index; of equal ones the earlier."""
     return importances.sort(descending=True, stable=True).indices[:number].sort().values
 
 
@@ -162,7 +162,7 @@ def restore_embedding_scale(student: PreTrainedModel, teacher: ModelParts) -> No
 
 
 def _embedding_scale(parts: ModelParts) -> float:
-    """Give what the model multiplies its embeddings by before its first block."""
+    """Return what the model multiplies its embeddings by before its first block."""
     entered: list[Tensor] = []
     handle = parts.blocks[0].register_forward_pre_hook(lambda _module, args: entered.append(args[0]))
     try:

@@ -150,7 +150,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def _base(config: SweepConfig, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Give the base recipe as a map, changed by the sweep's overrides and then by the command line's."""
+    """Return the base recipe as a map, changed by the sweep's overrides and then by the command line's."""
     if isinstance(config.recipe, str):
         data = read_map(path.parent / Path(config.recipe).expanduser(), what="recipe")
     else:
@@ -174,7 +174,7 @@ def _own_seed(base: Mapping[str, Any]) -> Any:
 
 
 def _points(config: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give name and changes of every variant at every grid point; the base alone where there are neither."""
+    """Yield name and changes of every variant at every grid point; the base alone where there are neither."""
     for variant, changes in (config.variants or {"": {}}).items():
         for values in itertools.product(*config.grid.values()):
             point = dict(zip(config.grid, values, strict=True))
@@ -191,13 +191,13 @@ def _seeded(
 
 
 def _shown(value: Any) -> str:
-    """Give a value as one writes it in a line of YAML."""
+    """Return a value as one writes it in a line of YAML."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
     return text.removesuffix("...").strip()
 
 
 def _required(value: Any, right: bool, message: str) -> Any:
-    """Give a value back that is right."""
+    """Return a value back that is right."""
     if not right:
         raise ValueError(message)
     return value

@@ -14,7 +14,7 @@ from typing import Any
 
 from coldstill.cache.identity import digest_of
 from coldstill.pipeline.outputs.run_index import rows_key
-from coldstill.pipeline.recipe.loss import LossConfig
+from coldstill.pipeline.recipe.loss import TERM_KEYS, LossConfig
 from coldstill.pipeline.recipe.sections import (
     HiddenTargetConfig,
     LogitsTargetConfig,
@@ -26,21 +26,16 @@ from coldstill.pipeline.stage_two.run_folder import decisive_sections
 
 _KEY_CHARS = 12
 _LOCAL_KEYS = ("path", "data_dir", "data_files")
-_DIVERGENCE_KEYS = ("temperature", "divergence", "divergence_weight", "selective_k", "selective_entropy")
 
 
 def canonical(recipe: Recipe) -> Recipe:
-    """Give the recipe with the same result whose idle sections are as they are by default, or keep nothing."""
+    """Return the recipe with the same result whose idle sections are as they are by default, or keep nothing."""
     loss, targets = recipe.loss, recipe.targets
-    idle = {}
-    if not loss.ever("beta"):
-        idle = {name: LossConfig.model_fields[name].default for name in _DIVERGENCE_KEYS}
+    without_effect = [key for term, keys in TERM_KEYS.items() if term not in loss.terms for key in keys.options]
+    idle = {key: LossConfig.model_fields[key].default for key in without_effect}
+    if not loss.needs_logits:
         idle["schedule"] = loss.schedule.model_copy(update={"temperature": None})
         targets = targets.model_copy(update={"logits": LogitsTargetConfig(kind="none")})
-    if not loss.ever("gamma"):
-        idle["hidden"] = LossConfig.model_fields["hidden"].default
-    if not loss.ever("delta"):
-        idle["dynamics"] = LossConfig.model_fields["dynamics"].default
     changes: dict[str, Any] = {"loss": loss.model_copy(update=idle)}
     if not loss.needs_hidden:
         targets = targets.model_copy(update={"hidden": HiddenTargetConfig(blocks="none")})

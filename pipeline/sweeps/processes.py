@@ -77,7 +77,7 @@ def run_command(*arguments: str, on_start: Callable[[str], None]) -> Outcome:
 
 
 def _follow(stream: IO[bytes]) -> list[str]:
-    """Read to the end, pass on to a terminal, and give the last lines as they were when they were left."""
+    """Read to the end, pass on to a terminal, and return the last lines as they were when they were left."""
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
     rest = b""
     while piece := os.read(stream.fileno(), _READ_BYTES):

@@ -138,12 +138,12 @@ def read_sweep(folder: Path) -> SweepResult:
 
 
 def before_training(sweep: SweepResult) -> dict[str, dict[str, float]]:
-    """Give the measures of the teacher and of each student before training, by what a person calls them."""
+    """Return the measures of the teacher and of each student before training, by what a person calls them."""
     return {**({} if sweep.teacher is None else {"teacher": sweep.teacher}), **sweep.pruned}
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """Give what `sweep.json` says; None where there is none.
+    """Return what `sweep.json` says; None where there is none.
 
     Raises:
         RecipeError: Another version wrote it.
@@ -160,12 +160,12 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 
 
 def output_of(folder: Path, key: str) -> Path:
-    """Give the output of a run of the sweep in a folder."""
+    """Return the output of a run of the sweep in a folder."""
     return folder / "runs" / key
 
 
 def spread_of(values: Iterable[float]) -> Spread:
-    """Give mean and sample standard deviation of at least one value."""
+    """Return mean and sample standard deviation of at least one value."""
     found = list(values)
     # An infinite perplexity has a mean, and no deviation.
     is_finite = all(map(math.isfinite, found))
@@ -174,7 +174,7 @@ def spread_of(values: Iterable[float]) -> Spread:
 
 
 def measures_of(evaluation: Mapping[str, Any], model: str) -> dict[str, float]:
-    """Give the figures of one model of an evaluation: `loss`, `perplexity`, `kl`, `agreement`, and those of tasks."""
+    """Return the figures of one model of an evaluation: `loss`, `perplexity`, `kl`, `agreement`, and those of tasks."""
     quality = evaluation["models"].get(model, {})
     measures = {name: float(quality[name]) for name in _QUALITIES if name in quality}
     for task, result in (evaluation.get("tasks") or {}).items():
@@ -192,7 +192,7 @@ def measures_of(evaluation: Mapping[str, Any], model: str) -> dict[str, float]:
 
 
 def seconds_per_point(evaluation: Mapping[str, Any], seconds: float) -> float | None:
-    """Give what a percentage point of recovery cost, in seconds of training.
+    """Return what a percentage point of recovery cost, in seconds of training.
 
     None where training recovered nothing, and where pruning opened no gap, so that there was nothing to recover.
 
@@ -209,7 +209,7 @@ def seconds_per_point(evaluation: Mapping[str, Any], seconds: float) -> float | 
 
 
 def _pruned(variants: list[VariantResult], states: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Give the measures of each student before training, named after the variants that train it."""
+    """Return the measures of each student before training, named after the variants that train it."""
     found: dict[str, list[dict[str, float]]] = {}
     trained_by: dict[str, dict[str, None]] = {}
     for variant in variants:
@@ -271,7 +271,7 @@ def _read(file: Path, part: str) -> dict[str, Any] | None:
 
 
 def _agreed(found: list[dict[str, float]]) -> dict[str, float] | None:
-    """Give what all runs found of one model; None where they were judged on different text."""
+    """Return what all runs found of one model; None where they were judged on different text."""
     if not found:
         return None
     first = found[0]

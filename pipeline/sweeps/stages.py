@@ -24,7 +24,7 @@ from coldstill.pipeline.sweeps.state import SweepState
 
 
 def checked_runs(runs: Sequence[Run], state: SweepState, folder: Path, say: Callable[[str], None]) -> list[Run]:
-    """Check runs before anything is spent, and give those that can be carried out.
+    """Check runs before anything is spent, and return those that can be carried out.
 
     A mistake in one ends the sweep. That its projector cannot be is noted of a run instead: sweeps ask for that.
 
@@ -53,15 +53,19 @@ def checked_runs(runs: Sequence[Run], state: SweepState, folder: Path, say: Call
     return possible
 
 
+def write_recipes(runs: Sequence[Run]) -> None:
+    """Write the recipe of each run into its folder, from where its stages read it."""
+    for run in runs:
+        run.file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(run.file, dump_recipe(run.recipe))
+
+
 def precompute_runs(runs: Sequence[Run], state: SweepState, folder: Path, say: Callable[[str], None]) -> None:
     """Run stage one for all runs in one pass, or one after another where it refuses one of them.
 
     Raises:
         RecipeError: It fails for all.
     """
-    for run in runs:
-        run.file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(run.file, dump_recipe(run.recipe))
     say(f"stage one for {len(runs)} run{'s'[: len(runs) != 1]}")
     outcome = _stage_one(runs, state)
     if outcome.error is None:
@@ -113,7 +117,7 @@ def train_and_evaluate_runs(runs: Sequence[Run], state: SweepState, folder: Path
 
 
 def _train_and_evaluate(run: Run, state: SweepState) -> Outcome | None:
-    """Do what a run lacks, and give how it failed; None where it did not."""
+    """Do what a run lacks, and return how it failed; None where it did not."""
     for command, is_done in (("train", is_trained), ("evaluate", is_evaluated)):
         if is_done(run.recipe):
             continue

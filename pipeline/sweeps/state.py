@@ -79,7 +79,7 @@ class SweepState:
         self.note_process(None)
 
     def status(self, key: str) -> Status:
-        """Give how a run stands."""
+        """Return how a run stands."""
         found: Status = self._content["runs"][key]["status"]
         return found
 

@@ -61,7 +61,7 @@ def read_code(store: Store, manifest: Manifest, calibration: str, *, column: str
 
 
 def code_digest(code: TransformCode) -> str:
-    """Give the SHA-256 of a transform code's numbers."""
+    """Return the SHA-256 of a transform code's numbers."""
     digest = hashlib.sha256()
     for field in _ARRAYS.values():
         digest.update(to_numpy(getattr(code, field)).tobytes())

@@ -9,6 +9,7 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
+from coldstill.pipeline.models.forward import Place
 from torch import Tensor
 
 Draws = tuple[Tensor, Tensor, Tensor]
@@ -33,7 +34,7 @@ class CaptureRequest:
     """What to keep of a forward; of several requests, `|` gives their union.
 
     Attributes:
-        blocks: Decoder blocks whose outputs to keep.
+        blocks: Places where to keep the residual stream, such as behind a decoder block.
         ks: How many of the largest logits to keep, for each number that is asked: where logits tie, the largest
             sixteen need not be among the largest sixty-four.
         temperatures: Where to take the logsumexp over the whole vocabulary.
@@ -42,7 +43,7 @@ class CaptureRequest:
         tails: What to draw from the tail.
     """
 
-    blocks: tuple[int, ...] = ()
+    blocks: tuple[Place, ...] = ()
     ks: tuple[int, ...] = ()
     temperatures: tuple[float, ...] = ()
     labels: bool = False
@@ -72,7 +73,7 @@ class Captured:
     """What was kept, for the N real positions of the batch's rows, one row behind the other.
 
     Attributes:
-        hidden_ND: Each asked block's output, in the teacher's dtype.
+        hidden_ND: The stream at each asked place, in the teacher's dtype.
         final_state_ND: The post-norm last state, in the teacher's dtype.
         top_NK: By number K, the largest logits, float32 and descending, and their token ids, int64.
         label_logit_N: The logit of the token that follows, float32; 0 at a row's last position, which has none.
@@ -80,7 +81,7 @@ class Captured:
         tail_NM: For each asked tail the draws' logits, ids and log-weights, as `draw_tail` gives them.
     """
 
-    hidden_ND: dict[int, Tensor] = field(default_factory=dict)
+    hidden_ND: dict[Place, Tensor] = field(default_factory=dict)
     final_state_ND: Tensor | None = None
     top_NK: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     label_logit_N: Tensor | None = None

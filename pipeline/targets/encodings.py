@@ -115,7 +115,7 @@ def encode_state(
 
 
 def decode_state(arrays: Mapping[str, Tensor], *, form: StateForm, code: TransformCode | None = None) -> Tensor:
-    """Give states in float32, [..., T, D], from arrays of `[..., T, D]`, `[..., T]` and `[..., D]`."""
+    """Return states in float32, [..., T, D], from arrays of `[..., T, D]`, `[..., T]` and `[..., D]`."""
     if form.encoding == CODED:
         assert code is not None
         assert form.step is not None
@@ -144,7 +144,7 @@ def stated_error(form: StateForm, stored: Sequence[Mapping[str, Tensor]], states
 
 
 def ordinary_positions(state_ND: Tensor) -> Tensor:
-    """Give the positions [N] that are no attention sinks: those whose norm is not many times the median's."""
+    """Return the positions [N] that are no attention sinks: those whose norm is not many times the median's."""
     norm_N = state_ND.square().mean(dim=1).sqrt()
     return norm_N <= _SINK_RATIO * norm_N.median()
 
@@ -155,7 +155,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def float_bits(values: Tensor, dtype: str) -> Tensor:
-    """Give a floating tensor as the store holds that dtype: bfloat16 as the uint16 of its bits.
+    """Return a floating tensor as the store holds that dtype: bfloat16 as the uint16 of its bits.
 
     Raises:
         OverflowError: A value is beyond float16's range.
@@ -166,7 +166,7 @@ def float_bits(values: Tensor, dtype: str) -> Tensor:
 
 
 def from_float_bits(values: Tensor) -> Tensor:
-    """Give what `float_bits` stored, in float32."""
+    """Return what `float_bits` stored, in float32."""
     return (values.view(torch.bfloat16) if values.dtype == torch.uint16 else values).float()
 
 
@@ -237,7 +237,7 @@ def _encode_int8(state_ND: Tensor) -> Arrays:
 
 
 def _reach(standardised_ND: Tensor, largest_N: Tensor) -> Tensor:
-    """Give what becomes the highest level of each position: its largest channel, or less where that is an outlier.
+    """Return what becomes the highest level of each position: its largest channel, or less where that is an outlier.
 
     An outlier is beyond so many times the next channels. Where as many channels as may be outliers, and one more, come
     near enough to the largest one, it is none: counting them is cheaper than finding the next ones.

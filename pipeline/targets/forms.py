@@ -16,7 +16,7 @@ from coldstill.pipeline.targets.transform_coding import TransformCode
 from torch import Tensor
 
 # What a batch calls the columns of the distribution.
-TOPK, NORMALISER, TAIL, FINAL = "topk", "logsumexp", "tail", "final"
+TOPK, NORMALISER, TAIL, FINAL, LABEL = "topk", "logsumexp", "tail", "final", "label"
 
 StoredLogits = Mapping[str, Mapping[str, Tensor]]
 StoredStates = Mapping[str, Mapping[str, Tensor]]
@@ -113,7 +113,7 @@ class FinalForm:
         return FullDistribution(state_ND, own.head, temperature, own.correction_V)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> "FinalForm":
-        """Give the form with what it holds on a device, and the head in a dtype; it is brought there once."""
+        """Return the form with what it holds on a device, and the head in a dtype; it is brought there once."""
         if self.head.weight_VD.device == device and self.head.weight_VD.dtype == dtype:
             return self
         if (device, dtype) not in self._copies:
@@ -125,7 +125,7 @@ class FinalForm:
 
 
 def _product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Give the dtype of the teacher's product: that of the student's under autocast, its own elsewhere."""
+    """Return the dtype of the teacher's product: that of the student's under autocast, its own elsewhere."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
@@ -148,7 +148,7 @@ class HiddenForm:
         return self.form.fraction
 
     def decode(self, stored: StoredStates, block: int) -> Tensor:
-        """Give a teacher block's output, [B, T, Dt] in float32, on the device of what is stored."""
+        """Return a teacher block's output, [B, T, Dt] in float32, on the device of what is stored."""
         arrays = stored[str(block)]
         return decode_state(arrays, form=self.form, code=self._code(block, next(iter(arrays.values())).device))
 
@@ -158,7 +158,7 @@ class HiddenForm:
         return counts_BT & arrays[STORED].bool() if STORED in arrays else counts_BT
 
     def _code(self, block: int, device: torch.device) -> TransformCode | None:
-        """Give a block's transform code on a device, which it is brought to once."""
+        """Return a block's transform code on a device, which it is brought to once."""
         code = self.codes.get(block)
         if code is None or code.centre_D.device == device:
             return code

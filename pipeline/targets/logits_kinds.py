@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from coldstill.cache.manifest import Manifest
 from coldstill.pipeline.recipe.sections import LogitsKind, LogitsTargetConfig
 from coldstill.pipeline.runtime.errors import RecipeError
@@ -31,8 +30,6 @@ from coldstill.pipeline.targets.token_logits import Normaliser
 
 # The columns that a distribution is read from, by what a batch calls them.
 Roles = dict[str, TeacherTarget]
-
-_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ class FinalTargets(LogitsTargets):
     def form(self, roles: Roles, constants: StoredConstants) -> LogitsForm:
         """Return the form with the store's output head, and the state's transform code where it is coded."""
         state = self.state
-        code, head = constants.code(roles[FINAL]), constants.head(_HOST)
+        code, head = constants.code(roles[FINAL]), constants.head()
         return FinalForm(state.form, head, code, state.correction(head, code))
 
 

@@ -12,6 +12,8 @@ from coldstill.pipeline.targets.stored_head import load_head
 from coldstill.pipeline.targets.target import TeacherTarget
 from coldstill.pipeline.targets.transform_coding import TransformCode
 
+_HOST = torch.device("cpu")
+
 
 class StoredConstants:
     """Reads what a store holds once, when it is asked for.
@@ -49,7 +51,7 @@ class StoredConstants:
         found = {target.name: self.code(target) for target in targets}
         return {name: code for name, code in found.items() if code is not None}
 
-    def head(self, device: torch.device) -> OutputHead:
+    def head(self, device: torch.device = _HOST) -> OutputHead:
         """Return the teacher's output head, in float32.
 
         Raises:

@@ -17,7 +17,7 @@ _GROUPS_OVER_CHOSEN = 4
 
 
 def largest_logits(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Give the k largest logits, descending, and their token ids, [N, K] each.
+    """Return the k largest logits, descending, and their token ids, [N, K] each.
 
     All of them lie in the k groups of neighbouring tokens whose maxima are largest: any other group's maximum has k
     maxima above it. So only these groups are sorted.
@@ -38,7 +38,7 @@ def largest_logits(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def logsumexp_at(logits_NV: Tensor, temperatures: Sequence[float]) -> dict[float, Tensor]:
-    """Give the logsumexp of logits / T over the vocabulary for several temperatures, [N] in float32 each.
+    """Return the logsumexp of logits / T over the vocabulary for several temperatures, [N] in float32 each.
 
     exp(z / T) is exp(z / L) to the power of L / T: for whole temperatures, L is their least common multiple, and
     products take the place of exponentials.
@@ -63,12 +63,12 @@ def logsumexp_at(logits_NV: Tensor, temperatures: Sequence[float]) -> dict[float
 
 
 def _shifted(logits: Tensor, maximum: Tensor, temperature: float) -> Tensor:
-    """Give (z - maximum) / T in one pass."""
+    """Return (z - maximum) / T in one pass."""
     return torch.add(maximum * (-1.0 / temperature), logits, alpha=1.0 / temperature)
 
 
 def _common_multiple(temperatures: Sequence[float]) -> int:
-    """Give the least common multiple of whole temperatures; 0 where there is none that a few products reach."""
+    """Return the least common multiple of whole temperatures; 0 where there is none that a few products reach."""
     if not all(float(temperature).is_integer() for temperature in temperatures):
         return 0
     common = math.lcm(*map(int, temperatures))
@@ -83,7 +83,7 @@ def _sum_of_power(powers: dict[int, Tensor], exponent: int) -> Tensor:
 
 
 def _power(powers: dict[int, Tensor], exponent: int) -> Tensor:
-    """Give a power from those that are there, and keep it and what led to it."""
+    """Return a power from those that are there, and keep it and what led to it."""
     if exponent not in powers:
         half = exponent // 2
         powers[exponent] = _power(powers, half) * _power(powers, exponent - half)

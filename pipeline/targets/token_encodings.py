@@ -54,7 +54,7 @@ def encode_topk(top_logits_NK: Tensor, top_ids_NK: Tensor, *, column: Column) ->
 
 
 def decode_topk(arrays: Mapping[str, Tensor], *, k: int) -> tuple[Tensor, Tensor]:
-    """Give the k largest logits in float32 and their ids in int64, each [..., K], from a column of k or more."""
+    """Return the k largest logits in float32 and their ids in int64, each [..., K], from a column of k or more."""
     ids = _join_bytes(arrays, "ids")[..., :k]
     if "values" in arrays:
         return arrays["values"][..., :k], ids
@@ -94,7 +94,7 @@ def encode_tail(logits_NM: Tensor, ids_NM: Tensor, log_weights_NM: Tensor, *, co
 
 
 def decode_tail(arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the draws' logits and log-weights in float32 and their ids in int64, each [..., M]."""
+    """Return the draws' logits and log-weights in float32 and their ids in int64, each [..., M]."""
     logits = arrays["maximum"].unsqueeze(-1) - LOGIT_STEP * _join_bytes(arrays, "offsets")
     return logits, _join_bytes(arrays, "ids"), arrays["log_weights"].float()
 
@@ -114,7 +114,7 @@ def _split_ids(ids: Tensor, column: Column) -> Arrays:
 
 
 def _join_bytes(arrays: Mapping[str, Tensor], name: str) -> Tensor:
-    """Give whole numbers, int64, from their byte planes."""
+    """Return whole numbers, int64, from their byte planes."""
     joined = arrays[f"{name}_0"].long()
     plane = 1
     while f"{name}_{plane}" in arrays:

@@ -50,7 +50,7 @@ class TransformCode:
     spread_D: Tensor
 
     def to(self, device: torch.device) -> "TransformCode":
-        """Give the code on a device."""
+        """Return the code on a device."""
         return TransformCode(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     def layout(self, step: float) -> list["DigitClass"]:
@@ -97,7 +97,7 @@ class DigitClass:
         return (shifted * powers).sum(dim=-1).to(torch.uint8)
 
     def unpack(self, bytes_ND: Tensor) -> Tensor:
-        """Give digits back, in float32."""
+        """Return digits back, in float32."""
         values = torch.arange(256, device=bytes_ND.device)
         places = [(values // self.base**place) % self.base - self.base // 2 for place in range(self.per_byte)]
         table = torch.stack(places, dim=-1).float()
@@ -132,7 +132,7 @@ def fit_code(states_ND: Tensor, metric_DD: Tensor | None = None) -> TransformCod
 
 @torch.no_grad()
 def fisher_information(states_ND: Tensor, head: OutputHead) -> Tensor:
-    """Give the output head's mean Fisher information over states, [D, D], temperatures 1 and 2 weighted.
+    """Return the output head's mean Fisher information over states, [D, D], temperatures 1 and 2 weighted.
 
     F(T) = mean of J' (diag p - p p') J with p = softmax(logits / T) and J the Jacobian of the logits: half of an
     error's square under F(T) is T^2 times the KL that it makes at T, to second order.
@@ -174,7 +174,7 @@ def encode_coefficients(states_ND: Tensor, code: TransformCode, step: float) -> 
 
 
 def decode_coefficients(arrays: Mapping[str, Tensor], code: TransformCode, step: float) -> Tensor:
-    """Give the states back in float32, [..., D]."""
+    """Return the states back in float32, [..., D]."""
     digits = torch.cat([part.unpack(arrays[part.array]) for part in code.layout(step)], dim=-1)
     levels = digits + _bases(code, step) * arrays[_OVERFLOW]
     return (levels * step) @ code.synthesis_DD + code.centre_D
@@ -182,7 +182,7 @@ def decode_coefficients(arrays: Mapping[str, Tensor], code: TransformCode, step:
 
 @torch.no_grad()
 def logit_correction(head: OutputHead, code: TransformCode, step: float) -> Tensor:
-    """Give what is added to each logit at temperature 1, [V], so that rounding does not shift the mean distribution.
+    """Return what is added to each logit at temperature 1, [V], so that rounding does not shift the mean distribution.
 
     A rebuilt logit z + e has E[exp(z + e)] = exp(z + var(e) / 2) where e is independent noise, as it is for fine steps,
     and too little where coefficients are rounded to zero. The correction is minus half the variance that rounding adds
@@ -205,7 +205,7 @@ def _bases(code: TransformCode, step: float) -> Tensor:
 
 
 def _rounding_excess(spread: float) -> float:
-    """Give the variance that rounding to integers adds to a normal variable of mean 0 and this standard deviation."""
+    """Return the variance that rounding to integers adds to a normal variable of mean 0 and this standard deviation."""
     if spread > _FINE_SPREAD:
         return 1 / 12
     if spread == 0.0:

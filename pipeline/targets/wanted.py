@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from coldstill.cache.manifest import Manifest
 from coldstill.pipeline.recipe.sections import HiddenTargetConfig, TargetsConfig
 from coldstill.pipeline.targets.encodings import CODED, StateForm
+from coldstill.pipeline.targets.forms import FinalForm, LogitsForm
 from coldstill.pipeline.targets.logits_kinds import logits_targets
 from coldstill.pipeline.targets.states import BlockOutput, FinalState
+from coldstill.pipeline.targets.stored_constants import StoredConstants
 from coldstill.pipeline.targets.target import Target, TeacherTarget
 from coldstill.pipeline.targets.token_logits import LabelLogit, Normaliser
 from coldstill.pipeline.targets.tokens import Tokens
@@ -18,6 +20,11 @@ from coldstill.pipeline.targets.tokens import Tokens
 EVAL_STATE = FinalState(StateForm("float16"))
 EVAL_NORMALISER = Normaliser(1.0)
 EVAL_LABEL = LabelLogit()
+
+
+def eval_form(constants: StoredConstants) -> LogitsForm:
+    """Say how the distribution over eval rows is read."""
+    return FinalForm(EVAL_STATE.form, constants.head())
 
 
 @dataclass(frozen=True)

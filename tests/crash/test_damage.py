@@ -180,7 +180,7 @@ def read_all(store: Store, columns: dict[str, list[str]]) -> dict[str, Any]:
     for name, of_selection in columns.items():
         selection = read_selection(store, name)
         rows = Reader(store, selection, of_selection).rows(range(len(selection)))
-        values[name] = [selection.loss_starts, dict(selection.provenance), rows]
+        values[name] = [list(selection.spans), dict(selection.provenance), rows]
     values[HEAD] = read_constants(store, HEAD)[0]
     return values
 
@@ -207,7 +207,7 @@ def readings(place: Place) -> dict[str, Callable[[], Any]]:
 def read_all_of(store: Store, name: str, columns: Sequence[str]) -> list[Any]:
     selection = read_selection(store, name)
     rows = Reader(store, selection, columns).rows(range(len(selection)))
-    return [selection.loss_starts, dict(selection.provenance), rows]
+    return [list(selection.spans), dict(selection.provenance), rows]
 
 
 def problems_of(audit: RootAudit) -> list[Any]:

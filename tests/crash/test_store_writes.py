@@ -62,7 +62,7 @@ def values_of(column: Column, rows: list[np.ndarray]) -> dict[str, np.ndarray]:
 
 def select(store: Store, manifest: Manifest) -> Selection:
     found = find_rows(store, read_rows(store), manifest.shards(TOKENS), ROW_IDS)
-    return write_selection(store, found, [0] * len(ROWS), PROVENANCE)
+    return write_selection(store, found, [()] * len(ROWS), PROVENANCE)
 
 
 def write_store(root: Path) -> None:

@@ -12,8 +12,8 @@ import yaml
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.runtime.errors import RecipeError
+from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.run_folder import claimed_run
-from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from coldstill.pipeline.train import train
 from tiny import text_data
 from training import gradients, trainer_of
@@ -306,7 +306,7 @@ def test_neftune_adds_noise_while_it_trains_and_at_no_other_time(student: dict[s
 def test_a_compiled_student_has_the_gradients_of_a_plain_one(changes: list[str], place: Path):
     def run(*more: str) -> tuple[dict[str, torch.Tensor], set[str]]:
         trainer = trainer_of(load_recipe(place / "recipe.yaml", [*changes, *more]))
-        if trainer.args.activation_checkpointing:
+        if trainer.args.gradient_checkpointing:
             trainer.model.activation_checkpointing_enable()
         with torch.profiler.profile() as profile:
             found = gradients(trainer)

@@ -29,7 +29,15 @@ def test_two_processes_train_as_one_at_the_same_global_batch(
     narrow = {"student": {"path": str(workplace / "narrow")}, "mapping": {"strategy": "uniform"}}
     # Five eval rows one at a time: the second process reads one of them again, which does not count.
     judged = {"data__eval__max_rows": 5, "train__per_device_eval_batch_size": 1, "train__eval_strategy": "epoch"}
-    changes = {**narrow, "data__packing": False, "data__sequence_length": 60, "train__logging_steps": 1, **judged}
+    # Every fourth row has a prompt that weighs half: mostly the batch of one process has weights, and the other's none.
+    lines = [" ".join(line.split()[:9]) for line in (workplace / "text.txt").read_text().splitlines()]
+    rows = [{"text": line, "prompt": "Is it so?" if index % 4 == 0 else ""} for index, line in enumerate(lines)]
+    (workplace / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"path": "json", "data_files": str(workplace / "rows.jsonl"), "prompt_column": "prompt"}
+    prompts = {"data__train": {**source, "max_rows": 20}, "data__eval": source, "data__prompt_weight": 0.5}
+    changes = {
+        **narrow, **prompts, **judged, "data__packing": False, "data__sequence_length": 60, "train__logging_steps": 1
+    }  # fmt: skip
     recipe = write_recipe(**changes)
     coldstill("precompute", recipe)
     coldstill("train", recipe)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from coldstill.pipeline.models.layer_map import create_layer_map
 from coldstill.pipeline.models.projectors import create_projectors
+from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.live_targets import LiveTargets
-from coldstill.pipeline.stage_two.trainer import UniversalDistillationTrainer
 from datasets import Dataset
 from live_pair import CPU, LAYER_MAP, LENGTHS, arguments, distiller_of, padded_batch, rows, uneven_rows
 from safetensors.torch import load_file

@@ -18,6 +18,7 @@ from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader
 from coldstill.cache.rows import compact_rows, find_rows, lay_rows, publish_rows, read_rows, shard_rows, split_shards
 from coldstill.cache.selections import read_selection, write_selection
+from coldstill.cache.spans import Span
 from coldstill.cache.store import Store, create_store, open_store
 from coldstill.cache.tokens import TOKENS, rows_of_tokens, write_tokens
 from coldstill.cache.writer import write_column
@@ -125,7 +126,8 @@ def test_rows_read_back_as_they_were_written(
         by_id = dict(zip(ids_of(rows), rows, strict=True))
         manifest = Manifest(store)
         found = register(store, rows, manifest=manifest)
-        selection = write_selection(store, found, [len(row) - 1 for row in rows], {"n": 1})
+        spans = [(Span(0, len(row) - 1, 0.0),) if len(row) > 1 else () for row in rows]
+        selection = write_selection(store, found, spans, {"n": 1})
         for shard in data.draw(st.permutations(selection.shard_names), label="order of completion"):
             write_shard(store, manifest, shard, COLUMN, by_id)
             if data.draw(st.booleans(), label="compact"):
@@ -139,7 +141,7 @@ def test_rows_read_back_as_they_were_written(
             assert read[TOKENS]["ids"].tolist() == list(rows[index])
         for index in data.draw(st.permutations(range(len(rows))), label="order of reading"):
             assert_row(reader.row(index)[COLUMN.name], rows[index])
-            assert reader.selection.loss_starts[index] == len(rows[index]) - 1
+            assert reader.selection.spans[index] == spans[index]
 
 
 @settings(max_examples=25, deadline=None)
@@ -222,7 +224,8 @@ def test_two_recipes_one_after_another_end_in_the_bytes_of_both_together(
             assert committed == {*_keys(first), *_keys(second)} | {(shard, TOKENS) for shard in shards}
             ends.append(files_of(store))
             for indices, columns in asked:
-                selection = write_selection(store, register(store, [rows[index] for index in indices]), indices, {})
+                found = register(store, [rows[index] for index in indices])
+                selection = write_selection(store, found, [()] * len(indices), {})
                 reader = Reader(store, selection, [column.name for column in columns])
                 for index, read in zip(indices, reader.rows(range(len(indices))), strict=True):
                     for column in columns:

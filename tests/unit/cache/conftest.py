@@ -93,7 +93,7 @@ def lay() -> Callable[..., Selection]:
         write_tokens(store, manifest, new, tokens, vocab_size=VOCAB_SIZE)
         publish_rows(store, new)
         found = find_rows(store, read_rows(store), manifest.shards(TOKENS), ids)
-        return write_selection(store, found, [0] * len(rows), {})
+        return write_selection(store, found, [()] * len(rows), {})
 
     return laid
 

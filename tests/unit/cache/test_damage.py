@@ -14,6 +14,7 @@ from coldstill.cache.identity import row_id
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.rows import find_rows, read_rows
 from coldstill.cache.selections import read_selection, write_selection
+from coldstill.cache.spans import Span
 from coldstill.cache.store import open_store
 from coldstill.cache.tokens import TOKENS
 from coldstill.cache.writer import write_column
@@ -80,18 +81,20 @@ def test_a_flipped_byte_of_the_row_table_is_corrupt(store, make_rows, lay):
     assert read_rows(store).equals(good)
 
 
-def test_a_flipped_byte_of_a_selection_is_a_store_error_or_harmless(store, make_rows, lay):
+@pytest.mark.parametrize("labels", [(), [(0.5, 2.0), (0.0, 1.0), (3.0, 1.0)]], ids=["prompts", "spans and labels"])
+def test_a_flipped_byte_of_a_selection_is_a_store_error_or_harmless(store, make_rows, lay, labels):
     rows = make_rows([5, 3, 9])
     lay(store, rows)
-    good = write_selection(store, find(store, rows), [0, 0, 1], {"tokenizer": "abc"})
+    good = write_selection(store, find(store, rows), [(), (), (Span(0, 1, 0.0),)], {"tokenizer": "abc"}, labels)
     num_refused = 0
     for _ in flipped(Path(store.path, "selections", f"{good.name}.parquet"), step=3):
         try:
             read = read_selection(store, good.name)
             assert read.provenance == good.provenance
             assert list(read.shard_names) == list(good.shard_names)
-            for field in ("shard_numbers", "positions", "starts", "lengths", "loss_starts"):
+            for field in ("shard_numbers", "positions", "starts", "lengths", "labels"):
                 assert getattr(read, field).tolist() == getattr(good, field).tolist()
+            assert list(read.spans) == list(good.spans)
         except StoreError:
             num_refused += 1
     assert num_refused > 100

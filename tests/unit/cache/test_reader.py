@@ -16,6 +16,7 @@ from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader, read_constants, require_complete
 from coldstill.cache.rows import find_rows, read_rows
 from coldstill.cache.selections import Selection, write_selection
+from coldstill.cache.spans import RowSpans
 from coldstill.cache.store import CONSTANTS, Store, create_store, open_store
 from coldstill.cache.tokens import TOKENS
 from coldstill.cache.writer import write_column
@@ -50,7 +51,12 @@ def _object_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 def select(store: Store, rows: list[np.ndarray]) -> Selection:
     ids = [row_id(row) for row in rows]
     found = find_rows(store, read_rows(store), Manifest(store).shards(TOKENS), ids)
-    return write_selection(store, found, [0] * len(rows), {})
+    return write_selection(store, found, [()] * len(rows), {})
+
+
+def unsaid(num_rows: int) -> tuple[RowSpans, np.ndarray]:
+    """Neither spans nor labels of rows."""
+    return RowSpans.of_rows([()] * num_rows), np.zeros((num_rows, 0), np.float32)
 
 
 def shard_of(selection: Selection, index: int) -> str:
@@ -241,7 +247,7 @@ def test_of_a_large_object_only_the_index_and_the_chunks_of_the_row_are_read(sto
     size = {"num_tokens": 1000, "num_rows": 10}
     record = write_column(store, Manifest(store), "s0", column, fill(column, **size), **size)
     ten = np.arange(10, dtype="int32")
-    selection = Selection("x", ["s0"], ten * 0, ten, ten * 100, ten * 0 + 100, ten * 0, {})
+    selection = Selection("x", ["s0"], ten * 0, ten, ten * 100, ten * 0 + 100, *unsaid(10), {})
     objects = CountingObjects(store.path)
     Reader(Store(objects, store.teacher), selection, ["hidden/1"]).row(3)
     index_bytes = 1000 * 16 + 4
@@ -270,7 +276,7 @@ def test_rows_far_apart_in_one_array_read_back(store: Store, fill, indices: Sequ
     values = fill(column, **size)
     write_column(store, Manifest(store), "s0", column, values, **size)
     ten = np.arange(10, dtype="int32")
-    selection = Selection("x", ["s0"], ten * 0, ten, ten * 10, ten * 0 + 10, ten * 0, {})
+    selection = Selection("x", ["s0"], ten * 0, ten, ten * 10, ten * 0 + 10, *unsaid(10), {})
     reader = Reader(store, selection, ["hidden/1"])
     reader.row(4)
     for index, row in zip(indices, reader.rows(indices), strict=True):

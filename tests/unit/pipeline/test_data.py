@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from coldstill.cache.spans import Span
 from coldstill.pipeline.recipe.sections import DataConfig
-from coldstill.pipeline.rows.building import build_rows, tokenizer_digest
+from coldstill.pipeline.rows.building import Rows, build_rows, tokenizer_digest
 from coldstill.pipeline.rows.builtin_corpus import documents
 from coldstill.pipeline.runtime.errors import DataError
 from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, StoredRow
@@ -168,6 +169,10 @@ def test_one_document_a_row_is_cut_at_the_length_and_never_mixed(tokenizer, corp
         assert row.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id][:40]
 
 
+def prompt_lengths(rows: Rows) -> list[int]:
+    return [row.spans[0].stop if row.spans else 0 for row in rows.rows]
+
+
 def test_a_prompt_is_read_but_not_learned(tokenizer, tmp_path):
     lines = [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n}, of course."} for n in range(6)]
     (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -179,21 +184,30 @@ def test_a_prompt_is_read_but_not_learned(tokenizer, tmp_path):
     }
     train, held_out = build_rows(data_config(source, {**source, "max_rows": 2}, packing=False), tokenizer)
     assert len(train.tokens) == 4
-    for row, start, line in zip(held_out.tokens, held_out.loss_starts, lines, strict=False):
+    for row, start, line in zip(held_out.tokens, prompt_lengths(held_out), lines, strict=False):
         prompt = tokenizer(line["question"])["input_ids"]
         assert row[:start].tolist() == prompt[:start]
         assert start == len(prompt)
     collate = BatchCollator(BatchColumns(logits={}, hidden={}), {"tokens": {"ids": "token"}})
-    rows = [
-        StoredRow({"tokens": {"ids": tokens}}, start)
-        for tokens, start in zip(held_out.tokens, held_out.loss_starts, strict=True)
-    ]
+    rows = [StoredRow({"tokens": {"ids": row.tokens}}, row.spans) for row in held_out.rows]
     # As a causal language model takes them: the ids themselves, in their own places.
     for labels, row in zip(collate(rows)["labels"], rows, strict=True):
-        ids, start = row.arrays["tokens"]["ids"], row.loss_start
+        ids, (_, start, _) = row.arrays["tokens"]["ids"], *row.spans
         assert (labels[:start] == -100).all()
         assert labels[start : len(ids)].tolist() == ids[start:].tolist()
         assert (labels[len(ids) :] == -100).all()
+
+
+@pytest.mark.parametrize("weight", [0.5, 1])
+def test_a_prompt_that_weighs_something_is_a_span_and_one_that_weighs_all_is_none(tokenizer, tmp_path, weight):
+    source = prompts(tmp_path, [4, 16, 5, 40])
+    config = data_config(source, {**source, "max_rows": 1}, packing=False, prompt_weight=weight)
+    train, held_out = build_rows(config, tokenizer)
+    # Where a prompt is learned from, it is no reason to leave a document out that it fills a row.
+    lengths = [4, 16, 5, 16]
+    expected = [(Span(0, length, 0.5),) if weight == 0.5 else () for length in lengths]
+    assert [row.spans for row in (*held_out.rows, *train.rows)] == expected
+    assert [len(row.tokens) for row in train.rows] == [16, len(train.rows[1].tokens), 16]
 
 
 TEMPLATES = ["<bos> $A", "$A <eos>", "<bos> $A <eos>", "<bos> <mask> $A <mask>", "$A"]
@@ -219,7 +233,7 @@ def test_what_a_tokenizer_adds_stands_once_at_the_ends_of_prompt_and_text(
     for rows, (prompt, text) in zip(reversed(build_rows(config, tokenizer)), lines, strict=True):
         parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before + prompt, text + end)]
         assert rows.tokens[0].tolist() == [*parts[0], *parts[1]]
-        assert rows.loss_starts == [len(parts[0])]
+        assert prompt_lengths(rows) == [len(parts[0])]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -134,3 +134,14 @@ def test_auto_is_the_dtype_of_the_checkpoint(build_model, tmp_path: Path):
     build_model().to(torch.bfloat16).save_pretrained(tmp_path)
     assert resolve_dtype(load_config(tmp_path), "auto") == "bfloat16"
     assert resolve_dtype(load_config(tmp_path), "float32") == "float32"
+
+
+def test_taking_a_model_apart_runs_its_body_three_times(build_model):
+    model, last = build_model(), []
+
+    def note(_body, _args, kwargs):
+        last.append(kwargs["input_ids"][0, -1].item())
+
+    model.model.register_forward_pre_hook(note, with_kwargs=True)
+    take_apart(model)
+    assert last == [7, 7, 8], "below its head, by itself, and with another last token"

@@ -38,7 +38,7 @@ def arrays_of(length: int) -> RowArrays:
 
 
 def collated(lengths: list[int], columns: BatchColumns = COLUMNS) -> dict[str, Any]:
-    return BatchCollator(columns, AXES)([StoredRow(arrays_of(length), 0) for length in lengths])
+    return BatchCollator(columns, AXES)([StoredRow(arrays_of(length)) for length in lengths])
 
 
 def test_rows_of_several_lengths_are_padded_with_zeros_on_the_right_and_masked():
