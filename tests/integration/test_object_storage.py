@@ -33,6 +33,7 @@ from coldstill.cache.reader import Reader
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.file import load_recipe
 from crash.trees import difference, files_below
+from versions import since
 
 REGION = "us-east-1"
 # Six rows of 24 tokens in each shard.
@@ -696,6 +697,7 @@ def test_an_endpoint_that_goes_down_is_one_line_and_nothing_is_lost(
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of any fork beside threads
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@since("5.15")  # the argument that says the method
 def test_training_with_processes_that_load_batches_gives_the_same_weights(
     endpoint: Endpoint, use: Use, place: Place, kept: str, tmp_path: Path, method: str
 ):

@@ -23,6 +23,7 @@ from transformers import (
     Trainer,
     default_data_collator,
 )
+from versions import since
 
 
 @pytest.fixture
@@ -126,6 +127,7 @@ def padded(tokenizer: Any) -> DataCollatorForLanguageModeling:
     return DataCollatorForLanguageModeling(tokenizer, mlm=False)
 
 
+@since("5.10")  # the plain Trainer before it divides by a count that has a position too many in each row
 def test_with_the_cross_entropy_alone_it_trains_as_the_plain_trainer_does(
     build_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ):
