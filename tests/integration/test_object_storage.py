@@ -36,6 +36,7 @@ from commanding import run_command
 from crash.trees import difference, files_below
 from forked import Forks
 from tiny import text_data
+from versions import since
 from watched import wanted
 
 REGION = "us-east-1"
@@ -635,6 +636,7 @@ def test_an_endpoint_that_goes_down_is_one_line_and_nothing_is_lost(
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of any fork beside threads
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@since("5.15")  # the argument that says the method
 def test_training_with_processes_that_load_batches_gives_the_same_weights(
     endpoint: Endpoint, use: Use, place: Place, kept: str, tmp_path: Path, method: str
 ):

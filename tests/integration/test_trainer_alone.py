@@ -24,6 +24,7 @@ from transformers import (
     Trainer,
     default_data_collator,
 )
+from versions import since
 
 
 def test_the_books_usage_trains_student_and_projectors_and_leaves_the_teacher_alone(build_model, tmp_path: Path):
@@ -117,6 +118,7 @@ def padded(tokenizer: Any) -> DataCollatorForLanguageModeling:
     return DataCollatorForLanguageModeling(tokenizer, mlm=False)
 
 
+@since("5.10")  # the plain Trainer before it divides by a count that has a position too many in each row
 def test_with_the_cross_entropy_alone_it_trains_as_the_plain_trainer_does(
     build_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ):
