@@ -357,15 +357,3 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(
     shutil.rmtree(workplace / "caches")
     coldstill("precompute", recipe)
     assert files_below(workplace / "caches/stores") == resumed
-
-
-def test_the_installed_command_finds_its_recipes_from_any_folder(tmp_path: Path):
-    asks = "print(demo_recipe(pathlib.Path('here')).output)"
-    script = f"import pathlib; from coldstill.pipeline.demo import demo_recipe; {asks}"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-    assert done.stdout == "here/run\n", done.stderr
-    command = [str(Path(sys.executable).with_name("coldstill")), "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-    assert done.stdout.startswith("coldstill 0."), done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import text_data
 
 ROOT = Path(__file__).parents[2]
 # The folders that pyproject.toml installs; beside them are the root's own modules.
@@ -105,8 +106,11 @@ def test_its_command_is_there_by_both_of_its_names(environment: Path):
 RECIPE_RUN = """
 import sys
 from importlib.resources import files
+from pathlib import Path
 from coldstill import load_recipe, precompute, train
+from coldstill.pipeline.demo import demo_recipe
 
+assert demo_recipe(Path("here")).output == "here/run"
 recipe = load_recipe(files("coldstill.configs") / "demo.yaml", sys.argv[1:])
 precompute(recipe, show_progress=False)
 train(recipe)
@@ -115,9 +119,11 @@ print(*(sys.modules[name].__file__ for name in names), sep="\\n", file=open("mod
 """
 
 
-def test_it_runs_a_shipped_recipe_without_the_checkout(environment: Path, workplace: Path):
+def test_it_runs_a_shipped_recipe_without_the_checkout(environment: Path, workplace: Path, corpus: list[str]):
+    text_data(workplace, corpus)  # in place of the built-in corpus, which takes long to read
     changes = ["teacher.path=teacher", "output=run", "cache=caches", "data.sequence_length=24", "train.max_steps=2"]
     changes += ["data.train.max_rows=16", "data.eval.max_rows=4"]
+    changes += [f"data.{split}.{key}" for split in ("train", "eval") for key in ("path=text", "data_files=text.txt")]
     run(environment / "bin/python", "-c", RECIPE_RUN, *changes, cwd=workplace)
     assert (workplace / "run/student/config.json").is_file()
     modules = [Path(name) for name in (workplace / "modules").read_text().split()]
