@@ -245,7 +245,7 @@ def test_rows_are_read_while_the_store_is_being_extended(
     recipe = write_recipe()
     coldstill("precompute", recipe)
     run = find_run_rows(load_recipe(recipe, []))
-    names = ["tokens", "label_logit", "logits/topk/16/delta", "logsumexp/2", "hidden/1/int8"]
+    names = ["tokens", "logsumexp/1", "logits/topk/16/delta", "logsumexp/2", "hidden/1/int8"]
 
     def read() -> list[Any]:
         reader = Reader(open_store(run.store.path), run.selections["train"], names)

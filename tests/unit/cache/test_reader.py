@@ -326,7 +326,7 @@ def test_of_chunks_as_many_are_remembered_as_the_memory_holds_the_last_ones_and_
         store, Manifest(store), "s0", column, fill(column, num_tokens=256, num_rows=16), num_tokens=256, num_rows=16
     )
     each = np.arange(16, dtype="int32")
-    selection = Selection("x", ["s0"], each * 0, each, each * 16, each * 0 + 16, each * 0, {})
+    selection = Selection("x", ["s0"], each * 0, each, each * 16, each * 0 + 16, *unsaid(len(each)), {})
     objects = CountingObjects(store.path)
     reader = Reader(Store(objects, store.teacher), selection, ["hidden/1"])
     for index in range(16):
