@@ -4,6 +4,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
+
 from coldstill.pipeline.commands.ablate import ablate
 from coldstill.pipeline.commands.advise import advise
 from coldstill.pipeline.commands.cache import cache_app

@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recovery import teacher_and_source
+from torch import Tensor
+
 from coldstill.cache.manifest import Manifest
 from coldstill.pipeline.estimates.fidelity import FidelityJudge
 from coldstill.pipeline.losses.divergences import Events
@@ -39,8 +42,6 @@ from coldstill.pipeline.stage_one.capture import capture
 from coldstill.pipeline.stage_two.target_sources import StoredTargets
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.targets.captured import CaptureRequest
-from recovery import teacher_and_source
-from torch import Tensor
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 KINDS: dict[str, dict[str, Any]] = {

@@ -14,6 +14,8 @@ import sys
 import psutil
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from coldstill.pipeline.losses.divergences import Divergence
 from coldstill.pipeline.losses.logits import Logits
 from coldstill.pipeline.losses.logits_targets import BucketedTopk
@@ -23,7 +25,6 @@ from coldstill.pipeline.losses.term import Predictions
 from coldstill.pipeline.losses.vocabulary_losses import vocabulary_loss
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.runtime.peak_memory import peak_memory_bytes
-from torch import Tensor
 
 POSITIONS, WIDTH, VOCABULARY, K, TEMPERATURE = 2_048, 896, 151_936, 64, 2.0
 KL = Divergence()

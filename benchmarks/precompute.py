@@ -104,6 +104,7 @@ def run_arm(options: argparse.Namespace) -> None:
 
 def bare(recipe: Any, *, with_logits: bool) -> Any:
     import torch
+
     from coldstill.pipeline.models.forward import pad_rows
     from coldstill.pipeline.stage_one.requests import gather
 

@@ -13,6 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from turns import reporting, wait_for_turn
+
 from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.models.forward import block_outputs
 from coldstill.pipeline.models.pairing import layer_map_of
@@ -22,10 +27,6 @@ from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.peak_memory import peak_memory_bytes
 from coldstill.pipeline.stage_two.setup import create_trainer
 from coldstill.pipeline.students.folders import find_student
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
-from turns import reporting, wait_for_turn
 
 _LARGEST = 16
 

@@ -25,6 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numcodecs.zstd import Zstd
+from tqdm import tqdm
+
 from coldstill.cache.array_object import ZSTD_LEVEL
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.identity import row_id
@@ -35,8 +38,6 @@ from coldstill.cache.selections import Selection, read_selection, write_selectio
 from coldstill.cache.store import Store, create_store, open_store
 from coldstill.cache.tokens import TOKENS, write_tokens
 from coldstill.cache.writer import write_column
-from numcodecs.zstd import Zstd
-from tqdm import tqdm
 
 ROW_TOKENS = 512
 SHARD_TOKENS = 32_768

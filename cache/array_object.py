@@ -10,9 +10,10 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+from numcodecs.zstd import Zstd
+
 from coldstill.cache.columns import ArraySpec
 from coldstill.cache.errors import CorruptError
-from numcodecs.zstd import Zstd
 
 ZSTD_LEVEL = 3
 CRC_BYTES = 4

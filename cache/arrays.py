@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from coldstill.cache.array_object import REPAIR_HINT, ArrayObject
 from coldstill.cache.columns import Axis
 from coldstill.cache.local_copy import LocalCopy, StoredObject

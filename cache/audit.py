@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pyarrow as pa
+
 from coldstill.cache.arrays import read_column
 from coldstill.cache.errors import CorruptError
 from coldstill.cache.manifest import COMMITS, CommitRecord, Manifest, parse_record_name

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow.compute as pc
+
 from coldstill.cache.errors import StoreNotFoundError
 from coldstill.cache.index import INDEX, parse_entry
 from coldstill.cache.leases import living_writers

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+
 from coldstill.cache.columns import Column
 from coldstill.cache.identity import digest_of
 from coldstill.cache.store import Store

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from coldstill.cache.arrays import ArraySource, OpenArray, decode_chunks, open_column, read_column, read_index
 from coldstill.cache.errors import IncompleteError
 from coldstill.cache.manifest import CommitRecord, Manifest

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 import tenacity
+
 from coldstill.cache.errors import RemoteError
 
 _ATTEMPTS = 7

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tqdm import tqdm
+
 from coldstill.cache.audit import Problem, StoreAudit, audit_store, stored_bytes
 from coldstill.cache.errors import CorruptError, FormatError, StoreNotFoundError
 from coldstill.cache.index import INDEX, parse_entry
@@ -17,7 +19,6 @@ from coldstill.cache.objects import Objects, full_path, open_objects
 from coldstill.cache.rows import ROWS
 from coldstill.cache.selections import selection_file
 from coldstill.cache.store import ROOT_METADATA, STORES, Store, open_store, store_path
-from tqdm import tqdm
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
 from coldstill.cache.errors import StoreNotFoundError
 from coldstill.cache.identity import ROW_ID_BYTES, shard_id
 from coldstill.cache.store import Store

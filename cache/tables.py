@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from coldstill.cache.array_object import REPAIR_HINT
 from coldstill.cache.errors import CorruptError
 from coldstill.cache.identity import FINGERPRINT_CHARS

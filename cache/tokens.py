@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
+
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.identity import row_id
 from coldstill.cache.manifest import CommitRecord, Manifest

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 
 import numpy as np
+
 from coldstill.cache.array_object import encode, object_name, zarr_metadata
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.identity import digest_of

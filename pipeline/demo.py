@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import ByteLevelBPETokenizer
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
+
 from coldstill.pipeline.evaluate import Evaluation, evaluate
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import dump_recipe, parse_recipe
@@ -29,9 +33,6 @@ from coldstill.pipeline.stage_two.resumable_trainer import (
     where_it_stands,
 )
 from coldstill.pipeline.train import train
-from tokenizers import ByteLevelBPETokenizer
-from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
 
 _VOCAB_SIZE = 1024
 _END_OF_TEXT = "<|endoftext|>"

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
 from coldstill.cache.errors import StoreNotFoundError
 from coldstill.pipeline.outputs.run_index import STUDENT
 from coldstill.pipeline.runtime.errors import HubError, RecipeError
 from coldstill.pipeline.stage_two.model_card import has_numbers
 from coldstill.pipeline.stage_two.run_folder import folder_named
 from coldstill.pipeline.sweeps.results import is_sweep
-from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 _LOGIN = "run: hf auth login, or set HF_TOKEN"
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
 from coldstill.cache.audit import audit_store, stored_bytes
 from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.cache.objects import open_objects
@@ -12,7 +14,6 @@ from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.outputs.run_index import KEPT_FOLDERS
 from coldstill.pipeline.precompute import PrecomputeSummary, precompute
 from coldstill.pipeline.recipe.sections import Recipe
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
 from coldstill.cache.errors import IdentityError
 from coldstill.pipeline.models import (
     identify,
@@ -37,7 +39,6 @@ from coldstill.pipeline.stage_two.run_folder import (
 from coldstill.pipeline.stage_two.setup import create_trainer
 from coldstill.pipeline.stage_two.target_sources import LiveRows
 from coldstill.pipeline.students.folders import find_student
-from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from coldstill.cli import app
 from typer.testing import CliRunner, Result
+
+from coldstill.cli import app
 
 
 def run_command(*arguments: Any, expect: int = 0) -> Result:

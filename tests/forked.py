@@ -213,6 +213,7 @@ def _serve(path: str) -> None:
     # takes longer than most commands.
     atexit.register(lambda: _end(exit_codes))
     import torch
+
     from coldstill.pipeline.runtime import program
 
     for name in PRELOADED:

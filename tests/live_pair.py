@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
+
 from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models.projectors import create_projectors
 from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.stage_two.distiller import Distiller
-from transformers import TrainingArguments
 
 LAYER_MAP = {0: 1, 1: 3}
 LENGTHS = (5, 24, 11, 17, 9, 24, 13, 20)

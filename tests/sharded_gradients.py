@@ -9,6 +9,10 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.models.projectors import create_projectors
@@ -16,9 +20,6 @@ from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.forms import FINAL, FinalForm, HiddenForm
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
 
 WIDTH, TEACHER_WIDTH, VOCAB, LENGTH = 32, 48, 384, 16
 LAYER_MAP = {0: 1, 2: 3}

@@ -1,9 +1,10 @@
 """The events of a target beside a student's logits, as a term over the vocabulary asks for them."""
 
+from torch import Tensor
+
 from coldstill.pipeline.losses.divergences import Events
 from coldstill.pipeline.losses.logits_targets import LogitsTarget
 from coldstill.pipeline.losses.student_logits import StudentEvents, take
-from torch import Tensor
 
 
 def events_of(target: LogitsTarget, chunk: slice, logits: Tensor) -> Events:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer

@@ -73,6 +73,7 @@ def _die_at(kill_at: int) -> None:
 
 def _lose_no_time_over_failures() -> None:
     import s3fs
+
     from coldstill.cache import remote_objects
 
     s3fs.S3FileSystem.retries = 1

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from coldstill.pipeline.commands.shared import (
     JsonOption,
     OverridesArgument,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from coldstill.pipeline.commands.shared import (
     JsonOption,
     OverridesArgument,

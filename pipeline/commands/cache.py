@@ -5,6 +5,7 @@ import dataclasses
 from typing import Annotated
 
 import typer
+
 from coldstill.cache.errors import ColdstillError, StoreError
 from coldstill.pipeline.commands.cache_tables import (
     column_table,

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rich.table import Table
+
 from coldstill.pipeline.commands.precompute import precompute_lines
 from coldstill.pipeline.commands.shared import counted
 from coldstill.pipeline.runtime.units import format_size
-from rich.table import Table
 
 if TYPE_CHECKING:  # a listing does not wait for torch
     from coldstill.cache.inventory import StoreSummary

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+
 from coldstill.pipeline.commands.evaluation_tables import print_evaluation
 from coldstill.pipeline.commands.shared import JsonOption, libraries_print_to_stderr, print_json, quieten_libraries
 from coldstill.pipeline.runtime.endings import one_line_errors
-from rich.console import Console
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
     from coldstill.pipeline.demo import DemoResult

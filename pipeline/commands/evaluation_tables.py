@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rich.table import Table
+
 from coldstill.pipeline.commands.shared import console
 from coldstill.pipeline.outputs.retention import NO_GAP, NO_GAP_REASON
-from rich.table import Table
 
 if TYPE_CHECKING:  # a table does not wait for torch
     from coldstill.pipeline.evaluate import Evaluation

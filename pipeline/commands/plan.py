@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import typer
+
 from coldstill.pipeline.commands.plan_tables import print_plan
 from coldstill.pipeline.commands.shared import (
     JsonOption,

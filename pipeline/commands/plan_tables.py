@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rich.table import Table
+
 from coldstill.pipeline.commands.shared import console
 from coldstill.pipeline.runtime.units import format_size
-from rich.table import Table
 
 if TYPE_CHECKING:
     from coldstill.pipeline.plan import Plan

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
+
 from coldstill.pipeline.commands.shared import (
     JsonOption,
     RecipesArgument,
@@ -17,7 +19,6 @@ from coldstill.pipeline.commands.shared import (
 )
 from coldstill.pipeline.runtime.endings import one_line_errors
 from coldstill.pipeline.runtime.units import format_size
-from rich.table import Table
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
     from coldstill.pipeline.precompute import PrecomputeSummary

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from coldstill.pipeline.commands.shared import JsonOption, libraries_print_to_stderr, print_json, quieten_libraries
 from coldstill.pipeline.runtime.endings import one_line_errors
 from coldstill.pipeline.runtime.errors import RecipeError

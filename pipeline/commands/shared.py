@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from coldstill.pipeline.runtime.errors import RecipeError
 from rich.console import Console
+
+from coldstill.pipeline.runtime.errors import RecipeError
 
 if TYPE_CHECKING:
     from coldstill.pipeline.recipe.sections import Recipe

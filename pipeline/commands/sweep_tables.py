@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
+from rich.table import Table
+
 from coldstill.pipeline.runtime.units import format_duration, format_size
 from coldstill.pipeline.sweeps.results import RETENTION, SECONDS_PER_POINT, TASK_AVERAGE, SweepResult, before_training
-from rich.table import Table
 
 _Formats = Mapping[str, tuple[str, Callable[[float], str]]]
 

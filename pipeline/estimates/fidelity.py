@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from coldstill.pipeline.losses.chunked_loss import chunked_loss
 from coldstill.pipeline.losses.divergences import Divergence
 from coldstill.pipeline.losses.logits import Logits
@@ -17,8 +20,6 @@ from coldstill.pipeline.losses.logits_targets import FullDistribution, LogitsTar
 from coldstill.pipeline.losses.term import Predictions
 from coldstill.pipeline.losses.vocabulary_losses import chunk_losses
 from coldstill.pipeline.models import take_apart
-from torch import Tensor
-from transformers import PreTrainedModel
 
 _FORWARD_KL = Logits(1.0, Divergence("forward_kl"))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from coldstill.cache.manifest import Manifest
 from coldstill.pipeline.estimates.budget import HiddenOption
 from coldstill.pipeline.estimates.fidelity import Fidelity, FidelityJudge

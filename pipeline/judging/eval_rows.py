@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
+from torch import Tensor
+from tqdm import tqdm
+
 from coldstill.cache.index import kept_entry, write_entry
 from coldstill.pipeline.judging.qualities import RowSums
 from coldstill.pipeline.losses.logits_targets import FullDistribution
@@ -25,8 +28,6 @@ from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import NonFiniteError
 from coldstill.pipeline.stage_two.target_sources import RowSource
 from coldstill.pipeline.targets.forms import LABEL, NORMALISER
-from torch import Tensor
-from tqdm import tqdm
 
 _CHUNK_POSITIONS = 256
 _DTYPE = "float32"

@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
 from coldstill.cache.errors import IncompleteError, StoreError, StoreNotFoundError
 from coldstill.cache.identity import digest_of
 from coldstill.pipeline.judging.similarity_measures import cka_matrix, cosine_matrix, mean_cosine
@@ -41,9 +45,6 @@ from coldstill.pipeline.stage_two.target_sources import StoredTargets
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.pruning_record import read_kept_channels
 from coldstill.pipeline.targets.wanted import block_output
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from tqdm import tqdm
 
 SIMILARITY_FILE = "similarity.json"
 # Part of the key: a change of what is computed makes what was kept stale.

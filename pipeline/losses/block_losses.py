@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from coldstill.pipeline.losses.term import BlockTerm, StatePair
 from torch import Tensor, nn
+
+from coldstill.pipeline.losses.term import BlockTerm, StatePair
 
 StoredStates = Mapping[str, Mapping[str, Tensor]]
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from coldstill.pipeline.models.output_head import Head, OutputHead
 from torch import Tensor
+
+from coldstill.pipeline.models.output_head import Head, OutputHead
 
 # Tokens whose gradient is added at once.
 _PART = 4096

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from coldstill.pipeline.recipe.loss import DIVERGENCE_WEIGHTS, DivergenceName, LossConfig
 from torch import Tensor
+
+from coldstill.pipeline.recipe.loss import DIVERGENCE_WEIGHTS, DivergenceName, LossConfig
 
 # exp of it is 0 in float32, and its product with 0 is 0 where that of minus infinity is not a number.
 _LOWEST_LOGPROB = -1e4

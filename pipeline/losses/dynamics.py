@@ -7,10 +7,11 @@ they are those of the states themselves, at the teacher's width.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from coldstill.pipeline.losses.state_losses import HIDDEN_LOSSES, HIDDEN_UNITS
 from coldstill.pipeline.losses.term import BlockTerm, StatePair, weighted_sum
 from coldstill.pipeline.recipe.loss import HiddenLoss, LossConfig, TermName
-from torch import Tensor
 
 
 @dataclass(frozen=True)

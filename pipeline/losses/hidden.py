@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from coldstill.pipeline.losses.state_losses import HIDDEN_LOSSES, HIDDEN_UNITS, POSITION_WEIGHTS
 from coldstill.pipeline.losses.term import BlockTerm, StatePair, weighted_sum
 from coldstill.pipeline.recipe.loss import HiddenLoss, LossConfig, TermName
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from coldstill.pipeline.losses.divergences import Divergence
 from coldstill.pipeline.losses.logits_targets import LogitsTarget
 from coldstill.pipeline.losses.student_logits import Request, StudentEvents
 from coldstill.pipeline.losses.term import Predictions, VocabularyTerm
 from coldstill.pipeline.recipe.loss import LossConfig, TermName
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from coldstill.pipeline.models.row_blocks import row_blocks
 from torch import Tensor
+
+from coldstill.pipeline.models.row_blocks import row_blocks
 
 # The least sum that can be divided by without an overflow.
 _SMALLEST = 1e-30

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
+
 from coldstill.pipeline.losses.divergences import Events
 from coldstill.pipeline.losses.student_logits import Request, StudentEvents
 from coldstill.pipeline.models.output_head import OutputHead
-from torch import Tensor
 
 
 class LogitsTarget(Protocol):

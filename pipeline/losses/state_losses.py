@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from coldstill.pipeline.recipe.loss import HiddenLoss
 from torch import Tensor
+
+from coldstill.pipeline.recipe.loss import HiddenLoss
 
 _SMALLEST_VARIANCE = 1e-12
 _SMALLEST_NORM = 1e-8

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from coldstill.pipeline.losses.logits_statistics import Sought, logits_statistics
 from torch import Tensor
+
+from coldstill.pipeline.losses.logits_statistics import Sought, logits_statistics
 
 
 @dataclass(frozen=True)

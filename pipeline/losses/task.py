@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from coldstill.pipeline.losses.student_logits import Request, StudentEvents
 from coldstill.pipeline.losses.term import Predictions, VocabularyTerm
 from coldstill.pipeline.recipe.loss import TermName
-from torch import Tensor
 
 
 @dataclass(frozen=True)

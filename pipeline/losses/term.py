@@ -11,11 +11,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
+from torch import Tensor
+
 from coldstill.pipeline.losses.logits_targets import LogitsTarget
 from coldstill.pipeline.losses.schedules import Schedule
 from coldstill.pipeline.losses.student_logits import Request, StudentEvents
 from coldstill.pipeline.recipe.loss import TERM_KEYS, LossConfig, LossWeight, TargetName, TermName
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ Shapes: N positions that count, C positions of a chunk, D width, V vocabulary.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from coldstill.pipeline.losses.chunked_loss import chunked_loss
 from coldstill.pipeline.losses.student_logits import StudentEvents, take
 from coldstill.pipeline.losses.term import Predictions, VocabularyTerm
 from coldstill.pipeline.models.output_head import Head
-from torch import Tensor
 
 
 def vocabulary_loss(

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+
 from coldstill.pipeline.models import find_structure
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
-from transformers import PreTrainedModel
 
 KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 _DEFAULT_BACKEND = "inductor"

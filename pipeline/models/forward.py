@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from coldstill.pipeline.models import rope_switches, rows_by_side, sides
-from coldstill.pipeline.models.labels import IGNORED
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from coldstill.pipeline.models import rope_switches, rows_by_side, sides
+from coldstill.pipeline.models.labels import IGNORED
 
 BATCH_ROWS = 4
 

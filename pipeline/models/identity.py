@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from transformers import PreTrainedConfig
+
 from coldstill.cache.identity import digest_of
 from coldstill.pipeline.runtime.errors import ModelError
-from transformers import PreTrainedConfig
 
 # Fields of a model's config that say nothing about what it computes.
 _VOLATILE_CONFIG_KEYS = frozenset(

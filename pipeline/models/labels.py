@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from coldstill.pipeline.runtime.errors import DataError
 from torch import Tensor
+
+from coldstill.pipeline.runtime.errors import DataError
 
 # The label of a token that nothing is to be learned from.
 IGNORED = -100

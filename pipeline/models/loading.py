@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coldstill.pipeline.models.finite import first_non_finite
-from coldstill.pipeline.runtime.errors import ModelError
-from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -26,6 +23,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+
+from coldstill.pipeline.models.finite import first_non_finite
+from coldstill.pipeline.runtime.errors import ModelError
+from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 
 # In a pruned student's config: the teacher block that each of its blocks was cut from.
 KEPT_BLOCKS = "kept_blocks"

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
+
 from coldstill.pipeline.models import load_config, resolve_dtype, resolve_folder
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import RecipeError
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 # The instructions that compute in a dtype, of x86 and of ARM, as torch names them.
 _INSTRUCTIONS = {

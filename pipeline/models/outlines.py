@@ -1,9 +1,10 @@
 """A model's modules and their names without its weights, for what is to be known before a model is loaded or made."""
 
 import torch
-from coldstill.pipeline.models import find_structure
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from coldstill.pipeline.models import find_structure
 
 
 def outline_of(

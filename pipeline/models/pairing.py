@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+from transformers import PreTrainedConfig
+
 from coldstill.pipeline.models import kept_blocks_of, text_config
 from coldstill.pipeline.models.layer_map import create_layer_map, spread_pairs
 from coldstill.pipeline.recipe.sections import MappingConfig, Recipe
 from coldstill.pipeline.runtime.errors import RecipeError
-from transformers import PreTrainedConfig
 
 
 def layer_map_of(mapping: MappingConfig, student: PreTrainedConfig, *, num_teacher_blocks: int) -> dict[int, int]:

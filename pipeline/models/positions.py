@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from coldstill.pipeline.models.loading import text_config
-from coldstill.pipeline.runtime.errors import RecipeError
 from torch import Tensor
 from transformers import PreTrainedConfig
+
+from coldstill.pipeline.models.loading import text_config
+from coldstill.pipeline.runtime.errors import RecipeError
 
 
 def check_length(config: PreTrainedConfig, sequence_length: int, *, who: str) -> None:

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from typing import get_args
 
 import torch
+from torch import Tensor, nn
+
 from coldstill.pipeline.recipe.sections import ProjectorKind
 from coldstill.pipeline.runtime.errors import RecipeError
-from torch import Tensor, nn
 
 _XAVIER_GAIN = 0.01
 

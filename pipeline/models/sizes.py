@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from coldstill.pipeline.models.loading import text_config
 from transformers import PreTrainedConfig
+
+from coldstill.pipeline.models.loading import text_config
 
 
 @dataclass(frozen=True)

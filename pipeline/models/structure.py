@@ -10,11 +10,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from coldstill.pipeline.models.loading import text_config
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.runtime.errors import ModelError
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 _PROBE_TOKENS = 8
 

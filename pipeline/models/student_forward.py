@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Sequence
 from typing import cast
 
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from coldstill.pipeline.models import find_structure, head_problem, rope_switches, text_config
 from coldstill.pipeline.models.forward import model_inputs, run_body
 from coldstill.pipeline.models.output_head import Head, OutputHead, PlainLogits
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 
 class StudentForward:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
+
 from coldstill.cache.identity import digest_of, fingerprint, row_id
 from coldstill.pipeline.models import (
     ModelParts,
@@ -23,7 +25,6 @@ from coldstill.pipeline.models import (
 )
 from coldstill.pipeline.models.forward import mean_loss
 from coldstill.pipeline.recipe.sections import TeacherConfig
-from transformers import PreTrainedConfig
 
 
 @dataclass

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from coldstill.pipeline.models.loading import load_tokenizer, text_config
 from coldstill.pipeline.runtime.errors import ModelError
-from transformers import PreTrainedConfig
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "*.tiktoken")
 # What tokenizers of one vocabulary may do in different ways: case, digits, white space, accents, scripts, code.

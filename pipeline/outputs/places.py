@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import psutil
+
 from coldstill.cache.objects import open_objects
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import RecipeError

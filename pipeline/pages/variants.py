@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
 from coldstill.pipeline.figures.curves import Points, curve_figure
 from coldstill.pipeline.figures.sheet import LIGHT, Figure
 from coldstill.pipeline.losses.objective import TERMS, Objective

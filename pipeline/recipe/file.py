@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ValidationError
+
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.recipe.yaml_text import parse_yaml
 from coldstill.pipeline.runtime.errors import RecipeError
-from pydantic import BaseModel, ValidationError
 
 _Model = TypeVar("_Model", bound=BaseModel)
 # What a recipe has and a sweep has not.

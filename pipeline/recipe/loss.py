@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from coldstill.pipeline.recipe.fields import Count, Fraction, Positive, Section, WarmupFraction, Weight
 from pydantic import model_validator
+
+from coldstill.pipeline.recipe.fields import Count, Fraction, Positive, Section, WarmupFraction, Weight
 
 DivergenceName = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "bidirectional", "selective", "total_variation"

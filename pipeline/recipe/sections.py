@@ -5,12 +5,13 @@ Knows nothing of files, models or stores; `coldstill.pipeline.recipe.file` reads
 
 from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, Field, field_validator, model_validator
+
 from coldstill.pipeline.recipe.fields import BlockIndex, Count, Nameable, Place, Positive, Section, Weight, later
 from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.presets import PresetName, with_preset
 from coldstill.pipeline.recipe.student import StudentConfig
 from coldstill.pipeline.recipe.training_keys import check_best_metric, check_training_keys
-from pydantic import BaseModel, Field, field_validator, model_validator
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 HiddenEncoding = Literal["int8", "coded", "float16", "bfloat16", "float32"]

@@ -2,9 +2,10 @@
 
 from typing import Any, Literal
 
+from pydantic import field_validator, model_validator
+
 from coldstill.pipeline.recipe.fields import BlockIndex, Count, Fraction, Section
 from coldstill.pipeline.recipe.training_keys import check_lora_keys
-from pydantic import field_validator, model_validator
 
 PruneMethod = Literal["last", "first", "importance", "explicit"]
 MlpImportance = Literal["weights", "activations"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import yaml
+
 from coldstill.pipeline.runtime.errors import RecipeError
 
 _MERGE = "tag:yaml.org,2002:merge"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+
 from coldstill.cache.identity import row_id
 from coldstill.cache.spans import Span
 from coldstill.pipeline.recipe.sections import DataConfig

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+
 from coldstill.pipeline.recipe.sections import SourceConfig
 from coldstill.pipeline.runtime.errors import DataError
 

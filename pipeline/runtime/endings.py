@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import typer
+
 from coldstill.cache.errors import ColdstillError
 from coldstill.pipeline.runtime.interruptions import Terminated, raise_terminated, what_stayed
 from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory, out_of_memory_line

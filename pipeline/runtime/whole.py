@@ -8,9 +8,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from coldstill.cache.local_objects import sync_path
 from coldstill.cache.processes import is_dead, process_token
-from safetensors import SafetensorError
 
 _SUFFIX = ".partial"
 _OLD = ".old"

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import CONSTANTS, Store
 from coldstill.pipeline.models import ModelParts

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from coldstill.pipeline.models import ModelParts, all_finite, rope_switches
 from coldstill.pipeline.models.forward import Place, model_inputs, pad_rows, run_body, what_to_try
 from coldstill.pipeline.runtime.errors import NonFiniteError
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest, Draws, TailRequest
 from coldstill.pipeline.targets.tail_sampling import draw_tail
 from coldstill.pipeline.targets.teacher_logits import largest_logits, logsumexp_at
-from torch import Tensor
 
 NO_LABEL = -1
 # Of a chunk's logits: without gradients there is room for more rows, with which the head is faster.

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from tqdm import tqdm
+
 from coldstill.cache.leases import LAYOUT, Lease, hold, living_writers
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.objects import open_objects
@@ -29,7 +31,6 @@ from coldstill.pipeline.stage_one.workers import Share, first_process_first, lau
 from coldstill.pipeline.stage_one.write_behind import WriteBehind
 from coldstill.pipeline.targets.stored_head import OUTPUT_HEAD, write_head
 from coldstill.pipeline.targets.target import TeacherTarget
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)

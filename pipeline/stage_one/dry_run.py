@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.objects import open_objects
 from coldstill.cache.rows import split_shards

@@ -13,6 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
 from coldstill.cache.errors import IdentityError, IncompleteError
 from coldstill.cache.inventory import choose_stores
 from coldstill.cache.manifest import Manifest
@@ -31,8 +34,6 @@ from coldstill.pipeline.targets.kinds import stored_targets
 from coldstill.pipeline.targets.live_errors import Comparison, Difference, Live
 from coldstill.pipeline.targets.stored_constants import StoredConstants
 from coldstill.pipeline.targets.target import TeacherTarget
-from torch import Tensor
-from tqdm import tqdm
 
 _BATCH_ROWS = 8
 # Tokens that one row is stretched by: no multiple of what kernels cut their work into, which would hide the noise.

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+
 from coldstill.cache.identity import row_id
 from coldstill.cache.objects import open_objects
 from coldstill.cache.rows import rows_table
@@ -22,7 +24,6 @@ from coldstill.pipeline.stage_one.requests import SPLITS, RecipeRows, gather
 from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, TokenRows
 from coldstill.pipeline.stage_two.live_targets import LiveTargets
 from coldstill.pipeline.students.preparing import prepare_student
-from transformers import PreTrainedModel
 
 # What a live run's rows lie in, where those of a store lie in shards.
 _SHARD = "live"

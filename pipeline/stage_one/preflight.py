@@ -7,6 +7,8 @@ never begin. Training checks the same again by the same functions: it may begin 
 import functools
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from coldstill.pipeline.judging.tasks import harness_version
 from coldstill.pipeline.models import load_config, text_config
 from coldstill.pipeline.models.machine import check_device, training_problem
@@ -21,7 +23,6 @@ from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_two.arguments import check_launch, check_train_section
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.making import kept_blocks_before_measuring, num_student_blocks, student_width
-from transformers import PreTrainedModel
 
 
 def check_before_teacher(recipe: Recipe, teacher: Teacher, *, trains_here: bool = False) -> None:

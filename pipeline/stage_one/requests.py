@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+
 from coldstill.cache.identity import row_id
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.rows import find_rows, lay_rows, publish_rows, read_rows, shard_rows, sorted_rows

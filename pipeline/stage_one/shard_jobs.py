@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
+
 from coldstill.cache.arrays import read_column
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import Store
@@ -25,7 +27,6 @@ from coldstill.pipeline.targets.row_uniforms import RowUniforms
 from coldstill.pipeline.targets.stored_constants import StoredConstants
 from coldstill.pipeline.targets.target import Encoding, TeacherTarget
 from coldstill.pipeline.targets.transform_coding import TransformCode
-from torch import Tensor
 
 OnTokens = Callable[[int], None]
 

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+
 from coldstill.cache.columns import Column
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import Store

@@ -15,6 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations, is_azureml_available, is_deepspeed_available
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks, is_flytekit_available
+
 from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models import compiled_blocks
 from coldstill.pipeline.models.compiled_blocks import Compilation
@@ -26,11 +32,6 @@ from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from coldstill.pipeline.stage_two.run_folder import checkpoints_folder
 from coldstill.pipeline.students.adapters import check_adapters
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
-from transformers.integrations import get_available_reporting_integrations, is_azureml_available, is_deepspeed_available
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks, is_flytekit_available
 
 _READERS = 2
 _OF_WORKERS = ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context")

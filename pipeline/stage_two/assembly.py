@@ -6,6 +6,9 @@ Everything that can be wrong with it is said here, before anything runs.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models import check_vocabularies, find_structure, text_config
 from coldstill.pipeline.models.layer_map import check_pairs
@@ -14,8 +17,6 @@ from coldstill.pipeline.recipe.file import parse_model
 from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
-from torch import nn
-from transformers import PreTrainedModel
 
 # As a list, the teacher block of each student block.
 LayerMap = Mapping[int, int] | Sequence[int]

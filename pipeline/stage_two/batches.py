@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
 from coldstill.cache.columns import Axis
 from coldstill.cache.reader import Reader, RowArrays
 from coldstill.cache.selections import Selection
@@ -18,8 +21,6 @@ from coldstill.cache.store import open_store
 from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.models.labels import IGNORED, labels_of, weights_of
 from coldstill.pipeline.runtime.errors import DataError
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
 # What a batch may hold, of whichever dataset and collator.
 TARGET_KEYS = ("logits", "hidden")

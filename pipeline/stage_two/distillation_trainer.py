@@ -12,6 +12,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, Subset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
 from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.pipeline.models import first_non_finite, load_model
 from coldstill.pipeline.models.labels import counts_of, weights_of
@@ -25,12 +32,6 @@ from coldstill.pipeline.stage_two.live_targets import LiveTargets
 from coldstill.pipeline.stage_two.resumable_trainer import ResumableTrainer
 from coldstill.pipeline.stage_two.warm_start import fit_projectors
 from coldstill.pipeline.students.adapters import has_adapters, load_adapters
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
 
 PROJECTORS_FILE = "projectors.safetensors"
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import Any, assert_never
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from coldstill.pipeline.losses.block_losses import MappedStates, block_losses
 from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.losses.term import Predictions, Term
@@ -21,8 +24,6 @@ from coldstill.pipeline.models.student_forward import StudentForward
 from coldstill.pipeline.recipe.loss import TargetName
 from coldstill.pipeline.runtime.errors import RecipeError, TargetError
 from coldstill.pipeline.targets.forms import HiddenForm, LogitsForm, StoredLogits, StoredStates
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 # As errors name them.
 _TARGETS: Mapping[TargetName, str] = {

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from coldstill.pipeline.models import all_finite, find_structure, head_problem, rope_switches, text_config
 from coldstill.pipeline.models.forward import model_inputs, run_body, what_to_try
 from coldstill.pipeline.models.output_head import OutputHead
@@ -17,8 +20,6 @@ from coldstill.pipeline.runtime.errors import ModelError, NonFiniteError
 from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.forms import FINAL, LABEL, NORMALISER, FinalForm, HiddenForm
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 _EXACT = StateForm("float32")
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.outputs.provenance import RECIPE_FILE
 from coldstill.pipeline.outputs.retention import NO_GAP, NO_GAP_REASON
@@ -17,7 +19,6 @@ from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.sections import LogitsTargetConfig, Recipe
 from coldstill.pipeline.runtime.whole import write_whole
 from coldstill.pipeline.students.pruning_record import describe_cut, read_pruning
-from huggingface_hub import EvalResult, ModelCardData
 
 CARD_FILE = "README.md"
 

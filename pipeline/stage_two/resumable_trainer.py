@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from coldstill.cache.errors import StoreNotFoundError
 from coldstill.cache.local_objects import sync_path
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.interruptions import WaitingSignal
 from coldstill.pipeline.runtime.peak_memory import peak_memory_bytes
 from coldstill.pipeline.runtime.whole import write_whole
-from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 _PROGRESS_FILE = "progress.json"
 _AGAIN = "run the same command again to go on"

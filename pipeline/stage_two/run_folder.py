@@ -15,6 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from coldstill.cache.errors import StoreError
 from coldstill.cache.identity import digest_of
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, RECIPE_FILE, write_record
@@ -29,8 +32,6 @@ from coldstill.pipeline.stage_two.resumable_trainer import newest_checkpoint, pl
 from coldstill.pipeline.students.adapters import has_adapters, merged
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.pruning_record import read_kept_channels, write_kept_channels
-from safetensors.torch import save_file
-from torch import Tensor
 
 _METRICS_FILE = "train.json"
 _ADAPTERS = "adapters"

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from coldstill.cache.errors import ColdstillError
 from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models import (
@@ -26,7 +28,6 @@ from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillat
 from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from coldstill.pipeline.stage_two.target_sources import LiveRows, StoredTargets
 from coldstill.pipeline.students.adapters import add_adapters
-from transformers import PreTrainedConfig
 
 
 def create_trainer(

@@ -9,6 +9,9 @@ from typing import Any, Protocol, Self
 
 import torch
 from accelerate.utils import send_to_device
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from coldstill.cache.columns import Axis
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import require_complete
@@ -25,8 +28,6 @@ from coldstill.pipeline.targets.logits_kinds import Roles, logits_targets
 from coldstill.pipeline.targets.states import BlockOutput
 from coldstill.pipeline.targets.stored_constants import StoredConstants
 from coldstill.pipeline.targets.wanted import EVAL_LABEL, EVAL_NORMALISER, EVAL_STATE, block_output, eval_form
-from torch import Tensor
-from transformers import PreTrainedModel
 
 _HOST = torch.device("cpu")
 

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from coldstill.pipeline.losses.hidden import Hidden
 from coldstill.pipeline.models.projectors import LearnableProjector, MlpProjector
 from coldstill.pipeline.stage_two.distiller import Distiller
-from torch import Tensor
 
 # Added to the diagonal, as a share of its mean: directions that the student hardly uses stay small.
 _RIDGE = 1e-6

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from transformers import PreTrainedModel
+
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 
 try:
     import peft

@@ -6,9 +6,10 @@ Only what is known by name is cut: a wrong guess would give a model that runs an
 from collections.abc import Mapping
 from typing import Literal
 
+from torch import Tensor, nn
+
 from coldstill.pipeline.models import ModelParts, text_config
 from coldstill.pipeline.runtime.errors import ModelError
-from torch import Tensor, nn
 
 Axis = Literal["channels", "neurons"] | None
 

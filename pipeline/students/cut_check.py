@@ -13,14 +13,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from coldstill.pipeline.models import ModelParts, text_config
 from coldstill.pipeline.models.forward import block_input
 from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from coldstill.pipeline.students.layer_patterns import period_keys
 from coldstill.pipeline.students.model_copies import load_state
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 _PROBE_TOKENS = 24
 # Of what a block adds to the stream, in steps of the dtype: how far one that does the same may be from it.

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from coldstill.pipeline.models import ModelParts, text_config
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from coldstill.pipeline.models import ModelParts, text_config
 
 
 @torch.no_grad()

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
 from coldstill.pipeline.models import KEPT_BLOCKS, ModelParts, text_config
 from coldstill.pipeline.models.forward import block_input, block_output, padded_batches
 from coldstill.pipeline.recipe.student import PruneLayersConfig
@@ -17,8 +20,6 @@ from coldstill.pipeline.students.cut_check import OTHER_CUTS, check_cut, load_we
 from coldstill.pipeline.students.cut_weights import cut_weights
 from coldstill.pipeline.students.layer_patterns import cut_patterns
 from coldstill.pipeline.students.model_copies import changed_config, empty_model, reread_config
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def check_prune(layers: PruneLayersConfig, *, num_blocks: int) -> None:

@@ -7,12 +7,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
 from coldstill.pipeline.models import find_parts
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.students.axes import mlp_size, parameter_axes
 from coldstill.pipeline.students.model_copies import changed_config
 from coldstill.pipeline.students.width import NEURON_MULTIPLE
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 # Numbers of channels that are tried are multiples of the first, or in a narrow model of the second.
 _CHANNEL_MULTIPLES = (64, 8)

@@ -7,14 +7,15 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
 from coldstill.pipeline.models import KEPT_BLOCKS, ModelParts
 from coldstill.pipeline.students.axes import Axis, parameter_axes
 from coldstill.pipeline.students.depth import deep_config
 from coldstill.pipeline.students.designs import Design, block_positions
 from coldstill.pipeline.students.model_copies import changed_config, model_from_state
 from coldstill.pipeline.students.width import restore_embedding_scale
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @torch.no_grad()

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
 from coldstill.pipeline.models import ModelParts, kept_blocks_of, take_apart, text_config
 from coldstill.pipeline.recipe.student import InitConfig, PruneConfig, PruneMlpConfig, Reconstruct
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
@@ -31,8 +34,6 @@ from coldstill.pipeline.students.width import (
     neuron_importances,
     neurons_kept,
 )
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
 _DIGITS = 6  # of importances, as a record keeps them
 

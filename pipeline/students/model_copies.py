@@ -7,11 +7,12 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from coldstill.pipeline.models import text_config
-from coldstill.pipeline.runtime.errors import ModelError
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel
+
+from coldstill.pipeline.models import text_config
+from coldstill.pipeline.runtime.errors import ModelError
 
 
 def changed_config(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:

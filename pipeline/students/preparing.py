@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from coldstill.cache.identity import FINGERPRINT_CHARS, digest_of, row_id
 from coldstill.pipeline.models import check_length, check_tokenizers, check_vocabularies, load_config
 from coldstill.pipeline.models.teacher import Teacher

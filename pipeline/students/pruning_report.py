@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coldstill.pipeline.models import ModelParts, kept_blocks_of, text_config
-from coldstill.pipeline.models.forward import mean_loss
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from coldstill.pipeline.models import ModelParts, kept_blocks_of, text_config
+from coldstill.pipeline.models.forward import mean_loss
 
 # What machines agree on: the record is one of the files that a student's checksums hold.
 _DIGITS = 4

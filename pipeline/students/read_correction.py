@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from coldstill.pipeline.models import ModelParts
 from coldstill.pipeline.models.forward import padded_batches
 from coldstill.pipeline.students.axes import READERS, final_norm_name, head_name, is_tied
 from coldstill.pipeline.students.norms import sliced_norm
 from coldstill.pipeline.students.ridge import solve_towards
-from torch import Tensor, nn
 
 # Of the mean of the Gram matrix's diagonal: what few rows do not tell stays as plain slicing has it.
 _RIDGE = 1e-3

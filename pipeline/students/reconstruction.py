@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
+
 from coldstill.pipeline.models import ModelParts
 from coldstill.pipeline.models.forward import block_output, padded_batches
 from coldstill.pipeline.students.axes import WRITERS
 from coldstill.pipeline.students.ridge import solve_towards
-from torch import Tensor, nn
 
 # Of the mean of the Gram matrix's diagonal: what few rows do not tell stays as the cut left it.
 RIDGE = 0.3

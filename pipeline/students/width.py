@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from coldstill.pipeline.models import ModelParts, take_apart
 from coldstill.pipeline.models.forward import block_outputs, padded_batches
 from coldstill.pipeline.students.axes import (
@@ -22,8 +25,6 @@ from coldstill.pipeline.students.axes import (
 from coldstill.pipeline.students.model_copies import changed_config, model_from_state
 from coldstill.pipeline.students.norms import scaled_weight
 from coldstill.pipeline.students.read_correction import ReadCorrections, fit_read_corrections
-from torch import Tensor
-from transformers import PreTrainedModel
 
 # Numbers of neurons are multiples of this: hardware multiplies such matrices fastest.
 NEURON_MULTIPLE = 8

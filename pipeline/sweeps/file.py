@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field, field_validator, model_validator
+
 from coldstill.pipeline.recipe.fields import Place, Section
 from coldstill.pipeline.recipe.file import (
     apply_changes,
@@ -23,7 +25,6 @@ from coldstill.pipeline.recipe.file import (
 )
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import RecipeError
-from pydantic import Field, field_validator, model_validator
 
 _DEFAULT_SEED = 42
 # What no variant may change, and what decides it.

@@ -7,6 +7,7 @@ calibration, so that none is ever decoded with another.
 import hashlib
 
 import torch
+
 from coldstill.cache.arrays import read_column
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.errors import IdentityError, IncompleteError

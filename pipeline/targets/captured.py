@@ -9,8 +9,9 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
-from coldstill.pipeline.models.forward import Place
 from torch import Tensor
+
+from coldstill.pipeline.models.forward import Place
 
 Draws = tuple[Tensor, Tensor, Tensor]
 

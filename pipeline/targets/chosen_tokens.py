@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from coldstill.cache.columns import Column
 from coldstill.pipeline.models.sizes import ModelSizes
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest, TailRequest
@@ -23,7 +25,6 @@ from coldstill.pipeline.targets.token_encodings import (
     topk_column,
 )
 from coldstill.pipeline.targets.transform_coding import TransformCode
-from torch import Tensor
 
 _TOPK, _TAIL = "logits/topk/", "logits/tail/"
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.pipeline.targets.transform_coding import (
     TransformCode,
@@ -19,7 +21,6 @@ from coldstill.pipeline.targets.transform_coding import (
     decode_coefficients,
     encode_coefficients,
 )
-from torch import Tensor
 
 Arrays = dict[str, Tensor]
 

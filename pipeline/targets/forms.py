@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import torch
+from torch import Tensor
+
 from coldstill.pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, SampledTail
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.targets.encodings import STORED, StateForm, decode_state
 from coldstill.pipeline.targets.token_encodings import decode_tail, decode_topk
 from coldstill.pipeline.targets.transform_coding import TransformCode
-from torch import Tensor
 
 # What a batch calls the columns of the distribution.
 TOPK, NORMALISER, TAIL, FINAL, LABEL = "topk", "logsumexp", "tail", "final", "label"

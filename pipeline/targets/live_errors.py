@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from coldstill.pipeline.losses.logits_targets import FullDistribution
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.targets.transform_coding import TransformCode
-from torch import Tensor
 
 SHARE, NATS, KL = "variance share", "nats", "KL in nats"
 

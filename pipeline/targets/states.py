@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from coldstill.cache.columns import Column
 from coldstill.pipeline.losses.logits_targets import FullDistribution
 from coldstill.pipeline.models.output_head import OutputHead
@@ -36,7 +38,6 @@ from coldstill.pipeline.targets.live_errors import (
 )
 from coldstill.pipeline.targets.target import Encoding, TeacherTarget
 from coldstill.pipeline.targets.transform_coding import TransformCode, fisher_information, fit_code, logit_correction
-from torch import Tensor
 
 _FINAL, _HIDDEN = "logits/final/", "hidden/"
 # What chance decides of a state is whether a position is stored, alike for every block.

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import CONSTANTS, Store
 from coldstill.pipeline.models.output_head import OutputHead

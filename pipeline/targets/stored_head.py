@@ -1,6 +1,7 @@
 """The teacher's output head as a store keeps it: written once by stage one, read wherever logits are rebuilt."""
 
 import torch
+
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import read_constants

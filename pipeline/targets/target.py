@@ -11,6 +11,8 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from coldstill.cache.columns import Axis, Column
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.models.sizes import ModelSizes
@@ -18,7 +20,6 @@ from coldstill.pipeline.targets.captured import Captured, CaptureRequest
 from coldstill.pipeline.targets.live_errors import Arrays, Comparison, Difference, Live
 from coldstill.pipeline.targets.row_uniforms import RowUniforms
 from coldstill.pipeline.targets.transform_coding import TransformCode
-from torch import Tensor
 
 # Arrays that are zero nearly everywhere, and hardly take a byte once they are compressed.
 _SPARSE_ARRAYS = ("overflow", "gaps_1")

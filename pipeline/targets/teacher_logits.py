@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from coldstill.pipeline.models.row_blocks import row_blocks
 from torch import Tensor
+
+from coldstill.pipeline.models.row_blocks import row_blocks
 
 _LARGEST_POWER = 24
 # Tokens of a group whose maximum stands for it, and how many more groups than chosen ones make that worth it.

@@ -8,8 +8,9 @@ Shapes: N positions, K stored tokens, M draws, V vocabulary.
 from collections.abc import Mapping
 
 import torch
-from coldstill.cache.columns import ArraySpec, Column
 from torch import Tensor
+
+from coldstill.cache.columns import ArraySpec, Column
 
 Arrays = dict[str, Tensor]
 

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.pipeline.models.sizes import ModelSizes
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest
 from coldstill.pipeline.targets.live_errors import NATS, Arrays, Comparison, Difference, Live
 from coldstill.pipeline.targets.target import Encoding, TeacherTarget, whole
 from coldstill.pipeline.targets.transform_coding import TransformCode
-from torch import Tensor
 
 _LOGSUMEXP = "logsumexp/"
 

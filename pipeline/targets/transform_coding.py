@@ -17,9 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from coldstill.cache.columns import ArraySpec
 from coldstill.pipeline.models.output_head import OutputHead
-from torch import Tensor
 
 # From so many steps of spread on, a coefficient is coded in this base, so many digits to a byte. A digit reaches half
 # the base: some four spreads and more, so that overflows are rare, and a byte's entropy stays above a bit.

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from commanding import run_command
+from crash.trees import difference, files_below, lasting, small_recipe
+
 from coldstill.cache.errors import StoreError
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader, read_constants
@@ -18,8 +21,6 @@ from coldstill.cache.root_audit import RootAudit
 from coldstill.cache.selections import list_selections, read_selection
 from coldstill.cache.store import CONSTANTS, Store, open_store
 from coldstill.pipeline.verify import verify
-from commanding import run_command
-from crash.trees import difference, files_below, lasting, small_recipe
 
 NUM_DAMAGES = 200
 WAYS = ("flip", "cut", "empty", "delete")

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import yaml
-from coldstill.pipeline.verify import verify
 from crash.signals import CHILD_TIMEOUT_S, started
 from crash.trees import difference, lasting_files_below, small_recipe
 from forked import Forks
 from safetensors import SafetensorError
 from typer.testing import CliRunner, Result
+
+from coldstill.pipeline.verify import verify
 
 # What stays of `precompute`, by how far it had come.
 STAYS = (

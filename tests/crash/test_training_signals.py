@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import yaml
-from coldstill.pipeline.precompute import precompute
-from coldstill.pipeline.recipe.file import load_recipe
-from coldstill.pipeline.train import train
 from crash.signals import CHILD_TIMEOUT_S, last_line, read_until, started
 from crash.trees import small_recipe
 from forked import Forks
 from safetensors.torch import load_file
 from training import without_times
+
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.train import train
 
 NUM_STEPS = 60
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}

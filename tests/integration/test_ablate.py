@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from coldstill.cache.processes import is_dead
 from crash.signals import started
 from forked import Forks
 from typer.testing import Result
+
+from coldstill.cache.processes import is_dead
 
 DEADLINE_S = 300
 IMPOSSIBLE = "projector.kind=none, loss.temperature=1"

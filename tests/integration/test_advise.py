@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny import text_data
+
 from coldstill.pipeline.evaluate import evaluate
 from coldstill.pipeline.judging.results import RESULTS_FILE
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.train import train
-from tiny import text_data
 
 
 @pytest.fixture

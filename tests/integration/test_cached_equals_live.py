@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader
 from coldstill.pipeline.models import take_apart
@@ -19,8 +22,6 @@ from coldstill.pipeline.targets.encodings import StateForm, decode_state
 from coldstill.pipeline.targets.stored_constants import read_codes
 from coldstill.pipeline.targets.token_encodings import decode_tail, decode_topk
 from coldstill.pipeline.targets.transform_coding import TransformCode
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 ARCHITECTURES = {
     "llama": {},

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from coldstill.cli import app
 from crash.trees import files_below
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
+
+from coldstill.cli import app
 
 
 def test_the_whole_way_then_a_second_run_that_finds_everything_complete(

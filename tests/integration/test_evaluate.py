@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
 from coldstill.cache.reader import Reader
 from coldstill.pipeline.evaluate import evaluate
 from coldstill.pipeline.models import load_model
@@ -15,7 +17,6 @@ from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.students.folders import find_student
-from transformers import AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from coldstill.pipeline.judging.results import read_evaluation, read_results
 from coldstill.pipeline.judging.similarity import block_similarity
 from coldstill.pipeline.recipe.file import load_recipe

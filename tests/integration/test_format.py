@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
+
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader
 from coldstill.cache.store import open_store

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from coldstill.cache.errors import IdentityError
 from coldstill.cache.inventory import remove_column
 from coldstill.cache.manifest import Manifest

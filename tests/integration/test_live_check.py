@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from coldstill.cache.arrays import read_column
 from coldstill.cache.inventory import list_stores, remove_column
 from coldstill.cache.manifest import Manifest

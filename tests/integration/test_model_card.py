@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub import Hub
+from huggingface_hub import ModelCard
+
 from coldstill.cache.kept_folders import CHECKSUMS
 from coldstill.pipeline.judging.results import RESULTS_FILE
 from coldstill.pipeline.outputs.run_index import find_run_rows
@@ -13,8 +16,6 @@ from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.stage_two.model_card import has_numbers, update_card
 from coldstill.pipeline.students.folders import find_student, write_checksums
 from coldstill.pipeline.students.pruning_record import PRUNING_FILE
-from hub import Hub
-from huggingface_hub import ModelCard
 
 CUT = {
     "parameters": {"teacher": 56000, "student": 44800},

@@ -27,17 +27,18 @@ import boto3
 import pytest
 import s3fs
 import yaml
-from coldstill.cache import remote_objects
-from coldstill.cache.objects import open_objects
-from coldstill.cache.reader import Reader
-from coldstill.pipeline.outputs.run_index import find_run_rows
-from coldstill.pipeline.recipe.file import load_recipe
 from commanding import run_command
 from crash.trees import difference, files_below
 from forked import Forks
 from tiny import text_data
 from versions import since
 from watched import wanted
+
+from coldstill.cache import remote_objects
+from coldstill.cache.objects import open_objects
+from coldstill.cache.reader import Reader
+from coldstill.pipeline.outputs.run_index import find_run_rows
+from coldstill.pipeline.recipe.file import load_recipe
 
 REGION = "us-east-1"
 # Six rows of 24 tokens in each shard.

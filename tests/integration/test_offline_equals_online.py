@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from training import trainer_of
+from transformers import AutoModelForCausalLM
+
 from coldstill.pipeline.losses.divergences import DIVERGENCES
 from coldstill.pipeline.models.labels import counts_of
 from coldstill.pipeline.precompute import precompute
@@ -17,9 +21,6 @@ from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_two.distiller import Distiller
 from coldstill.pipeline.stage_two.live_targets import LiveTargets
 from coldstill.pipeline.targets.encodings import decode_state
-from torch import Tensor
-from training import trainer_of
-from transformers import AutoModelForCausalLM
 
 TERMS = {
     "task": {"alpha": 1.0, "beta": 0.0, "gamma": 0.0},

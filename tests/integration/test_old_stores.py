@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from coldstill.cache.inventory import list_stores
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader

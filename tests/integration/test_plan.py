@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forks
+
 from coldstill.cache.local_objects import LocalObjects
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import CONSTANTS
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.file import load_recipe
-from forked import Forks
 
 FINAL = {"logits": {"kind": "final"}, "hidden": {"encoding": "coded"}}
 

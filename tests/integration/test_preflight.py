@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiny import text_data
+from training import gradients, trainer_of
+
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.run_folder import claimed_run
 from coldstill.pipeline.train import train
-from tiny import text_data
-from training import gradients, trainer_of
 
 LORA = {"r": 4, "target_modules": ["q_proj"]}
 

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from training import trainer_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from coldstill.cache.spans import Span
 from coldstill.pipeline.evaluate import evaluate
 from coldstill.pipeline.outputs.run_index import find_run_rows
@@ -17,9 +21,6 @@ from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.stage_two.batches import complete_batch
 from coldstill.pipeline.train import train
-from torch import Tensor
-from training import trainer_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXACT = {"logits": {"kind": "final", "encoding": "float32"}, "hidden": {"encoding": "float32"}}
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub import READ_TOKEN, TOKEN, Hub
+from huggingface_hub import constants
+
 from coldstill.cache.errors import StoreNotFoundError
 from coldstill.pipeline.push import push_student
 from coldstill.pipeline.runtime.errors import HubError, RecipeError
-from hub import READ_TOKEN, TOKEN, Hub
-from huggingface_hub import constants
 
 REPO = "someone/student"
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Tab, open_browser
-from coldstill.pipeline.report import ReportSummary, report
 from sweep_folder import write_sweep_folder
+
+from coldstill.pipeline.report import ReportSummary, report
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None and os.environ.get("COLDSTILL_TEST_BROWSER") != "required",

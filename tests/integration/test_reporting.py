@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from coldstill.pipeline.precompute import precompute
-from coldstill.pipeline.recipe.file import load_recipe
-from coldstill.pipeline.train import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from training import trainer_of
 from transformers import AutoModelForCausalLM
+
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.train import train
 
 EXACT = {
     "targets__logits": {"kind": "final", "encoding": "float32"},

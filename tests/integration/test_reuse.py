@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Forks
+
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader
 from coldstill.cache.store import Store, open_store
@@ -19,7 +21,6 @@ from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.train import train
-from forked import Forks
 
 PROBE_TOKENS = 24  # one row of them; no batch of rows has so few
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
 from coldstill.cache.errors import IncompleteError, StoreError
 from coldstill.cache.reader import Reader
 from coldstill.pipeline.judging.similarity import BlockSimilarity, block_similarity
@@ -18,8 +21,6 @@ from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.train import train
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 WriteRecipe = Callable[..., Path]
 EXACT: dict[str, Any] = {

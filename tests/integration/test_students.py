@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from coldstill.cache.reader import Reader
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.file import load_recipe
-from transformers import AutoModelForCausalLM
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "depth": {"prune": {"layers": {"remove": 1, "method": "importance"}}},

@@ -13,6 +13,9 @@ import datasets
 import pytest
 import torch
 import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from coldstill.cache.index import INDEX
 from coldstill.pipeline.commands.evaluation_tables import task_table
 from coldstill.pipeline.evaluate import Evaluation, evaluate
@@ -23,8 +26,6 @@ from coldstill.pipeline.outputs.retention import Estimate
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import EvaluateConfig
 from coldstill.pipeline.verify import verify
-from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 QUESTIONS = [
     {"ask": f"{a} and {b} make", "options": ["one", "a long answer", f"{a + b}", "many more"], "right": (a * b) % 4}

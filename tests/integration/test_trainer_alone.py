@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from coldstill.pipeline.models.layer_map import create_layer_map
-from coldstill.pipeline.models.projectors import create_projectors
-from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
-from coldstill.pipeline.stage_two.live_targets import LiveTargets
 from datasets import Dataset
 from live_pair import CPU, LAYER_MAP, LENGTHS, arguments, distiller_of, padded_batch, rows, uneven_rows
 from safetensors.torch import load_file
@@ -25,6 +21,11 @@ from transformers import (
     default_data_collator,
 )
 from versions import since
+
+from coldstill.pipeline.models.layer_map import create_layer_map
+from coldstill.pipeline.models.projectors import create_projectors
+from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
+from coldstill.pipeline.stage_two.live_targets import LiveTargets
 
 
 def test_the_books_usage_trains_student_and_projectors_and_leaves_the_teacher_alone(build_model, tmp_path: Path):

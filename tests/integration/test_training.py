@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from training import gradients, train_and_die, trainer_of, without_times
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.train import train
-from safetensors.torch import load_file
-from torch.utils.data import DataLoader
-from training import gradients, train_and_die, trainer_of, without_times
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def weights(folder: Path) -> dict[str, bytes]:

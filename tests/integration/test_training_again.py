@@ -10,6 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
+from tiny import text_data
+from training import train_and_die, without_times
+from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
+
 from coldstill.cache.errors import ColdstillError, CorruptError
 from coldstill.pipeline.evaluate import evaluate
 from coldstill.pipeline.precompute import precompute
@@ -17,11 +23,6 @@ from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import NonFiniteError, RecipeError
 from coldstill.pipeline.train import train
-from safetensors.torch import load_file, save_file
-from tiny import text_data
-from training import train_and_die, without_times
-from transformers import AutoModelForCausalLM, TrainingArguments
-from transformers.trainer_pt_utils import safe_globals
 
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
 # The rate rises with each step, so that a student which gets better at first gets worse in the end.

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from coldstill.pipeline.evaluate import evaluate
-from coldstill.pipeline.precompute import precompute
-from coldstill.pipeline.recipe.file import load_recipe
-from coldstill.pipeline.runtime.errors import RecipeError
-from coldstill.pipeline.train import train
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import gradients, train_and_die, trainer_of
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from coldstill.pipeline.evaluate import evaluate
+from coldstill.pipeline.precompute import precompute
+from coldstill.pipeline.recipe.file import load_recipe
+from coldstill.pipeline.runtime.errors import RecipeError
+from coldstill.pipeline.train import train
 
 FINAL = {"targets__logits": {"kind": "final", "encoding": "float32"}}
 SCHEDULED = {

@@ -4,14 +4,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from coldstill.cache.identity import row_id
 from coldstill.cache.selections import make_selection, to_selection
 from coldstill.cache.spans import RowSpans, Span, token_weights
 from coldstill.cache.tables import parquet_bytes, parquet_table
 from coldstill.pipeline.models.labels import IGNORED
 from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, StoredRow
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 weights = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 100, width=32))
 COLLATE = BatchCollator(BatchColumns(logits={}, hidden={}), {"tokens": {"ids": "token"}})

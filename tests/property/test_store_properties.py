@@ -9,6 +9,10 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+
 from coldstill.cache.array_object import ArrayObject, encode
 from coldstill.cache.arrays import read_column
 from coldstill.cache.columns import DTYPES, ArraySpec, Column
@@ -22,9 +26,6 @@ from coldstill.cache.spans import Span
 from coldstill.cache.store import Store, create_store, open_store
 from coldstill.cache.tokens import TOKENS, rows_of_tokens, write_tokens
 from coldstill.cache.writer import write_column
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as st_numpy
 
 TEACHER = {"identity": {"config": "c0", "weights": "w0", "dtype": "float32"}}
 ARRAYS = {

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+
 from coldstill.pipeline.runtime.endings import one_line_errors
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.interruptions import signals_wait, what_stays

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.identity import row_id
 from coldstill.cache.manifest import Manifest

@@ -8,6 +8,8 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from numcodecs.zstd import Zstd
+
 from coldstill.cache.array_object import CRC_BYTES, INDEX_ENTRY_BYTES, ArrayObject, encode
 from coldstill.cache.arrays import read_column
 from coldstill.cache.columns import DTYPES, ArraySpec, Column
@@ -15,7 +17,6 @@ from coldstill.cache.errors import CorruptError
 from coldstill.cache.manifest import CommitRecord, Manifest
 from coldstill.cache.store import Store
 from coldstill.cache.writer import write_column
-from numcodecs.zstd import Zstd
 
 SIZE = {"num_tokens": 37, "num_rows": 5}
 DAMAGE = r"column logits/topk, array values, shard s0, in .* is corrupt: .*; run: coldstill cache repair"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from bits import flip
+
 from coldstill.cache.audit import audit_store, stored_bytes
 from coldstill.cache.errors import StoreNotFoundError
 from coldstill.cache.index import write_entry

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from coldstill.cache.columns import DTYPES, ArraySpec, Column
 
 

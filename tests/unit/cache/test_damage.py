@@ -7,6 +7,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+
 from coldstill.cache.arrays import read_column
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.errors import CorruptError, StoreError

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from coldstill.cache.identity import digest_of, fingerprint, row_id, shard_id
 
 

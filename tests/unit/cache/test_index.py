@@ -2,6 +2,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+
 from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.cache.index import read_entry, write_entry
 from coldstill.cache.inventory import list_stores

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
+
 from coldstill.cache.audit import audit_store
 from coldstill.cache.columns import Column
 from coldstill.cache.errors import CorruptError, InUseError, StoreNotFoundError
@@ -17,7 +19,6 @@ from coldstill.cache.selections import Selection
 from coldstill.cache.store import Store, create_store
 from coldstill.cache.tokens import TOKENS
 from coldstill.cli import app
-from typer.testing import CliRunner
 
 MIXED = "hidden/12/mixed"
 OTHER_TEACHER = {"identity": {"config": "c1", "weights": "w1", "dtype": "float32"}, "model": "another/teacher"}

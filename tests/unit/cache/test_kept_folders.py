@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from bits import flip
+
 from coldstill.cache.kept_folders import CHECKSUMS, find_damage
 from coldstill.cache.local_objects import LocalObjects
 

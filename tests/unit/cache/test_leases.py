@@ -16,6 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+
 from coldstill.cache import leases
 from coldstill.cache.errors import InUseError
 from coldstill.cache.leases import LAYOUT, Lease, hold, living_writers

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from coldstill.cache.columns import Column
 from coldstill.cache.errors import CorruptError
 from coldstill.cache.local_copy import LocalCopy, StoredObject

@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.errors import CorruptError
 from coldstill.cache.local_objects import PARTIAL_FOLDER, LocalObjects

@@ -6,6 +6,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+
 from coldstill.cache.local_objects import PARTIAL_FOLDER, LocalObjects
 from coldstill.cache.objects import Objects, open_objects
 from coldstill.cache.processes import process_token

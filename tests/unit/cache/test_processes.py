@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from coldstill.cache.processes import describe_process, is_dead, process_token
 
 CHILD = """

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
+
 from coldstill.cache.arrays import read_column
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.errors import CorruptError, IncompleteError

@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
+
 from coldstill.cache import remote_objects
 from coldstill.cache.errors import RemoteError
 from coldstill.cache.objects import open_objects
 from coldstill.cache.remote_objects import RemoteObjects
-from fsspec.implementations.memory import MemoryFileSystem
-from fsspec.spec import AbstractFileSystem
 
 URL = "faulty://bucket/caches"
 ATTEMPTS = 7

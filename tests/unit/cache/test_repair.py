@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bits import flip
+
 from coldstill.cache.arrays import read_column
 from coldstill.cache.audit import StoreAudit, audit_store
 from coldstill.cache.errors import InUseError

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.cache.identity import row_id, shard_id
 from coldstill.cache.manifest import Manifest

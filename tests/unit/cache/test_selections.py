@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from coldstill.cache.errors import CorruptError, FormatError, StoreNotFoundError
 from coldstill.cache.identity import row_id
 from coldstill.cache.manifest import Manifest

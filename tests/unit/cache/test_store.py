@@ -5,6 +5,7 @@ from uuid import uuid4
 
 import pytest
 import zarr
+
 from coldstill.cache.errors import CorruptError, FormatError, StoreNotFoundError
 from coldstill.cache.identity import digest_of
 from coldstill.cache.objects import open_objects

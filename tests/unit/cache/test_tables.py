@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+
 from coldstill.cache.errors import CorruptError
 from coldstill.cache.local_objects import LocalObjects
 from coldstill.cache.tables import fold, parquet_table, parse_table, read_folder, write_table

@@ -1,6 +1,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from coldstill.cache.arrays import read_column
 from coldstill.cache.identity import row_id, shard_id
 from coldstill.cache.manifest import Manifest

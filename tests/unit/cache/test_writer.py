@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from coldstill.cache.arrays import read_column
 from coldstill.cache.columns import Column
 from coldstill.cache.local_objects import PARTIAL_FOLDER, LocalObjects

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from coldstill.pipeline.models import output_head
 from torch import Tensor
+
+from coldstill.pipeline.models import output_head
 
 # Of a row [V], k and temperatures, with the number of draws: uniforms, and the probability of each one's draw.
 Cells = Callable[..., tuple[Tensor, Tensor]]

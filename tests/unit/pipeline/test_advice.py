@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from coldstill.pipeline.judging.suggestions import Advice, Measured, Settings, advise_next, as_override
 
 DEPTH = Settings(cut="depth", alpha=0.5, gamma=0.05, hidden="mse", num_epochs=3.0)

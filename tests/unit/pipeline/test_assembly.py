@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from live_pair import CPU, LAYER_MAP, arguments, distiller_of, ids_of, rows
+from torch import nn
+from transformers import default_data_collator
+
 from coldstill.cache.errors import ColdstillError
 from coldstill.pipeline.models.layer_map import create_layer_map
 from coldstill.pipeline.models.projectors import create_projectors
@@ -14,9 +18,6 @@ from coldstill.pipeline.runtime.errors import DataError, ModelError, NonFiniteEr
 from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.distiller import Distiller
 from coldstill.pipeline.stage_two.live_targets import LiveTargets
-from live_pair import CPU, LAYER_MAP, arguments, distiller_of, ids_of, rows
-from torch import nn
-from transformers import default_data_collator
 
 
 @pytest.mark.parametrize(

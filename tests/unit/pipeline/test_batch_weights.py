@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from live_pair import CPU, arguments, ids_of
+from tiny import NARROW
+
 from coldstill.pipeline.runtime.errors import DataError
 from coldstill.pipeline.stage_two.batches import complete_batch
 from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
-from live_pair import CPU, arguments, ids_of
-from tiny import NARROW
 
 IDS = torch.tensor([[5, 6, 7, 8], [5, 9, 9, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])

@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+
 from coldstill.pipeline.models import take_apart
 from coldstill.pipeline.runtime.errors import NonFiniteError
 from coldstill.pipeline.stage_one.capture import capture

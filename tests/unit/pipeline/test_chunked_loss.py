@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from coldstill.pipeline.losses.chunked_loss import chunked_loss
 from coldstill.pipeline.models.output_head import OutputHead
-from torch import Tensor
 
 N, D, V = 13, 8, 30
 WEIGHTS = torch.tensor([0.7, 0.2])

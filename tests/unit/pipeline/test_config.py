@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from coldstill.pipeline.recipe.file import dump_recipe, load_recipe, parse_recipe
 from coldstill.pipeline.recipe.yaml_text import parse_yaml
 from coldstill.pipeline.runtime.errors import RecipeError

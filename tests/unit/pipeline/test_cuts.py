@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from hooks import has_hooks
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from versions import since
+
 from coldstill.pipeline.models import find_parts, load_model, take_apart
 from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.students.cut_check import check_cut
 from coldstill.pipeline.students.depth import block_importances, cut_blocks
 from coldstill.pipeline.students.layer_patterns import cut_patterns
-from hooks import has_hooks
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from versions import since
 
 CUTS = ([1, 3], [0, 1])
 SMALL = {"num_hidden_layers": 6, "vocab_size": 96}

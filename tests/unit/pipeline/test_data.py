@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
 from coldstill.cache.spans import Span
 from coldstill.pipeline.recipe.sections import DataConfig
 from coldstill.pipeline.rows.building import Rows, build_rows, tokenizer_digest
 from coldstill.pipeline.rows.builtin_corpus import documents
 from coldstill.pipeline.runtime.errors import DataError
 from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, StoredRow
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 
 def data_config(train: dict[str, Any], held_out: dict[str, Any], **changes: Any) -> DataConfig:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from coldstill.pipeline.models import take_apart
 from coldstill.pipeline.models.forward import mean_loss
 from coldstill.pipeline.recipe.student import (
@@ -16,7 +18,6 @@ from coldstill.pipeline.students import making
 from coldstill.pipeline.students.designs import block_positions, design_student
 from coldstill.pipeline.students.making import kept_blocks_before_measuring, num_student_blocks
 from coldstill.pipeline.students.pruning_report import JudgedRows
-from transformers import AutoModelForCausalLM
 
 ROWS = [torch.randint(1, 64, (40,), generator=torch.Generator().manual_seed(row)) for row in range(8)]
 

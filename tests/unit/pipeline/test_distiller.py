@@ -5,6 +5,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from live_pair import LAYER_MAP
+from torch import Tensor
+
 from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models.labels import IGNORED, counts_of, weights_of
 from coldstill.pipeline.models.output_head import OutputHead
@@ -14,8 +17,6 @@ from coldstill.pipeline.runtime.errors import DataError, TargetError
 from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.forms import FINAL, FinalForm, HiddenForm
-from live_pair import LAYER_MAP
-from torch import Tensor
 
 B, T, V, TEACHER_WIDTH = 3, 10, 384, 32
 ALL = {"alpha": 0.5, "beta": 0.4, "gamma": 0.2, "delta": 0.1}

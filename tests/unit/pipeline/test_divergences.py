@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from coldstill.pipeline.losses.divergences import DIVERGENCES, Divergence, Events
-from coldstill.pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, SampledTail
-from coldstill.pipeline.models.output_head import OutputHead
-from coldstill.pipeline.targets.tail_sampling import draw_tail
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from student_events import events_of
 from torch import Tensor
+
+from coldstill.pipeline.losses.divergences import DIVERGENCES, Divergence, Events
+from coldstill.pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, SampledTail
+from coldstill.pipeline.models.output_head import OutputHead
+from coldstill.pipeline.targets.tail_sampling import draw_tail
 
 N, V, K, M = 5, 40, 4, 6
 ALL = slice(0, None)

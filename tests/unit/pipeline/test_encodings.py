@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from coldstill.pipeline.targets.encodings import StateForm, decode_state, encode_state, ordinary_positions, state_column
 from coldstill.pipeline.targets.transform_coding import fit_code
 

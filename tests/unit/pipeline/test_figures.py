@@ -5,6 +5,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
+
 from coldstill.pipeline.figures.curves import curve_figure
 from coldstill.pipeline.figures.dots import DotRow, dots_figure
 from coldstill.pipeline.figures.layers import layer_map_figure

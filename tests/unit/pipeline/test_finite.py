@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from coldstill.pipeline.models.finite import all_finite, first_non_finite
 
 BROKEN = [float("nan"), float("inf"), float("-inf")]

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from coldstill.pipeline.losses.block_losses import MappedStates, block_losses
 from coldstill.pipeline.losses.dynamics import Dynamics
 from coldstill.pipeline.losses.hidden import Hidden
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.forms import HiddenForm
-from torch import Tensor, nn
 
 B, T, WIDTH, TEACHER_WIDTH = 2, 5, 4, 6
 LAYER_MAP = {0: 1, 2: 4, 3: 5}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
 from coldstill.cache.identity import fingerprint
 from coldstill.pipeline.models.identity import teacher_identity, weights_digest
 from coldstill.pipeline.runtime.errors import ModelError
-from safetensors.numpy import save_file
 
 CONFIG = {"hidden_size": 64, "num_hidden_layers": 4, "rope": {"theta": 1e4}}
 TENSORS = {

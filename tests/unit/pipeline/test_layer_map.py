@@ -1,4 +1,5 @@
 import pytest
+
 from coldstill.pipeline.models.layer_map import create_layer_map, spread_pairs
 from coldstill.pipeline.runtime.errors import RecipeError
 

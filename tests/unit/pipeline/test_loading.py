@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from coldstill.pipeline.models import load_config, load_model, take_apart
-from coldstill.pipeline.runtime.errors import ModelError
-from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
@@ -21,6 +18,10 @@ from transformers import (
     PreTrainedModel,
     ViTForImageClassification,
 )
+
+from coldstill.pipeline.models import load_config, load_model, take_apart
+from coldstill.pipeline.runtime.errors import ModelError
+from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 BART = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in (("layers", 2), ("ffn_dim", 48))}

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from student_events import events_of
+from torch import Tensor
+
 from coldstill.pipeline.losses.divergences import Events
 from coldstill.pipeline.losses.logits_targets import FullDistribution
 from coldstill.pipeline.models.output_head import OutputHead
@@ -20,8 +23,6 @@ from coldstill.pipeline.targets.forms import (
 from coldstill.pipeline.targets.tail_sampling import draw_tail
 from coldstill.pipeline.targets.token_encodings import encode_tail, encode_topk, tail_column, topk_column
 from coldstill.pipeline.targets.transform_coding import fit_code, logit_correction
-from student_events import events_of
-from torch import Tensor
 
 B, T, D, V, K, M = 2, 6, 8, 40, 4, 5
 TEMPERATURE = 2.0

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from student_events import events_of
+from torch import Tensor
+
 from coldstill.pipeline.losses.divergences import Divergence
 from coldstill.pipeline.losses.logits_targets import BucketedTopk
 from coldstill.pipeline.losses.state_losses import HIDDEN_LOSSES, hidden_mse, hidden_normalised_mse
 from coldstill.pipeline.losses.task import cross_entropy
-from student_events import events_of
-from torch import Tensor
 
 N, V, D = 5, 24, 7
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hooks import has_hooks
+
 from coldstill.pipeline.models import (
     check_vocabularies,
     load_config,
@@ -17,7 +19,6 @@ from coldstill.pipeline.models.forward import block_outputs
 from coldstill.pipeline.recipe.student import PruneLayersConfig
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.students.depth import block_importances, check_prune, choose_kept_blocks
-from hooks import has_hooks
 
 ARCHITECTURES = {
     "llama": ("model.layers", "LlamaRMSNorm", {}),

@@ -4,6 +4,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+
 from coldstill.pipeline.losses.divergences import Divergence
 from coldstill.pipeline.losses.dynamics import Dynamics
 from coldstill.pipeline.losses.hidden import Hidden

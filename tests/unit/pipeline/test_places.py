@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from coldstill.pipeline.outputs.places import check_places, check_writable
 from coldstill.pipeline.recipe.file import parse_recipe
 from coldstill.pipeline.recipe.sections import Recipe

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
+from typer.testing import Result
+
 from coldstill.pipeline.models import rope_switches, take_apart
 from coldstill.pipeline.models.forward import mean_loss, padded_batches
 from coldstill.pipeline.models.student_forward import StudentForward
 from coldstill.pipeline.stage_one.capture import capture
 from coldstill.pipeline.students.depth import block_importances
 from coldstill.pipeline.targets.captured import CaptureRequest
-from transformers import PreTrainedModel
-from typer.testing import Result
 
 SWITCH = 12
 LONGROPE = {

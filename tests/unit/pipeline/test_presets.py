@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from coldstill.pipeline.recipe.file import dump_recipe, load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import RecipeError

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import nn
+
 from coldstill.pipeline.models.projectors import LearnableProjector, create_projectors
 from coldstill.pipeline.runtime.errors import RecipeError
-from torch import nn
 
 
 def test_equal_widths_need_no_projector_and_different_ones_get_a_linear_one():

@@ -5,6 +5,7 @@ import random
 from statistics import stdev
 
 import pytest
+
 from coldstill.pipeline.judging.qualities import (
     HIGHER_IS_BETTER,
     Quality,

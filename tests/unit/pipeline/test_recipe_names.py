@@ -3,6 +3,7 @@
 from typing import get_args
 
 import pytest
+
 from coldstill.pipeline.losses.divergences import DIVERGENCES, Divergence
 from coldstill.pipeline.losses.objective import TERMS
 from coldstill.pipeline.losses.schedules import SHAPES

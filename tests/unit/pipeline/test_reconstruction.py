@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hooks import has_hooks
+
 from coldstill.pipeline.models import take_apart
 from coldstill.pipeline.models.forward import block_outputs, mean_loss, padded_batches
 from coldstill.pipeline.recipe.student import PruneConfig, PruneHiddenConfig, PruneLayersConfig, PruneMlpConfig
@@ -14,7 +16,6 @@ from coldstill.pipeline.students.making import make_student
 from coldstill.pipeline.students.pruning_report import JudgedRows
 from coldstill.pipeline.students.reconstruction import reconstruct, why_no_reconstruction
 from coldstill.pipeline.students.width import channel_importances, most_important, narrow_mlps, narrow_stream
-from hooks import has_hooks
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
 ROWS = [torch.randint(1, 384, (40,), generator=torch.Generator().manual_seed(row)) for row in range(24)]

@@ -5,6 +5,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from coldstill.pipeline.outputs.retention import (
     average_covariance,
     covariance_of_means,
@@ -12,8 +15,6 @@ from coldstill.pipeline.outputs.retention import (
     independent,
     retention,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 scores = st.floats(0.05, 1.0)
 questions = st.integers(2, 40).flatmap(

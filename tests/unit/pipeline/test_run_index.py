@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from coldstill.cache.identity import digest_of
 from coldstill.pipeline.outputs.run_index import rows_key
 from coldstill.pipeline.recipe.file import parse_recipe

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from coldstill.pipeline.losses.schedules import Schedule
 
 

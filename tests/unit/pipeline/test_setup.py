@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import typer
+
 from coldstill.pipeline.runtime.endings import one_line_errors
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.stage_two.setup import as_error_of_train

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from coldstill.pipeline.judging.similarity_measures import cka_matrix, cosine_matrix, mean_cosine
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from coldstill.pipeline.recipe.sections import SourceConfig
 from coldstill.pipeline.rows.sources import Document, load_documents
 from coldstill.pipeline.runtime.errors import DataError

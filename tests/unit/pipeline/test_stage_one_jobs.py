@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from coldstill.cache.arrays import read_column
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.errors import FormatError

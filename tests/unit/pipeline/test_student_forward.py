@@ -4,12 +4,13 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
 from coldstill.pipeline.losses.chunked_loss import chunked_loss
 from coldstill.pipeline.models import find_structure, head_problem
 from coldstill.pipeline.models.output_head import OutputHead, PlainLogits
 from coldstill.pipeline.models.student_forward import StudentForward
-from torch import nn
-from transformers import LlamaForCausalLM
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from forked import Forks
+from rich.console import Console
+
 from coldstill.cache.errors import InUseError
 from coldstill.cache.processes import is_dead
 from coldstill.pipeline.ablate import ablate
@@ -22,8 +25,6 @@ from coldstill.pipeline.sweeps.keys import canonical, sweep_key
 from coldstill.pipeline.sweeps.processes import Outcome, run_command
 from coldstill.pipeline.sweeps.results import before_training, is_sweep, output_of, read_sweep, spread_of
 from coldstill.pipeline.sweeps.state import SweepState, hold_sweep
-from forked import Forks
-from rich.console import Console
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 BASE = {

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from coldstill.pipeline.targets.tail_sampling import draw_tail
 from torch import Tensor
+
+from coldstill.pipeline.targets.tail_sampling import draw_tail
 
 V, K, M = 40, 4, 6
 TEMPERATURES = (1.0, 2.0, 4.0)

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from coldstill.cache.errors import FormatError
 from coldstill.pipeline.targets.chosen_tokens import LargestLogits, TailDraws
 from coldstill.pipeline.targets.encodings import StateForm

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from coldstill.pipeline.targets.teacher_logits import largest_logits, logsumexp_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from coldstill.pipeline.targets.teacher_logits import largest_logits, logsumexp_at
 
 
 def random(*shape: int, seed: int = 0, scale: float = 4.0) -> Tensor:

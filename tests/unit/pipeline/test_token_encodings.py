@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from coldstill.pipeline.targets.token_encodings import (
     decode_tail,
     decode_topk,

@@ -3,9 +3,10 @@
 import dataclasses
 
 import pytest
-from coldstill.pipeline.recipe.training_keys import OWNED_KEYS, check_training_keys
 from transformers import TrainingArguments
 from versions import since
+
+from coldstill.pipeline.recipe.training_keys import OWNED_KEYS, check_training_keys
 
 WRONG = [
     ({"per_device_train_batch_size": 0}, "train.per_device_train_batch_size must be at least 1, got 0"),

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.targets.transform_coding import (
     DigitClass,
@@ -17,9 +21,6 @@ from coldstill.pipeline.targets.transform_coding import (
     fit_code,
     logit_correction,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 N, D, V = 300, 24, 40
 # From a hundredth of a step to a hundred: coefficients of every class.

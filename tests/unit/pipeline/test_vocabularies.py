@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coldstill.pipeline.models import check_tokenizers
-from coldstill.pipeline.runtime.errors import ModelError
 from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from coldstill.pipeline.models import check_tokenizers
+from coldstill.pipeline.runtime.errors import ModelError
 
 
 def saved(tokenizer: Any, folder: Path) -> Path:

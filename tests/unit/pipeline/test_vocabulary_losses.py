@@ -5,6 +5,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from coldstill.pipeline.losses.divergences import Divergence
 from coldstill.pipeline.losses.logits import Logits
 from coldstill.pipeline.losses.logits_statistics import LogitsStatistics, Sought, logits_statistics
@@ -14,9 +18,6 @@ from coldstill.pipeline.losses.task import Task
 from coldstill.pipeline.losses.term import Predictions
 from coldstill.pipeline.losses.vocabulary_losses import chunk_losses, vocabulary_loss
 from coldstill.pipeline.models.output_head import OutputHead, PlainLogits
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 C, V, K = 9, 50, 6
 TEMPERATURES = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]

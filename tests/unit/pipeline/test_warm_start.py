@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from coldstill.pipeline.losses.hidden import Hidden
 from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.models.projectors import create_projectors
@@ -10,7 +12,6 @@ from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from coldstill.pipeline.stage_two.warm_start import fit_projectors
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.forms import HiddenForm
-from torch import Tensor
 
 LAYER_MAP = {1: 2, 3: 5}
 TEACHER_WIDTH = 40

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from coldstill.cache.processes import process_token
 from coldstill.pipeline.runtime.whole import sweep_siblings, whole_folder, write_whole
 

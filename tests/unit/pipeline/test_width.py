@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hooks import has_hooks
+from transformers import AutoModelForCausalLM
+
 from coldstill.pipeline.models import take_apart
 from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.students.axes import parameter_axes
@@ -14,8 +17,6 @@ from coldstill.pipeline.students.width import (
     neuron_importances,
     neurons_kept,
 )
-from hooks import has_hooks
-from transformers import AutoModelForCausalLM
 
 LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3"]
 ROWS = [torch.randint(1, 384, (length,), generator=torch.Generator().manual_seed(length)) for length in (24, 17, 30)]

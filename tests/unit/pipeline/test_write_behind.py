@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.local_objects import LocalObjects
 from coldstill.cache.manifest import Manifest

@@ -1,6 +1,7 @@
 """YAML in which nothing that was written is lost: keys given twice, and merges that replace what was said."""
 
 import pytest
+
 from coldstill.pipeline.recipe.yaml_text import parse_yaml
 from coldstill.pipeline.runtime.errors import RecipeError
 

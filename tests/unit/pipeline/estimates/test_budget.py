@@ -1,6 +1,7 @@
 """Which targets fit a number of bytes: the most faithful first, and what sizes people write."""
 
 import pytest
+
 from coldstill.pipeline.estimates.budget import HiddenOption, LogitsOption, Proposal, parse_bytes, proposals
 
 EXACT = LogitsOption("targets.logits.kind=final", 200.0, 0.9999)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from coldstill.pipeline.judging.results import (
     Retention,
     describe_results,

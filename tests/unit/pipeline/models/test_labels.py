@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from coldstill.pipeline.models.labels import IGNORED, counts_of, labels_of, next_tokens
 from coldstill.pipeline.runtime.errors import DataError
 

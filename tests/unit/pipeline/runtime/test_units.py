@@ -1,6 +1,7 @@
 """Bytes and seconds as a person reads them."""
 
 import pytest
+
 from coldstill.pipeline.runtime.units import format_duration, format_size
 
 

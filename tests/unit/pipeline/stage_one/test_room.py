@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from coldstill.cache.errors import NoRoomError
 from coldstill.cache.local_objects import LocalObjects
 from coldstill.cache.manifest import Manifest

@@ -1,6 +1,7 @@
 """The share of one process in the shards of all: disjoint, complete, and read as people and launchers write it."""
 
 import pytest
+
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_one.workers import (
     Share,

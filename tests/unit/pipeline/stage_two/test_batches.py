@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from coldstill.cache.reader import RowArrays
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.file import load_recipe

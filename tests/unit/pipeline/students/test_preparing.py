@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from coldstill.cache.errors import CorruptError
 from coldstill.cache.kept_folders import CHECKSUMS
 from coldstill.pipeline.models.teacher import Teacher

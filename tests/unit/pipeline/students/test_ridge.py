@@ -1,6 +1,7 @@
 """Least squares with a prior: what the data say where they say something, what was there where they do not."""
 
 import torch
+
 from coldstill.pipeline.students.ridge import solve_towards
 
 GENERATOR = torch.Generator().manual_seed(0)
