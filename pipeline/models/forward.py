@@ -9,6 +9,7 @@ Shapes: B rows, T positions, D width.
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -22,8 +23,28 @@ from coldstill.pipeline.models.labels import IGNORED
 BATCH_ROWS = 4
 
 
-# Where the residual stream can be caught: behind a decoder block, by the block's number.
-Place = int
+@dataclass(frozen=True)
+class InputOf:
+    """The place in front of a decoder block, where its input is caught; sorted before the place behind it.
+
+    Attributes:
+        block: The block's number.
+    """
+
+    block: int
+
+    def __lt__(self, other: "Place") -> bool:
+        return self.block < other.block if isinstance(other, InputOf) else self.block <= other
+
+    def __gt__(self, other: "Place") -> bool:
+        return not self < other and self != other
+
+    def __str__(self) -> str:
+        return f"{self.block}'s input"
+
+
+# Where the residual stream can be caught: behind a decoder block, by the block's number, or in front of one.
+Place = int | InputOf
 AnyPlace = TypeVar("AnyPlace", bound=Place)
 
 
@@ -33,10 +54,15 @@ def block_outputs(blocks: nn.ModuleList, wanted: Sequence[AnyPlace]) -> Iterator
     outputs: dict[AnyPlace, Tensor] = {}
 
     def keep(place: AnyPlace) -> torch.utils.hooks.RemovableHandle:
-        def hook(_module: nn.Module, _args: object, output: object) -> None:
+        def behind(_module: nn.Module, _args: object, output: object) -> None:
             outputs[place] = block_output(output)
 
-        return blocks[place].register_forward_hook(hook)
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            outputs[place] = block_input(args, kwargs)
+
+        if isinstance(place, InputOf):
+            return blocks[place.block].register_forward_pre_hook(before, with_kwargs=True)
+        return blocks[place].register_forward_hook(behind)
 
     handles = [keep(place) for place in wanted]
     try:

@@ -140,11 +140,12 @@ class HiddenTargetConfig(Section):
     encoding: HiddenEncoding = "int8"
     step: Nameable = 0.2
     token_fraction: Annotated[Nameable, Field(le=1)] = 1.0
+    inputs: list[BlockIndex] = later([])
 
     @property
     def named_blocks(self) -> dict[str, list[int]]:
         """The blocks that the section names by number, by key."""
-        return {"blocks": self.blocks} if isinstance(self.blocks, list) else {}
+        return {"inputs": self.inputs, **({"blocks": self.blocks} if isinstance(self.blocks, list) else {})}
 
 
 class TargetsConfig(Section):

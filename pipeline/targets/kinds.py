@@ -6,12 +6,21 @@ from coldstill.cache.errors import FormatError
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import CONSTANTS
 from coldstill.pipeline.targets.chosen_tokens import LargestLogits, TailDraws
-from coldstill.pipeline.targets.states import BlockOutput, FinalState
+from coldstill.pipeline.targets.states import BlockInput, BlockOutput, FinalState
 from coldstill.pipeline.targets.target import Target, TeacherTarget
 from coldstill.pipeline.targets.token_logits import LabelLogit, Normaliser
 from coldstill.pipeline.targets.tokens import Tokens
 
-KINDS: tuple[type[Target], ...] = (Tokens, LabelLogit, LargestLogits, Normaliser, TailDraws, FinalState, BlockOutput)
+KINDS: tuple[type[Target], ...] = (
+    Tokens,
+    LabelLogit,
+    LargestLogits,
+    Normaliser,
+    TailDraws,
+    FinalState,
+    BlockOutput,
+    BlockInput,
+)
 
 
 def parse_target(name: str) -> Target:

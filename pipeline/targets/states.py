@@ -6,12 +6,14 @@ Shapes: N positions of some rows, P of these that are stored, D width.
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from coldstill.cache.columns import Column
 from coldstill.pipeline.losses.logits_targets import FullDistribution
+from coldstill.pipeline.models.forward import InputOf, Place
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.models.sizes import ModelSizes
 from coldstill.pipeline.targets.calibrations import CALIBRATION, code_digest
@@ -184,41 +186,43 @@ class FinalState(_States):
 
 
 @dataclass(frozen=True)
-class BlockOutput(_States):
-    """The output of a decoder block.
+class _BlockStates(_States):
+    """The residual stream beside a decoder block.
 
     Attributes:
-        block: Its 0-based number.
+        block: The block's 0-based number.
     """
 
     block: int
 
     measure = SHARE
+    _prefix: ClassVar[str]
 
     @property
     def _place(self) -> str:
-        return f"{_HIDDEN}{self.block}"
+        return f"{self._prefix}{self.block}"
 
     @classmethod
-    def parse(cls, name: str) -> "BlockOutput | None":
+    def parse(cls, name: str) -> Self | None:
         """Read the column's name."""
-        if not name.startswith(_HIDDEN):
+        if not name.startswith(cls._prefix):
             return None
-        block, form = name.removeprefix(_HIDDEN).split("/")
+        block, form = name.removeprefix(cls._prefix).split("/")
         return cls(StateForm.parse(form), int(block))
 
-    def name_of_several(self, count: int) -> str:
-        """Name the columns of so many blocks together, of which nobody knows yet which they are."""
-        return f"{_HIDDEN}({count} blocks)/{self.form}"
+    @property
+    @abstractmethod
+    def _where(self) -> Place:
+        """The place in the teacher."""
 
     @property
     def needs(self) -> CaptureRequest:
-        """The block's output."""
-        return CaptureRequest(blocks=(self.block,))
+        """The stream at its place."""
+        return CaptureRequest(blocks=(self._where,))
 
     def live_values(self, captured: Captured) -> Tensor:
-        """Return the block's outputs, [N, D]."""
-        return captured.hidden_ND[self.block]
+        """Return the states, [N, D]."""
+        return captured.hidden_ND[self._where]
 
     def fit_code(self, states_ND: Tensor, head: OutputHead) -> TransformCode:  # noqa: ARG002
         """Fit its code in units of the states' spread: attention sinks set none of it."""
@@ -235,3 +239,29 @@ class BlockOutput(_States):
     def _errors(self, decoded_PD: Tensor, live_PD: Live, by: Comparison) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         alone_PD, together_PD = (values.float() for values in live_PD)
         return variance_share(decoded_PD, alone_PD), variance_share(together_PD, alone_PD)
+
+
+@dataclass(frozen=True)
+class BlockOutput(_BlockStates):
+    """The output of a decoder block."""
+
+    _prefix = _HIDDEN
+
+    def name_of_several(self, count: int) -> str:
+        """Name the columns of so many blocks together, of which nobody knows yet which they are."""
+        return f"{_HIDDEN}({count} blocks)/{self.form}"
+
+    @property
+    def _where(self) -> Place:
+        return self.block
+
+
+@dataclass(frozen=True)
+class BlockInput(_BlockStates):
+    """The input of a decoder block: of most, the output of the one before; of the first, the embeddings."""
+
+    _prefix = "hidden_input/"
+
+    @property
+    def _where(self) -> Place:
+        return InputOf(self.block)

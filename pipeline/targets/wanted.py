@@ -8,7 +8,7 @@ from coldstill.pipeline.recipe.sections import HiddenTargetConfig, TargetsConfig
 from coldstill.pipeline.targets.encodings import CODED, StateForm
 from coldstill.pipeline.targets.forms import FinalForm, LogitsForm
 from coldstill.pipeline.targets.logits_kinds import logits_targets
-from coldstill.pipeline.targets.states import BlockOutput, FinalState
+from coldstill.pipeline.targets.states import BlockInput, BlockOutput, FinalState
 from coldstill.pipeline.targets.stored_constants import StoredConstants
 from coldstill.pipeline.targets.target import Target, TeacherTarget
 from coldstill.pipeline.targets.token_logits import LabelLogit, Normaliser
@@ -34,16 +34,18 @@ class WantedTargets:
     Attributes:
         distribution: What its kind of logits target keeps.
         hidden: The output of each mapped teacher block.
+        inputs: The inputs of the blocks that the recipe names for it.
         judging: What evaluation reads; empty but for eval rows.
     """
 
     distribution: Sequence[TeacherTarget]
     hidden: dict[int, BlockOutput]
+    inputs: Sequence[BlockInput]
     judging: Sequence[TeacherTarget]
 
     def all(self) -> list[Target]:
         """Return every target once, in the order in which they are written."""
-        return list(dict.fromkeys([Tokens(), *self.distribution, *self.hidden.values(), *self.judging]))
+        return list(dict.fromkeys([Tokens(), *self.distribution, *self.hidden.values(), *self.inputs, *self.judging]))
 
     def names(self) -> list[str]:
         """Name every column, in that order."""
@@ -65,6 +67,7 @@ def wanted_targets(
     return WantedTargets(
         distribution=logits_targets(targets.logits).stored(manifest, shards),
         hidden={block: block_output(targets.hidden, block) for block in sorted(set(blocks))},
+        inputs=[BlockInput(block_output(targets.hidden, block).form, block) for block in targets.hidden.inputs],
         judging=[EVAL_LABEL, EVAL_NORMALISER, EVAL_STATE] if split == "eval" else [],
     )
 

@@ -9,7 +9,7 @@ from coldstill.cache.errors import FormatError
 from coldstill.pipeline.targets.chosen_tokens import LargestLogits, TailDraws
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.kinds import KINDS, parse_target
-from coldstill.pipeline.targets.states import BlockOutput, FinalState
+from coldstill.pipeline.targets.states import BlockInput, BlockOutput, FinalState
 from coldstill.pipeline.targets.token_logits import LabelLogit, Normaliser
 from coldstill.pipeline.targets.tokens import Tokens
 
@@ -27,6 +27,7 @@ TARGETS = {
     "logits/final/coded_0.03": FinalState(StateForm("coded", 0.03)),
     "hidden/12/int8": BlockOutput(StateForm("int8"), 12),
     "hidden/0/coded_0.2_sampled_0.5": BlockOutput(StateForm("coded", 0.2, 0.5), 0),
+    "hidden_input/12/int8": BlockInput(StateForm("int8"), 12),
 }
 
 
@@ -62,7 +63,7 @@ def test_a_name_of_no_known_kind_is_an_error_and_no_guess(name: str):
         parse_target(name)
 
 
-BEGINNINGS = ("hidden/", "logits/", "logsumexp/", "calibration/", "label_logit")
+BEGINNINGS = ("hidden/", "hidden_input/", "logits/", "logsumexp/", "calibration/", "label_logit")
 
 
 def strings_of(file: Path) -> list[str]:
