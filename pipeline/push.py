@@ -3,11 +3,16 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import (  # type: ignore[attr-defined] # HTTPError is of httpx, or of httpx2 in version 2
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+)
 
 from coldstill.cache.errors import StoreNotFoundError
 from coldstill.pipeline.outputs.run_index import STUDENT
@@ -86,7 +91,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
         raise RecipeError(f"--push {repo}: {_one_line(error)}") from None
     except OfflineModeIsEnabled:
         raise HubError("HF_HUB_OFFLINE is set: unset it to push") from None
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
         cause = error.__cause__ or error  # what is said of one file's upload hides what the hub answered
         answer = cause if isinstance(cause, HfHubHTTPError) else error
         if isinstance(answer, HfHubHTTPError):
@@ -101,9 +106,9 @@ def _hub() -> str:
 def _refusal(error: HfHubHTTPError, repo: str) -> str:
     """Say what an answer of the hub means."""
     status, said = error.response.status_code, error.server_message or error.response.reason_phrase
-    if status == httpx.codes.UNAUTHORIZED:
+    if status == HTTPStatus.UNAUTHORIZED:
         return f"the hub does not know the token (401: {_one_line(said)}); {_LOGIN}"
-    if status == httpx.codes.FORBIDDEN:
+    if status == HTTPStatus.FORBIDDEN:
         return (
             f"the token may not write to {repo} (403: {_one_line(said)}); use one with write access, or a name of yours"
         )
