@@ -25,7 +25,7 @@ from coldstill.pipeline.sweeps.state import SweepState, hold_sweep
 from forked import Forks
 from rich.console import Console
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS = Path(__file__).parents[4] / "configs"
 BASE = {
     "output": "ignored",
     "teacher": {"path": "models/teacher"},
