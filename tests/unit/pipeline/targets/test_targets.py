@@ -13,7 +13,7 @@ from coldstill.pipeline.targets.states import BlockInput, BlockOutput, FinalStat
 from coldstill.pipeline.targets.token_logits import LabelLogit, Normaliser
 from coldstill.pipeline.targets.tokens import Tokens
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 TARGETS = {
     "tokens": Tokens(),

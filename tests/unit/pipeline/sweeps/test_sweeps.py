@@ -26,7 +26,7 @@ from coldstill.pipeline.sweeps.processes import Outcome, run_command
 from coldstill.pipeline.sweeps.results import before_training, is_sweep, output_of, read_sweep, spread_of
 from coldstill.pipeline.sweeps.state import SweepState, hold_sweep
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS = Path(__file__).parents[4] / "configs"
 BASE = {
     "output": "ignored",
     "teacher": {"path": "models/teacher"},

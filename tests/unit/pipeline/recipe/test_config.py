@@ -12,7 +12,7 @@ from coldstill.pipeline.recipe.file import dump_recipe, load_recipe, parse_recip
 from coldstill.pipeline.recipe.yaml_text import parse_yaml
 from coldstill.pipeline.runtime.errors import RecipeError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
 

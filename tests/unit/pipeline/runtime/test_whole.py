@@ -174,7 +174,7 @@ def test_a_process_that_is_killed_while_it_fills_a_folder_leaves_what_was_there_
     folder = tmp_path / "student"
     with whole_folder(folder) as partial:
         (partial / "old").write_text("old")
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[4]
     done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], cwd=root, check=False)
     assert done.returncode == -9
     assert names(folder) == ["old"]
