@@ -17,6 +17,7 @@ Without --teacher, or the variable SMOLLM2, the teacher of `coldstill demo` stan
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -63,12 +64,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="passes of each arm that count; one more comes before")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--kind", default="final", choices=("final", "topk"), help="targets.logits.kind")
-    parser.add_argument("--quick", action="store_true", help="two rounds over 16 rows")
+    parser.add_argument("--quick", action="store_true", help="two rounds over 8 rows")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.rows = 2, 16
+        options.rounds, options.rows = 2, 8
     return options
 
 
@@ -126,11 +127,14 @@ def bare(recipe: Any, *, with_logits: bool) -> Any:
 def precomputed(recipe: Any) -> Any:
     import coldstill.cache.rows
     from coldstill.pipeline.precompute import precompute
+    from coldstill.pipeline.prune import prune
 
     coldstill.cache.rows.SHARD_TOKENS = SHARD_TOKENS
+    prune(recipe)  # once, and not in every round, where it would only take long
 
     def run() -> float:
         with tempfile.TemporaryDirectory(dir=Path(recipe.output).parent) as folder:
+            shutil.copytree(Path(recipe.cache) / "students", Path(folder) / "students")
             summary = precompute(recipe.model_copy(update={"cache": folder}), show_progress=False)
             return summary.computed_tokens / summary.seconds
 
