@@ -64,12 +64,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="passes of each arm that count; one more comes before")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--kind", default="final", choices=("final", "topk"), help="targets.logits.kind")
-    parser.add_argument("--quick", action="store_true", help="two rounds over 8 rows")
+    parser.add_argument("--quick", action="store_true", help="two rounds over 4 rows")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.rows = 2, 8
+        options.rounds, options.rows = 2, 4
     return options
 
 
@@ -82,6 +82,7 @@ def write_recipe(options: argparse.Namespace) -> Path:
     recipe["teacher"]["batch_size"] = 4
     # The last blocks are cut: choosing them by importance would be the teacher's work too.
     recipe["student"]["prune"]["layers"]["method"] = "last"
+    recipe["student"]["prune"]["calibration_rows"] = 1
     recipe["mapping"]["strategy"] = "uniform"
     recipe["targets"]["logits"] = {"kind": options.kind}
     path = options.workdir / "recipe.yaml"
