@@ -37,8 +37,8 @@ def test_every_term_has_a_weight_of_its_own_which_may_have_a_schedule():
 
 
 def test_terms_learn_from_the_sections_of_the_targets():
-    # Beside them the section says where the teacher speaks from.
-    assert set(get_args(TargetName)) == TargetsConfig.model_fields.keys() - {"source"}
+    sections = TargetsConfig.model_fields.keys() - {"source"}  # which says where they come from
+    assert set(get_args(TargetName)) == sections
 
 
 def test_divergences_and_hidden_losses_are_those_of_the_recipe():
