@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +12,14 @@ import typer
 from coldstill.pipeline.runtime.endings import one_line_errors
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.interruptions import signals_wait, what_stays
+
+
+@pytest.fixture(autouse=True)
+def signals_that_are_handled() -> Iterator[None]:
+    """What a shell starts in the background ignores Ctrl-C, and so would these tests: here it is handled as usual."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def said_by(work: Callable[[], None], capsys: pytest.CaptureFixture[str], *, exit_code: int) -> str:
