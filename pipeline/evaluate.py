@@ -4,11 +4,11 @@ Where the recipe names tasks the teacher itself is run, once for all recipes.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from coldstill.pipeline.judging.eval_rows import EvalRows, sums_of
-from coldstill.pipeline.judging.qualities import Quality, differences, quality_of
+from coldstill.pipeline.judging.qualities import Domain, Quality, differences, domain_of, quality_of
 from coldstill.pipeline.judging.results import write_evaluation
 from coldstill.pipeline.judging.task_scores import TaskAverage, TaskComparison, compare_on_tasks
 from coldstill.pipeline.judging.tasks import load_tasks
@@ -39,6 +39,7 @@ class Evaluation:
         tasks: The models on each of the recipe's tasks.
         task_average: Over the tasks where a higher value is better; None where there is none.
         missing: Models that were not judged, and why; empty where all were.
+        domains: The same on the rows of each source, by its label, where `data.eval` lists several.
     """
 
     models: dict[str, Quality]
@@ -50,6 +51,7 @@ class Evaluation:
     tasks: dict[str, TaskComparison]
     task_average: TaskAverage | None
     missing: dict[str, str]
+    domains: dict[str, Domain] = field(default_factory=dict)
 
 
 def evaluate(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
@@ -116,6 +118,7 @@ def _evaluate(recipe: Recipe, judged: list[str], *, show_progress: bool) -> Eval
         tasks=compared,
         task_average=average,
         missing={} if untrained is None else {"recovered": untrained},
+        domains={label: domain_of(sums, rows.counts, of_label) for label, of_label in run.domains("eval").items()},
     )
     facts = {"store": run.store.name, "selection": run.selections["eval"].name, "run": claimed_run(recipe)}
     write_evaluation(recipe, asdict(result), facts)

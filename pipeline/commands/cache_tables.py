@@ -75,8 +75,11 @@ def selection_table(store: "StoreSummary") -> Table:
     for heading in ("selection", "rows", "tokens", "source"):
         table.add_column(heading, justify="left" if heading in ("selection", "source") else "right")
     for selection in store.selections:
-        source = ", ".join(str(selection.source[key]) for key in ("path", "name", "split") if selection.source.get(key))
-        table.add_row(selection.name, f"{selection.num_rows:,}", f"{selection.num_tokens:,}", source)
+        sources = selection.source.get("sources", [selection.source])
+        named = "; ".join(
+            ", ".join(str(one[key]) for key in ("path", "name", "split") if one.get(key)) for one in sources
+        )
+        table.add_row(selection.name, f"{selection.num_rows:,}", f"{selection.num_tokens:,}", named)
     return table
 
 

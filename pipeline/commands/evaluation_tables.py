@@ -11,6 +11,7 @@ from coldstill.pipeline.outputs.retention import NO_GAP, NO_GAP_REASON
 
 if TYPE_CHECKING:  # a table does not wait for torch
     from coldstill.pipeline.evaluate import Evaluation
+    from coldstill.pipeline.judging.qualities import Domain
     from coldstill.pipeline.judging.task_scores import TaskAverage, TaskComparison
     from coldstill.pipeline.outputs.retention import Estimate
 
@@ -24,7 +25,9 @@ _MEASURES = {
 
 def print_evaluation(result: "Evaluation") -> None:
     """Print one line a model and measure, and the share of each gap that training closed; then the tasks, if any."""
-    console().print(_held_out_table(result))
+    console().print(_held_out_table(result, "Held-out text"))
+    for label, domain in result.domains.items():
+        console().print(_held_out_table(domain, f"Held-out text of {label}"))
     if result.tasks:
         console().print(task_table(result))
     for line in _notes(result):
@@ -39,8 +42,9 @@ def _notes(result: "Evaluation") -> Iterator[str]:
         *result.tasks.values(),
         *([result.task_average] if result.task_average else []),
     ]
-    shares = [*result.gap_closed.values(), *(comparison.gap_closed for comparison in compared)]
-    if "recovered" in result.models and None in shares:
+    measured = [result.gap_closed, *(domain.gap_closed for domain in result.domains.values())]
+    shares = [share for by_measure in measured for share in by_measure.values()]
+    if "recovered" in result.models and None in [*shares, *(comparison.gap_closed for comparison in compared)]:
         yield NO_GAP_REASON
 
 
@@ -65,8 +69,8 @@ def task_table(result: "Evaluation") -> Table:
     return table
 
 
-def _held_out_table(result: "Evaluation") -> Table:
-    table = Table(title=f"Held-out text, {result.num_tokens:,} tokens", title_justify="left")
+def _held_out_table(result: "Evaluation | Domain", what: str) -> Table:
+    table = Table(title=f"{what}, {result.num_tokens:,} tokens", title_justify="left")
     table.add_column("model")
     for heading in _MEASURES.values():
         table.add_column(heading, justify="right")

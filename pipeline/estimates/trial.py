@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import CONSTANTS
 from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows
 from coldstill.pipeline.precompute import PrecomputeSummary, precompute
+from coldstill.pipeline.recipe.data import SourceConfig
 from coldstill.pipeline.recipe.file import dump_recipe, parse_recipe
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime import program
@@ -108,7 +109,7 @@ def trial_of(recipe: Recipe, *, num_rows: int, show_progress: bool) -> Iterator[
             "local_copy": None,
             "data": {
                 "train": {"max_rows": min(data.train.max_rows or num_rows, max(num_rows, rows_of_steps))},
-                "eval": {"max_rows": min(data.eval.max_rows or _EVAL_ROWS, _EVAL_ROWS)},
+                "eval": _few_rows(data.eval),
             },
             "train": _SHORT_RUN,
         }
@@ -121,6 +122,13 @@ def trial_of(recipe: Recipe, *, num_rows: int, show_progress: bool) -> Iterator[
 def varied(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """Return a recipe with some keys changed, section by section."""
     return parse_recipe(_merged(recipe.model_dump(), changes), name="plan")
+
+
+def _few_rows(source: SourceConfig | Sequence[SourceConfig]) -> Any:
+    """Return what changes a source of eval rows, or the list of them, to few rows of each."""
+    if isinstance(source, SourceConfig):
+        return {"max_rows": min(source.max_rows or _EVAL_ROWS, _EVAL_ROWS)}
+    return [{**one.model_dump(), **_few_rows(one)} for one in source]
 
 
 def _merged(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

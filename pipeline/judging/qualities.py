@@ -56,6 +56,11 @@ class RowSums:
     kl: list[float]
     agreement: list[float]
 
+    def of(self, rows: range) -> "RowSums":
+        """Return those of some rows."""
+        chosen = slice(rows.start, rows.stop)
+        return RowSums(self.loss[chosen], self.kl[chosen], self.agreement[chosen])
+
 
 @dataclass(frozen=True)
 class Differences:
@@ -72,6 +77,36 @@ class Differences:
     gaps: dict[str, Estimate]
     gains: dict[str, Estimate]
     gap_closed: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The models on the eval rows of one of several sources.
+
+    Attributes:
+        models: `teacher`, `pruned` and, once it is trained, `recovered`.
+        gaps: As in `Differences`, and so the next two.
+        gains: By measure.
+        gap_closed: By measure.
+        num_tokens: Positions that counted.
+        num_rows: Its rows.
+    """
+
+    models: dict[str, Quality]
+    gaps: dict[str, Estimate]
+    gains: dict[str, Estimate]
+    gap_closed: dict[str, float | None]
+    num_tokens: int
+    num_rows: int
+
+
+def domain_of(sums: Mapping[str, RowSums], counts: Sequence[int], rows: range) -> Domain:
+    """Compare the models over some of the rows alone."""
+    of_rows = {name: found.of(rows) for name, found in sums.items()}
+    own_counts = counts[rows.start : rows.stop]
+    found = differences(of_rows, own_counts)
+    models = {name: quality_of(own, own_counts) for name, own in of_rows.items()}
+    return Domain(models, found.gaps, found.gains, found.gap_closed, sum(own_counts), len(own_counts))
 
 
 def quality_of(sums: RowSums, counts: Sequence[int]) -> Quality:

@@ -13,6 +13,8 @@ STUDENT = "student"
 # Pruned students are kept beside the stores, each in a folder of this one; the index leads to them by the kind.
 PRUNED_STUDENTS = "students"
 KEPT_FOLDERS = {STUDENT: PRUNED_STUDENTS}
+# In the provenance of a selection whose rows are of several sources: the label of each, and how many rows, in order.
+DOMAINS = "domains"
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,14 @@ class RunRows:
 
     store: Store
     selections: dict[str, Selection]
+
+    def domains(self, split: str) -> dict[str, range]:
+        """Return which rows of a split are of which source, by its label; nothing where there is only one source."""
+        found, first = dict[str, range](), 0
+        for domain in self.selections[split].provenance.get(DOMAINS, []):
+            found[domain["label"]] = range(first, first + domain["num_rows"])
+            first += domain["num_rows"]
+        return found
 
 
 def publish_run_rows(recipe: Recipe, run: RunRows) -> None:

@@ -1,7 +1,7 @@
 """The sections of a run's report that follow its training: the terms of the loss, and what eval rows said meanwhile."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from coldstill.pipeline.figures.curves import Points, curve_figure
 from coldstill.pipeline.figures.sheet import Figure
@@ -78,13 +78,14 @@ def epochs_section(run: RunRecord) -> Section:
         levels = {name: models[name]["perplexity"] for name in ("teacher", "pruned") if name in models}
         levels = {name: value for name, value in levels.items() if is_number(value)}
         points = [(epoch, math.exp(min(loss, 700.0))) for epoch, loss in losses]
-        drawn = [*levels.values(), *(value for _, value in points)]
+        by_domain = _of_domains(run, "loss_task", lambda loss: math.exp(min(loss, 700.0)))
+        drawn = [*levels.values(), *(value for series in (points, *by_domain.values()) for _, value in series)]
         is_log = max(drawn) > _WIDE * min(drawn)
         figures.append(
             curve_figure(
                 "perplexity-over-epochs",
                 "Perplexity on the eval rows",
-                {"student": points},
+                {"student": points, **by_domain},
                 x_label="epoch",
                 y_label="perplexity (exp of nats a token" + (", log axis)" if is_log else ")"),
                 caption="Lower is better; the lines across are the teacher and the pruned student, judged alike.",
@@ -98,13 +99,19 @@ def epochs_section(run: RunRecord) -> Section:
             curve_figure(
                 "divergence-over-epochs",
                 "Divergence from the teacher on the eval rows",
-                {"student": divergences},
+                {"student": divergences, **_of_domains(run, "loss_logits")},
                 x_label="epoch",
                 y_label=f"T² · {loss.divergence}, T = {loss.temperature:g} (nats a token)",
                 caption="Lower is nearer to the teacher's distribution, which itself is at 0.",
             )
         )
     return Section("epochs", title, [Figures(figures)])
+
+
+def _of_domains(run: RunRecord, name: str, change: Callable[[float], float] = float) -> dict[str, Points]:
+    """Return what was logged of each source of eval rows, where there are several."""
+    found = {label: logged(run.log, f"eval_{label}_{name}", by="epoch") for label in run.recipe.data.eval_labels}
+    return {label: [(epoch, change(value)) for epoch, value in points] for label, points in found.items()}
 
 
 def logged(log: Sequence[dict[str, float]], name: str, *, by: str = "step") -> Points:

@@ -46,18 +46,21 @@ def recovery_section(run: RunRecord) -> Section:
         why = "This run is not judged yet, or was trained again since; run: coldstill evaluate"
         return Section("recovery", "Recovery", [Missing(why)])
     figure = _gap_figure(evaluation) or Missing("Pruning opened no gap, so there is no share of it to draw.")
-    blocks: list[Block] = [Beside([_recovery_table(evaluation), figure])]
+    blocks: list[Block] = [Beside([_recovery_table(evaluation, "Held-out text"), figure])]
+    domains = evaluation.get("domains") or {}
+    blocks += [_recovery_table(domain, f"Held-out text of {label}") for label, domain in domains.items()]
     tasks = evaluation.get("tasks") or {}
     if tasks:
         blocks.append(_task_table(evaluation))
-    if None in [*evaluation["gap_closed"].values(), *(task["gap_closed"] for task in tasks.values())]:
+    shares = [share for found in (evaluation, *domains.values()) for share in found["gap_closed"].values()]
+    if None in [*shares, *(task["gap_closed"] for task in tasks.values())]:
         blocks.append(Words(f"{NO_GAP_REASON[0].upper()}{NO_GAP_REASON[1:]}."))
     if not tasks:
         blocks.append(Missing("No benchmark tasks; name some in evaluate.tasks, and run: coldstill evaluate"))
     return Section("recovery", "Recovery", blocks)
 
 
-def _recovery_table(evaluation: Mapping[str, Any]) -> Table:
+def _recovery_table(evaluation: Mapping[str, Any], what: str) -> Table:
     rows = [
         [name, *(show_measure(measure, quality[measure]) for measure in MEASURES)]
         for name, quality in evaluation["models"].items()
@@ -65,7 +68,7 @@ def _recovery_table(evaluation: Mapping[str, Any]) -> Table:
     shares = [evaluation["gap_closed"].get(measure) for measure in MEASURES]
     rows.append(["gap closed", *(NO_GAP if share is None else percent(share) for share in shares)])
     return Table(
-        f"Held-out text, {evaluation['num_tokens']:,} tokens. Gap closed is (recovered - pruned) / (teacher - pruned).",
+        f"{what}, {evaluation['num_tokens']:,} tokens. Gap closed is (recovered - pruned) / (teacher - pruned).",
         ["model", *map(heading, MEASURES)],
         rows,
         strong=frozenset((list(evaluation["models"]).index("recovered"), column + 1) for column in range(4)),

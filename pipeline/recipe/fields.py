@@ -57,6 +57,8 @@ class Section(BaseModel):
             value, extra = getattr(self, name), field.json_schema_extra
             if isinstance(value, Section):
                 said[name] = value.identity()
+            elif isinstance(value, list) and value and all(isinstance(item, Section) for item in value):
+                said[name] = [item.identity() for item in value]
             elif extra == _LATER and value == field.default:
                 del said[name]
         return said

@@ -5,7 +5,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -239,11 +239,19 @@ def _nearest(model: type[BaseModel], location: Sequence[str]) -> str:
 def _known_keys(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     """Name the keys of the section at a location; none where there is no section."""
     section = model
-    for part in location:
-        annotation = section.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
-        if not sections:
+    for place, part in enumerate(location):
+        if part.isdigit():
+            continue  # of a list, whose sections are all of one kind
+        is_list = place + 1 < len(location) and location[place + 1].isdigit()
+        found = _sections(section.model_fields[part].annotation)
+        if not found:
             return []
-        section = sections[0]
+        section = found[-1] if is_list else found[0]
     return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that an annotation names, one that a list holds last."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from coldstill.pipeline.recipe.fields import BlockIndex, Count, Nameable, Place, Positive, Section, Weight, later
+from coldstill.pipeline.recipe.data import DataConfig
+from coldstill.pipeline.recipe.fields import BlockIndex, Count, Nameable, Place, Positive, Section, later
 from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.presets import PresetName, with_preset
 from coldstill.pipeline.recipe.student import StudentConfig
@@ -31,56 +32,6 @@ class TeacherConfig(Section):
     device: str = "auto"
     batch_size: Count = 8
     trust_remote_code: bool = False
-
-
-class SourceConfig(Section):
-    """Where documents come from: the arguments of `datasets.load_dataset`, or `builtin:python-docs`."""
-
-    path: str
-    name: str | None = None
-    data_dir: str | None = None
-    data_files: str | list[str] | None = None
-    split: str = "train"
-    revision: str | None = None
-    streaming: bool = False
-    options: dict[str, Any] = Field(default={})
-    text_column: str = "text"
-    prompt_column: str | None = None
-    skip_null: bool = later(False)
-    max_rows: Count | None = None
-
-    def origin(self) -> dict[str, Any]:
-        """Say which documents these are, whatever number of rows is taken of them."""
-        return self.model_dump(exclude={"max_rows"})
-
-
-class DataConfig(Section):
-    """How documents become rows of tokens."""
-
-    sequence_length: Annotated[int, Field(ge=2)] = 512
-    packing: bool = True
-    append_eos: bool = True
-    prompt_weight: Annotated[Weight, Field(le=1)] = later(0.0)
-    train: SourceConfig
-    eval: SourceConfig
-
-    @model_validator(mode="after")
-    def _check(self) -> "DataConfig":
-        if self.has_prompts and self.packing:
-            raise ValueError("prompt_column needs one document a row: set data.packing to false")
-        if self.eval.max_rows is None and self.train.origin() == self.eval.origin():
-            raise ValueError("train and eval read the same source, so eval.max_rows must say how many rows eval takes")
-        return self
-
-    @property
-    def has_prompts(self) -> bool:
-        """Whether a source names a column of prompts."""
-        return self.train.prompt_column is not None or self.eval.prompt_column is not None
-
-    def identity(self) -> dict[str, Any]:
-        """Return what decides the rows, as they are found by it in a root; a weight of no prompt decides nothing."""
-        said = super().identity()
-        return said if self.has_prompts else {key: value for key, value in said.items() if key != "prompt_weight"}
 
 
 # What each kind of logits target reads of its section.
@@ -250,7 +201,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        check_best_metric(self.train, self.loss.terms)
+        check_best_metric(self.train, self.loss.terms, self.data.eval_labels)
         if not self.targets.is_live:
             self._check_what_is_stored()
         return self

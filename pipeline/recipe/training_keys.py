@@ -113,14 +113,19 @@ def check_training_keys(values: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def check_best_metric(values: Mapping[str, Any], terms: Collection[str]) -> None:
+def check_best_metric(values: Mapping[str, Any], terms: Collection[str], labels: Collection[str] = ()) -> None:
     """Check that the metric of the best checkpoint is one that evaluation gives: the loss, or a term of it.
+
+    Args:
+        values: The section.
+        terms: What the log calls the terms.
+        labels: What the sources of eval rows are called, where these are a list.
 
     Raises:
         ValueError: It is none.
     """
     metric = values.get("metric_for_best_model")
-    known = [f"eval_{name}" for name in ("loss", *terms)]
+    known = [f"eval_{of}{name}" for of in ("", *(f"{label}_" for label in labels)) for name in ("loss", *terms)]
     if metric is not None and f"eval_{metric}" not in known and metric not in known:
         raise ValueError(
             f"train.metric_for_best_model is {metric!r}, which no evaluation gives; with this loss there are "

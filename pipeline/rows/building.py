@@ -3,14 +3,15 @@
 Knows documents, tokenizers and splits; knows nothing of stores. Train and eval never share a row: where both read one
 source, eval takes its first rows and train goes on behind them; where they read two, they begin each at its own
 beginning. In both, train leaves out every document that eval has read, and every row that it has. The one document
-that eval's last row cuts in two is in both, its beginning there and its end here, no token of it twice.
+that eval's last row cuts in two is in both, its beginning there and its end here, no token of it twice. Where eval has
+several sources, each is read so, and train leaves out what any of them has.
 """
 
 import hashlib
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from coldstill.cache.identity import row_id
 from coldstill.cache.spans import Span
-from coldstill.pipeline.recipe.sections import DataConfig
+from coldstill.pipeline.recipe.data import DataConfig, SourceConfig
 from coldstill.pipeline.rows.faults import source_name
 from coldstill.pipeline.rows.sources import Document, load_documents
 from coldstill.pipeline.rows.tokenising import DocumentTokenizer, TokenisedDocument
@@ -52,6 +53,7 @@ class Rows:
         num_shared: How many documents and rows were left out because eval has them.
         num_filled: How many documents were left out because their prompt alone fills a row.
         shortest_filling: Tokens of the shortest of these prompts; 0 where there are none.
+        domains: Where the rows are of several sources: the label of each, in the order of their rows, with how many.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -59,6 +61,7 @@ class Rows:
     num_shared: int = 0
     num_filled: int = 0
     shortest_filling: int = 0
+    domains: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> list[np.ndarray]:
@@ -83,14 +86,19 @@ def build_rows(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
             "name its eos_token in the teacher's tokenizer_config.json, or set data.append_eos: false",
             stacklevel=2,
         )
-    train, held_out = _rows_of_one_source(data, tokenizer) if _is_one(data) else _rows_of_two(data, tokenizer)
+    train, of_sources = _read(data, tokenizer)
+    held_out = _joined(of_sources, data.eval_labels)
     _drop_shared_rows(train, held_out)
-    for split, rows in (("eval", held_out), ("train", train)):
+    names = [f"data.eval {label}" for label in data.eval_labels] or ["data.eval"]
+    for name, source, rows in (
+        *zip(names, data.eval_sources, of_sources, strict=True),
+        ("data.train", data.train, train),
+    ):
         if not rows.rows:
-            raise DataError(f"data.{split} gives no row: {_why_no_row(split, rows, data)}")
+            raise DataError(f"{name} gives no row: {_why_no_row(source, rows, data, is_train=rows is train)}")
         if rows.num_filled:
             warnings.warn(
-                f"data.{split}: {rows.num_filled} of {rows.num_documents} documents are left out, because their prompt "
+                f"{name}: {rows.num_filled} of {rows.num_documents} documents are left out, because their prompt "
                 f"alone fills a row of {data.sequence_length} tokens; raise data.sequence_length to keep them",
                 stacklevel=2,
             )
@@ -104,32 +112,52 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _is_one(data: DataConfig) -> bool:
-    return data.train.origin() == data.eval.origin()
+def _shared_source(data: DataConfig) -> SourceConfig | None:
+    """Return the source of eval rows that train reads too; None where there is none."""
+    return next((source for source in data.eval_sources if source.origin() == data.train.origin()), None)
 
 
-def _rows_of_one_source(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
+def _read(data: DataConfig, tokenizer: Any) -> tuple[Rows, list[Rows]]:
+    """Return the train rows, and the eval rows of each source."""
+    train, of_sources, known = Rows(), [Rows() for _ in data.eval_sources], _EvalDocuments()
+    shared = _shared_source(data)
+    for source, rows in zip(data.eval_sources, of_sources, strict=True):
+        if source is not shared:
+            documents = _count(known.remember(load_documents(source)), rows)
+            _take(_cut(_tokenise(documents, data, tokenizer), data, rows), source.max_rows, rows)
+    if shared is None:
+        documents = _count(known.without(load_documents(data.train), train), train)
+        _take(_cut(_tokenise(documents, data, tokenizer), data, train), data.train.max_rows, train)
+    else:
+        _read_shared(shared, of_sources[data.eval_sources.index(shared)], train, known, data, tokenizer)
+    return train, of_sources
+
+
+def _read_shared(
+    shared: SourceConfig, held_out: Rows, train: Rows, known: "_EvalDocuments", data: DataConfig, tokenizer: Any
+) -> None:
     """Cut one stream of documents in two; its counter of documents is train's, which reads to the end."""
-    train, held_out, known = Rows(), Rows(), _EvalDocuments()
     documents = _tokenise(_count(load_documents(data.train), train), data, tokenizer)
     rest: deque[int] = deque()
-    _take(_cut(known.remember(documents), data, held_out, rest), data.eval.max_rows, held_out)
+    _take(_cut(known.remember(documents), data, held_out, rest), shared.max_rows, held_out)
     held_out.num_documents = train.num_documents
     if rest and known.ends_in_a_copy:
         # The end of this document stands in eval already, with its first copy.
         rest.clear()
         train.num_shared += 1
     _take(_cut(known.without(documents, train), data, train, rest), data.train.max_rows, train)
-    return train, held_out
 
 
-def _rows_of_two(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
-    train, held_out, known = Rows(), Rows(), _EvalDocuments()
-    eval_documents = _count(known.remember(load_documents(data.eval)), held_out)
-    _take(_cut(_tokenise(eval_documents, data, tokenizer), data, held_out), data.eval.max_rows, held_out)
-    train_documents = _count(known.without(load_documents(data.train), train), train)
-    _take(_cut(_tokenise(train_documents, data, tokenizer), data, train), data.train.max_rows, train)
-    return train, held_out
+def _joined(of_sources: Sequence[Rows], labels: Sequence[str]) -> Rows:
+    """Lay the eval rows of all sources behind one another; those of a source that is no list are what they are."""
+    if not labels:
+        (held_out,) = of_sources
+        return held_out
+    return Rows(
+        rows=[row for rows in of_sources for row in rows.rows],
+        num_documents=sum(rows.num_documents for rows in of_sources),
+        domains={label: len(rows.rows) for label, rows in zip(labels, of_sources, strict=True)},
+    )
 
 
 class _Keyed(Protocol):
@@ -219,9 +247,9 @@ def _take(stream: Iterator[Row], max_rows: int | None, rows: Rows) -> None:
     rows.rows.extend(itertools.islice(stream, max_rows))
 
 
-def _why_no_row(split: str, rows: Rows, data: DataConfig) -> str:
-    """Say what became of the documents of a split that has no row, and what to do."""
-    length, name = data.sequence_length, source_name(getattr(data, split))
+def _why_no_row(source: SourceConfig, rows: Rows, data: DataConfig, *, is_train: bool) -> str:
+    """Say what became of the documents of a source that gave no row, and what to do."""
+    length, name = data.sequence_length, source_name(source)
     if not rows.num_documents and not rows.num_shared:
         return f"no row of {name} holds text; is text_column the right one?"
     read = f"{rows.num_documents} document{'s'[: rows.num_documents != 1]} of {name} read"
@@ -232,7 +260,7 @@ def _why_no_row(split: str, rows: Rows, data: DataConfig) -> str:
             f"{read}, {rows.num_filled} with a prompt that leaves no room for a token of text: the shortest has "
             f"{rows.shortest_filling} tokens, data.sequence_length is {length}; raise it, or shorten the prompts"
         )
-    if split == "train" and _is_one(data):
+    if is_train and _shared_source(data) is not None:
         return f"{read}, and eval takes all that they give; use more text, or lower data.eval.max_rows"
     if data.packing:
         advice = "use more text, a shorter data.sequence_length, or packing: false"

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import fsspec
 
-from coldstill.pipeline.recipe.sections import SourceConfig
+from coldstill.pipeline.recipe.data import SourceConfig
 from coldstill.pipeline.runtime.errors import DataError
 
 # The readers of `datasets` that take files, by name.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldstill.pipeline.recipe.sections import SourceConfig
+from coldstill.pipeline.recipe.data import SourceConfig
 from coldstill.pipeline.rows import builtin_corpus
 from coldstill.pipeline.rows.faults import FILE_READERS, nothing_to_read, reading_fault, source_name
 from coldstill.pipeline.runtime.errors import DataError

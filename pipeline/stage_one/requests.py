@@ -17,6 +17,7 @@ from coldstill.pipeline.models import check_length, load_config
 from coldstill.pipeline.models.pairing import check_layer_map, layer_map_of
 from coldstill.pipeline.models.sizes import ModelSizes
 from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.outputs.run_index import DOMAINS
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.rows.building import Rows, build_rows, tokenizer_digest
 from coldstill.pipeline.runtime.errors import DataError, RecipeError
@@ -46,12 +47,15 @@ class RecipeRows:
     tokenizer: str
 
     def provenance(self, split: str) -> dict[str, object]:
-        """Say where the rows of a split came from."""
+        """Say where the rows of a split came from, and where they are of several sources, how many are of each."""
+        rows = self.rows[split]
+        domains = [{"label": label, "num_rows": num_rows} for label, num_rows in rows.domains.items()]
         return {
             "tokenizer": self.tokenizer,
-            "source": getattr(self.recipe.data, split).identity(),
-            "num_documents": self.rows[split].num_documents,
-            "num_shared": self.rows[split].num_shared,
+            "source": self.recipe.data.source_identity(split),
+            "num_documents": rows.num_documents,
+            "num_shared": rows.num_shared,
+            **({DOMAINS: domains} if domains else {}),
         }
 
 

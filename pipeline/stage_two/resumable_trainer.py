@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -26,12 +26,13 @@ from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.interruptions import WaitingSignal
 from coldstill.pipeline.runtime.peak_memory import peak_memory_bytes
 from coldstill.pipeline.runtime.whole import write_whole
+from coldstill.pipeline.stage_two.domains_trainer import DomainsTrainer
 
 _PROGRESS_FILE = "progress.json"
 _AGAIN = "run the same command again to go on"
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(DomainsTrainer):
     """A Trainer whose run does not depend on how often it was cut off.
 
     Takes what `transformers.Trainer` takes.

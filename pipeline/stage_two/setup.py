@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from torch.utils.data import Subset
 from transformers import PreTrainedConfig
 
 from coldstill.cache.errors import ColdstillError
@@ -24,6 +25,7 @@ from coldstill.pipeline.outputs.run_index import RunRows
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.stage_two.arguments import arguments_here, check_row_count, check_train_section
+from coldstill.pipeline.stage_two.batches import RowSet, StoredRow
 from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
 from coldstill.pipeline.stage_two.target_sources import LiveRows, StoredTargets
@@ -83,10 +85,15 @@ def create_trainer(
             teacher_model=None if live is None else live.teacher_model,
             data_collator=rows.collator,
             train_dataset=rows.rows("train"),
-            eval_dataset=rows.rows("eval"),
+            eval_dataset=_eval_rows(rows.rows("eval"), run.domains("eval")),
             processing_class=tokenizer,
             projector_learning_rate=recipe.projector.learning_rate,
         )
+
+
+def _eval_rows(rows: RowSet, domains: Mapping[str, range]) -> RowSet | dict[str, Subset[StoredRow]]:
+    """Return the eval rows; where they are of several sources, those of each by its label."""
+    return {label: Subset(rows, of_label) for label, of_label in domains.items()} or rows
 
 
 def _layer_map(recipe: Recipe, run: RunRows, student: PreTrainedConfig) -> dict[int, int]:

@@ -54,7 +54,9 @@ def sweep_key(recipe: Recipe) -> str:
     return digest_of(sections)[:_KEY_CHARS]
 
 
-def _with_plain_paths(section: dict[str, Any]) -> dict[str, Any]:
+def _with_plain_paths(section: Any) -> Any:
+    if isinstance(section, list):
+        return [_with_plain_paths(item) for item in section]
     return {key: _plain(value) if key in _LOCAL_KEYS else value for key, value in section.items()}
 
 

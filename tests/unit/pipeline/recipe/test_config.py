@@ -93,6 +93,15 @@ WRONG = [
     ({"loss": {"divergence": "selective", "divergence_weight": 0.5}}, "loss in r: divergence_weight has no effect on "),
     ({"loss": {"divergence": "skewed_kl", "divergence_weight": 1}}, "loss.divergence_weight in r: Input should "),
     ({"data.eval.path": "text"}, "data in r: train and eval read the same source, so eval.max_rows must say"),
+    ({"data.eval": []}, "data in r: eval is an empty list: name a source, or several"),
+    ({"data.eval": "text"}, "data.eval in r: Input should be a valid dictionary or instance of SourceConfig, got 'tex"),
+    ({"data.eval.label": "x"}, "unknown key 'data.eval.label' in r; known keys: path, name, data_dir, data_files, "),
+    ({"data.eval": [{"path": "x"}, {"pat": "y"}]}, "unknown key 'data.eval.1.pat' in r; did you mean 'path'? (and 1 "),
+    ({"data.eval": [{"name": "x"}]}, "missing key 'data.eval.0.path' in r"),
+    ({"data.eval": [{"path": "x", "label": "a/b"}]}, "data.eval.0.label in r: String should match pattern"),
+    ({"data.eval": [{"path": "x"}, {"path": "text"}]}, "data in r: train and eval read the same source, so eval.max_"),
+    ({"data.eval": [{"path": "x"}, {"path": "a/x"}]}, "data in r: eval has two sources that are called 'x': give one"),
+    ({"data.eval": [{"path": "x"}, {"path": "x", "label": "y"}]}, "data in r: eval reads the same source as 'x' and "),
     ({"data.train.prompt_column": "q"}, "data in r: prompt_column needs one document a row: set data.packing to false"),
     ({"data.prompt_weight": 1.5}, "data.prompt_weight in r: Input should be less than or equal to 1, got 1.5"),
     ({"data.prompt_weight": -0.5}, "data.prompt_weight in r: Input should be greater than or equal to 0, got -0.5"),
@@ -118,6 +127,23 @@ def test_each_mistake_is_one_line_that_names_the_key(data, changes, message):
         parse_recipe(data, name="r")
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "label"),
+    [
+        ({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}, "wikitext-2-raw-v1"),
+        ({"path": "owner/fine web"}, "fine-web"),
+        ({"path": "builtin:python-docs"}, "python-docs"),
+        ({"path": "texts/held out.jsonl"}, "held-out"),
+        ({"path": "text", "data_files": ["texts/a.txt", "texts/b.txt"]}, "a"),
+        ({"path": "text", "data_files": "texts/*.txt"}, "text"),
+        ({"path": "text", "data_files": "a.txt", "label": "mine"}, "mine"),
+    ],
+)
+def test_a_source_among_several_is_called_after_what_it_is_read_from(data, source, label):
+    data["data"]["eval"] = [source]
+    assert parse_recipe(data, name="r").data.eval_labels == [label]
 
 
 @pytest.mark.parametrize(

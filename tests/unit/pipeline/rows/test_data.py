@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from coldstill.cache.spans import Span
-from coldstill.pipeline.recipe.sections import DataConfig
+from coldstill.pipeline.recipe.data import DataConfig
 from coldstill.pipeline.rows.building import Rows, build_rows, tokenizer_digest
 from coldstill.pipeline.rows.builtin_corpus import documents
 from coldstill.pipeline.runtime.errors import DataError
@@ -81,6 +81,41 @@ def test_two_sources_that_overlap_leave_train_without_evals_documents(tokenizer,
     assert train.num_shared == 10
     alone, _ = build_rows(data_config(text_file(tmp_path, "b.txt", corpus[20:60]), held_out_source), tokenizer)
     assert [row.tolist() for row in train.tokens] == [row.tolist() for row in alone.tokens]
+
+
+@pytest.mark.parametrize("own_is_first", [True, False])
+def test_each_of_several_sources_gives_its_rows_and_train_leaves_out_what_any_of_them_has(
+    tokenizer, corpus, tmp_path, own_is_first
+):
+    texts = list(dict.fromkeys(corpus))
+    own, both = text_file(tmp_path, "own.txt", texts[:60]), [*texts[30:40], *texts[100:105]]
+    named = [
+        {**own, "max_rows": 4},
+        {**text_file(tmp_path, "other.txt", both), "max_rows": 3, "label": "elsewhere"},
+    ]
+    train, held_out = build_rows(data_config(own, named if own_is_first else named[::-1]), tokenizer)
+    expected = {
+        "own": stream_of(texts[:60], tokenizer)[: 4 * 16],
+        "elsewhere": stream_of(both, tokenizer)[: 3 * 16],
+    }
+    assert held_out.domains == {label: len(tokens) // 16 for label, tokens in expected.items()}
+    assert list(held_out.domains) == (["own", "elsewhere"] if own_is_first else ["elsewhere", "own"])
+    assert np.concatenate(held_out.tokens).tolist() == [
+        token for label in held_out.domains for token in expected[label]
+    ]
+    # Behind eval's rows of their own source, without the ten documents that the other one has too.
+    rest = stream_of([*texts[:30], *texts[40:60]], tokenizer)[4 * 16 :]
+    assert np.concatenate(train.tokens).tolist() == rest[: len(rest) // 16 * 16]
+    assert train.num_shared == 10
+
+
+def test_a_source_among_several_that_gives_no_row_is_named(tokenizer, corpus, tmp_path):
+    some, short = text_file(tmp_path, "some.txt", corpus[:9]), text_file(tmp_path, "short.txt", ["Short."])
+    config = data_config(text_file(tmp_path, "train.txt", corpus[20:60]), [some, short])
+    with pytest.raises(
+        DataError, match=r"^data\.eval short gives no row: 1 document of 'text' \(.*short\.txt\) read, tog"
+    ):
+        build_rows(config, tokenizer)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

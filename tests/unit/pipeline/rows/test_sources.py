@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from coldstill.pipeline.recipe.sections import SourceConfig
+from coldstill.pipeline.recipe.data import SourceConfig
 from coldstill.pipeline.rows.sources import Document, load_documents
 from coldstill.pipeline.runtime.errors import DataError
 
