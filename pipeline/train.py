@@ -17,6 +17,7 @@ from coldstill.pipeline.models import (
     resolve_dtype,
     resolve_folder,
 )
+from coldstill.pipeline.outputs.kept import Kept
 from coldstill.pipeline.outputs.places import check_places
 from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained_student
 from coldstill.pipeline.recipe.sections import Recipe
@@ -53,7 +54,9 @@ class TrainSummary:
         tokens_per_s: Over the steps of the whole run.
         seconds: Time of these steps, also where the run was interrupted in between.
         peak_memory_bytes: The most that a process of the run held, on its accelerator where it has one.
-        exported_step: The step whose student was exported: the last one, or the best by `train.load_best_model_at_end`.
+        exported_step: The step whose student was exported: the last one, or the best by `train.keep` or
+            `train.load_best_model_at_end`.
+        kept: With `train.keep: best`, what the best step was the best by; None elsewhere.
     """
 
     student: str
@@ -64,6 +67,7 @@ class TrainSummary:
     seconds: float
     peak_memory_bytes: int
     exported_step: int
+    kept: Kept | None = None
 
 
 def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
@@ -88,7 +92,7 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
         check_claim(recipe, key)
         finished = finished_summary(recipe)
         if finished is not None:
-            return TrainSummary(**{"exported_step": finished["num_steps"], **finished, "trained_steps": 0})
+            return _complete(finished)
         _check_places(recipe, student_folder)
         trainer = create_trainer(recipe, run, student_folder, live=live)
         trainer.add_callback(_ClaimAtFirstStep(recipe, key))
@@ -99,6 +103,13 @@ def train(recipe: Recipe, *, restart: bool = False) -> TrainSummary:
             first_step = _learn(recipe, trainer)
             card = model_card(recipe, run, student_folder)
             return _finish(recipe, run, trainer, key, card=card, first_step=first_step)
+
+
+def _complete(finished: Mapping[str, Any]) -> TrainSummary:
+    """Return the summary of a run that was complete already, whichever version wrote it."""
+    kept = finished.get("kept")
+    known = {"exported_step": finished["num_steps"], **finished, "kept": kept and Kept(**kept)}
+    return TrainSummary(**{**known, "trained_steps": 0})
 
 
 def _material(recipe: Recipe) -> tuple[RunRows, Path, LiveRows | None]:
@@ -130,7 +141,10 @@ def _learn(recipe: Recipe, trainer: UniversalDistillationTrainer) -> int:
 
 
 class _ClaimAtFirstStep(TrainerCallback):
-    """Makes the output a run's own when it has taken a step, and so before any checkpoint; until then it may fail."""
+    """Makes the output a run's own when it has taken a step, and so before any checkpoint; until then it may fail.
+
+    The start may be judged before that, and then be a checkpoint itself.
+    """
 
     def __init__(self, recipe: Recipe, key: Mapping[str, Any]) -> None:
         self._recipe = recipe
@@ -140,6 +154,8 @@ class _ClaimAtFirstStep(TrainerCallback):
         if self._key is not None and state.is_world_process_zero:
             claim(self._recipe, self._key)
         self._key = None
+
+    on_evaluate = on_step_end
 
 
 def _check_places(recipe: Recipe, student_folder: Path) -> None:
@@ -188,6 +204,7 @@ def _finish(
         seconds=seconds,
         peak_memory_bytes=trainer.peak_memory_bytes,
         exported_step=trainer.kept_step,
+        kept=trainer.kept,
     )
     trainer.require_finite()
     student, projectors = trainer.trained_state()

@@ -51,6 +51,8 @@ def _lines(result: "TrainSummary") -> Iterator[str]:
     yield f"trained    {result.trained_steps} of {result.num_steps} steps, {result.tokens_per_s:,.0f} tokens/s"
     if terms:
         yield f"last       {terms}"
+    if result.kept is not None:
+        yield f"kept       {result.kept}"
     yield f"memory     {result.peak_memory_bytes / 1e9:,.2f} GB at most"
     of_step = "" if result.exported_step == result.num_steps else f", of step {result.exported_step}, the best"
     yield f"student    {result.student}{of_step}"

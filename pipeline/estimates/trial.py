@@ -34,6 +34,7 @@ _SHORT_RUN = {
     "save_strategy": "no",
     "eval_strategy": "no",
     "load_best_model_at_end": False,
+    "keep": "last",
     "report_to": "none",
 }
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from coldstill.pipeline.figures.curves import Points, curve_figure
 from coldstill.pipeline.figures.sheet import Figure
 from coldstill.pipeline.losses.objective import Objective
+from coldstill.pipeline.outputs.kept import Kept
 from coldstill.pipeline.pages.data import RunRecord
 from coldstill.pipeline.pages.numbers import is_number
-from coldstill.pipeline.pages.page import Figures, Missing, Section
+from coldstill.pipeline.pages.page import Block, Figures, Missing, Section, Words
 from coldstill.pipeline.recipe.loss import LossConfig
 
 # Where the highest of curve and levels is this many times the lowest, only a logarithmic axis shows both.
@@ -105,7 +106,10 @@ def epochs_section(run: RunRecord) -> Section:
                 caption="Lower is nearer to the teacher's distribution, which itself is at 0.",
             )
         )
-    return Section("epochs", title, [Figures(figures)])
+    blocks: list[Block] = [Figures(figures)]
+    if kept := run.summary.get("kept"):
+        blocks.append(Words(f"Kept: {Kept(**kept)}."))
+    return Section("epochs", title, blocks)
 
 
 def _of_domains(run: RunRecord, name: str, change: Callable[[float], float] = float) -> dict[str, Points]:

@@ -29,6 +29,10 @@ class SourceConfig(Section):
         """Say which documents these are, whatever number of rows is taken of them, and whatever they are called."""
         return self.model_dump(exclude={"max_rows", "label"})
 
+    def is_of_one_kind_with(self, other: "SourceConfig") -> bool:
+        """Whether both are of one data set, be it another split of it."""
+        return all(getattr(self, key) == getattr(other, key) for key in ("path", "name", "data_dir", "data_files"))
+
 
 class EvalSourceConfig(SourceConfig):
     """One of several sources of eval rows, which are judged each by itself too."""
@@ -99,6 +103,14 @@ class DataConfig(Section):
     def eval_labels(self) -> list[str]:
         """What the sources of eval rows are called, where they are a list."""
         return [source.called for source in self.eval] if isinstance(self.eval, list) else []
+
+    @property
+    def other_labels(self) -> list[str]:
+        """Those of them that are not of train's own data set; all where there is no other."""
+        if not isinstance(self.eval, list):
+            return []
+        others = [source.called for source in self.eval if not source.is_of_one_kind_with(self.train)]
+        return others or self.eval_labels
 
     @property
     def has_prompts(self) -> bool:

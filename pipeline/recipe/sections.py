@@ -12,7 +12,13 @@ from coldstill.pipeline.recipe.fields import BlockIndex, Count, Nameable, Place,
 from coldstill.pipeline.recipe.loss import LossConfig
 from coldstill.pipeline.recipe.presets import PresetName, with_preset
 from coldstill.pipeline.recipe.student import StudentConfig
-from coldstill.pipeline.recipe.training_keys import check_best_metric, check_training_keys
+from coldstill.pipeline.recipe.training_keys import (
+    OTHERS_METRIC,
+    OWN_METRIC,
+    check_best_metric,
+    check_keep,
+    check_training_keys,
+)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 HiddenEncoding = Literal["int8", "coded", "float16", "bfloat16", "float32"]
@@ -201,6 +207,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
+        check_keep(self.train, self.loss.terms, temperature_moves=self.loss.temperature_moves)
         check_best_metric(self.train, self.loss.terms, self.data.eval_labels)
         if not self.targets.is_live:
             self._check_what_is_stored()
@@ -260,6 +267,13 @@ class Recipe(Section):
             given = [key for key in _changed(self.evaluate) if key in ("include_path", "limit", "num_fewshot")]
             idle += [f"evaluate.{key} has no effect: evaluate.tasks is empty" for key in given]
         return idle
+
+    @property
+    def kept_by(self) -> str | None:
+        """What the best step is the best by, as the log calls it, where the best is kept; None where the last is."""
+        if self.train.get("keep") != "best":
+            return None
+        return OTHERS_METRIC if self.data.eval_labels else OWN_METRIC
 
     @property
     def seed(self) -> int:

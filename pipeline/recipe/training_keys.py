@@ -69,6 +69,11 @@ _CHOICES: Mapping[str, Collection[Any]] = {
     "activation_checkpointing": (True, False, "selective"),
     "include_num_input_tokens_seen": (True, False, "all", "non_padding", "no"),
 }
+# Keys of the section that are no arguments of transformers', with what they may be.
+OWN_KEYS: Mapping[str, Collection[str]] = {"keep": ("best", "last")}
+# What `keep: best` goes by: the divergence on eval rows; where these are of several sources, its mean over those that
+# are not of train's own data set.
+OWN_METRIC, OTHERS_METRIC = "eval_loss_logits", "eval_loss_logits_of_others"
 # `no` without quotes is false in YAML.
 _STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
 
@@ -104,13 +109,50 @@ def check_training_keys(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if key in OWNED_KEYS:
             raise ValueError(f"train.{key} is decided by {OWNED_KEYS[key]}; remove it")
-        _check_name(f"train.{key}", key, declared, "transformers' TrainingArguments")
+        if key in OWN_KEYS:
+            _check_choice(key, value, OWN_KEYS[key])
+            checked[key] = value
+            continue
+        _check_name(f"train.{key}", key, [*declared, *OWN_KEYS], "transformers' TrainingArguments")
         _check_choice(key, value, _CHOICES.get(key) or declared[key].metadata.get("choices"))
         checked[key] = _checked_value(key, value, declared[key].type)
         _check_range(key, checked[key])
     _check_length(checked)
     _check_together(checked)
     return checked
+
+
+def check_keep(values: Mapping[str, Any], terms: Collection[str], *, temperature_moves: bool) -> None:
+    """Check that what `keep` says goes with the rest of the section, and with the loss.
+
+    Raises:
+        ValueError: It does not.
+    """
+    keep = values.get("keep")
+    if keep == "last" and values.get("load_best_model_at_end"):
+        raise ValueError("train.keep is last, but train.load_best_model_at_end is true: remove one of them")
+    if keep != "best":
+        return
+    for key, why in (("save_strategy", "saves none of what could be kept"), ("eval_strategy", "judges nothing")):
+        if values.get(key) == "no":
+            raise ValueError(
+                f"train.keep is best, but train.{key} no {why}: remove train.{key}, or set train.keep: last"
+            )
+    if values.get("metric_for_best_model") is not None:
+        raise ValueError(
+            "train.keep best goes by the divergence from the teacher on the eval rows: remove "
+            "train.metric_for_best_model, or train.keep for train.load_best_model_at_end: true"
+        )
+    if "loss_logits" not in terms:
+        raise ValueError(
+            "train.keep best goes by the divergence from the teacher on the eval rows, but loss.beta is 0: set it "
+            "above 0, or train.keep: last"
+        )
+    if temperature_moves:
+        raise ValueError(
+            "train.keep best compares the divergence of different steps, but loss.schedule.temperature makes it "
+            "another one at each: use a constant temperature, or train.keep: last"
+        )
 
 
 def check_best_metric(values: Mapping[str, Any], terms: Collection[str], labels: Collection[str] = ()) -> None:
@@ -221,6 +263,8 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if values.get("fp16") and values.get("use_cpu"):
         raise ValueError("train.fp16 needs an accelerator, but train.use_cpu is true: set one of them to false")
     evaluates = values.get("eval_strategy", "no") != "no"
+    if values.get("keep") == "best":
+        return  # which judges, and by what
     if values.get("save_strategy") == "best" and not (evaluates and values.get("metric_for_best_model")):
         raise ValueError(
             "train.save_strategy best needs train.eval_strategy, epoch or steps, and train.metric_for_best_model, such "

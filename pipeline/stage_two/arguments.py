@@ -27,13 +27,16 @@ from coldstill.pipeline.models.compiled_blocks import Compilation
 from coldstill.pipeline.models.machine import training_problem
 from coldstill.pipeline.models.selective_checkpointing import SELECTIVE, enable_of
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.recipe.training_keys import EARLIER_NAMES
+from coldstill.pipeline.recipe.training_keys import EARLIER_NAMES, OWN_KEYS
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from coldstill.pipeline.stage_two.run_folder import checkpoints_folder
 from coldstill.pipeline.students.adapters import check_adapters
 
 _READERS = 2
+# Where the best step is kept: the start is judged, then some ten times over the run; of what is saved, the best and the
+# newest checkpoint stay.
+_KEEPING = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 0.1, "save_total_limit": 2}
 _OF_WORKERS = ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context")
 # What is set up for real where training begins, and only there.
 _OF_THE_MACHINE = {
@@ -159,7 +162,14 @@ def _values(recipe: Recipe, has_accelerator: bool) -> dict[str, Any]:
         "label_names": ["labels"],
     }
     # A copy: TrainingArguments changes the maps that it is given.
-    given = {key: value for key, value in copy.deepcopy(recipe.train).items() if key not in compiled_blocks.KEYS}
+    not_its_own = {*compiled_blocks.KEYS, *OWN_KEYS}
+    given = {key: value for key, value in copy.deepcopy(recipe.train).items() if key not in not_its_own}
+    if recipe.kept_by is not None:
+        defaults |= _KEEPING
+        # How the best is kept is the trainer's own: `ResumableTrainer.keep_best`.
+        given |= {"metric_for_best_model": recipe.kept_by, "load_best_model_at_end": False}
+        if "eval_strategy" in given:
+            del defaults["eval_steps"]
     if given.get("activation_checkpointing") == SELECTIVE:
         given |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {SELECTIVE: True}}
     known = {field.name for field in dataclasses.fields(TrainingArguments)}

@@ -7,15 +7,23 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from coldstill.pipeline.recipe.training_keys import OTHERS_METRIC
+
+_DIVERGENCE = "loss_logits"
+
 
 class DomainsTrainer(Trainer):
     """A Trainer that gives, of a dict of eval sets, the losses over all of their rows too.
 
     Transformers gives those of each set, as `eval_<label>_loss`; so there is `eval_loss` in any case, and what goes by
     it need not ask how many sets there are.
+
+    Attributes:
+        others: Labels of the sets whose mean divergence is given too, as `OTHERS_METRIC` calls it; none mostly.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.others: Sequence[str] = ()
         self._num_rows: dict[str, int] = {}
         super().__init__(*args, **kwargs)
 
@@ -50,10 +58,14 @@ class DomainsTrainer(Trainer):
         counts = {label: self._num_rows[f"{prefix}_{label}"] for label in labels}
         of_first = f"{prefix}_{labels[0]}_loss"
         names = [name.removeprefix(of_first) for name in metrics if name.startswith(of_first)]
-        return {
+        overall = {
             f"{prefix}_loss{name}": sum(
                 count * metrics[f"{prefix}_{label}_loss{name}"] for label, count in counts.items()
             )
             / sum(counts.values())
             for name in names
         }
+        if self.others:
+            divergences = [metrics[f"{prefix}_{label}_{_DIVERGENCE}"] for label in self.others]
+            overall[OTHERS_METRIC] = sum(divergences) / len(divergences)
+        return overall

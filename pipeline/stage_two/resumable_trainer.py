@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from coldstill.cache.errors import StoreNotFoundError
 from coldstill.cache.local_objects import sync_path
+from coldstill.pipeline.outputs.kept import Kept
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.interruptions import WaitingSignal
 from coldstill.pipeline.runtime.peak_memory import peak_memory_bytes
@@ -39,10 +41,12 @@ class ResumableTrainer(DomainsTrainer):
 
     Attributes:
         waiting: A signal that came while signals wait: the run ends when the step is done, judged and saved.
+        keeps_best: Whether the best of what is judged is what the model has in the end; see `keep_best`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.waiting = WaitingSignal()
+        self.keeps_best = False
         self._resumed_from: Path | None = None
         self._first_summed_step = 0
         self._seconds_before = 0.0
@@ -66,6 +70,35 @@ class ResumableTrainer(DomainsTrainer):
         """The step whose weights the model has after training: the last one, or the best where that is wanted."""
         keeps_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         return int(self.state.best_global_step if keeps_best else self.state.global_step)
+
+    def keep_best(self, others: Sequence[str] = ()) -> None:
+        """Let the model have in the end what was best by `metric_for_best_model`: at the start, or at any step judged.
+
+        A step that is the best so far is saved, whatever is saved besides.
+
+        Args:
+            others: Labels of eval sets, for `DomainsTrainer`.
+        """
+        self.keeps_best, self.others = True, others
+        # Here, and not in the arguments: these would have each step saved that is judged.
+        self.args.load_best_model_at_end = True
+
+    @property
+    def kept(self) -> Kept | None:
+        """Which step was the best, and by what; None where the last is kept, or nothing that was judged is finite."""
+        metric = self.args.metric_for_best_model
+        if not self.keeps_best or metric is None or self.state.best_model_checkpoint is None:
+            return None
+        judged = [(entry["step"], entry[metric]) for entry in self.state.log_history if metric in entry]
+        (last_step, last_value), first = judged[-1], judged[0]
+        return Kept(
+            measure=metric,
+            step=self.kept_step,
+            value=dict(judged)[self.kept_step],
+            last_step=last_step,
+            last_value=last_value,
+            start_value=first[1] if first[0] == 0 else None,
+        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train to the last step, from a checkpoint where one is given; one of the last step is only loaded.
@@ -119,14 +152,14 @@ class ResumableTrainer(DomainsTrainer):
                 "from an earlier one, or begin anew: coldstill train --restart"
             )
         self.args.eval_on_start = False
-        if state.best_global_step:
+        if state.best_global_step is not None:
             # Recorded as it was called then, perhaps from another folder.
             best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
             state.best_model_checkpoint = str(best) if is_whole(best) else None
             if self.args.load_best_model_at_end and state.best_model_checkpoint is None:
                 raise StoreNotFoundError(
-                    f"{best}, the best checkpoint so far, is gone, and train.load_best_model_at_end wants it; begin "
-                    "anew: coldstill train --restart"
+                    f"{best}, the best checkpoint so far, is gone, and {self._wanted_by} wants it; begin anew: "
+                    "coldstill train --restart"
                 )
         progress = self._resumed_from / _PROGRESS_FILE
         if not progress.is_file():
@@ -142,6 +175,20 @@ class ResumableTrainer(DomainsTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    @property
+    def _wanted_by(self) -> str:
+        return "train.keep best" if self.keeps_best else "train.load_best_model_at_end"
+
+    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics: dict[str, float] = super()._evaluate(trial, *args, **kwargs)
+        # The Trainer judges the start, but never takes it for the best.
+        is_start = self.keeps_best and self.state.global_step == 0
+        if is_start and self._determine_best_metric(metrics=metrics, trial=trial):
+            self.control.should_save = False
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-0")
+            self._save_checkpoint(self.model_wrapped, trial)
+        return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics=metrics, trial=trial)
@@ -161,7 +208,7 @@ class ResumableTrainer(DomainsTrainer):
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
             metric = self.args.metric_for_best_model
             warnings.warn(
-                f"train.load_best_model_at_end: no evaluation gave a finite {metric}, so the last step is kept",
+                f"{self._wanted_by}: no evaluation gave a finite {metric}, so the last step is kept",
                 stacklevel=2,
             )
         # With a limit of one the Trainer removes the last checkpoint here if another is best, and nothing is exported.

@@ -83,6 +83,10 @@ def decisive_sections(recipe: Recipe) -> dict[str, Any]:
 
 def _is_idle(key: str, train: Mapping[str, Any]) -> bool:
     """Whether a key of `train` changes nothing of the trained student."""
+    if key == "keep":
+        return train["keep"] == "last"  # as it is without the key
+    if train.get("keep") == "best" and key.startswith("eval_"):
+        return False
     if train.get("load_best_model_at_end") and key.startswith(_WHEN_JUDGED):
         return False
     return key.startswith(_IDLE_PREFIXES) and key != "dataloader_drop_last"

@@ -79,7 +79,7 @@ def create_trainer(
     rows = live or source
     assert rows is not None, "rows come from a store or from memory"
     with as_error_of_train():
-        return UniversalDistillationTrainer(
+        trainer = UniversalDistillationTrainer(
             distiller,
             arguments,
             teacher_model=None if live is None else live.teacher_model,
@@ -89,6 +89,9 @@ def create_trainer(
             processing_class=tokenizer,
             projector_learning_rate=recipe.projector.learning_rate,
         )
+    if recipe.kept_by is not None:
+        trainer.keep_best(recipe.data.other_labels)
+    return trainer
 
 
 def _eval_rows(rows: RowSet, domains: Mapping[str, range]) -> RowSet | dict[str, Subset[StoredRow]]:

@@ -137,8 +137,9 @@ def test_a_live_teacher_judges_each_source_too(of_two: Callable[..., Recipe]):
 
 
 def test_a_trial_takes_a_few_rows_of_each_source(of_two: Callable[..., Recipe]):
-    with trial_of(of_two(), num_rows=8, show_progress=False) as trial:
+    with trial_of(of_two(train__keep="best"), num_rows=8, show_progress=False) as trial:
         assert {label: len(rows) for label, rows in trial.run.domains("eval").items()} == {"text": 2, "elsewhere": 2}
+        assert trial.recipe.kept_by is None
 
 
 def test_a_list_of_one_has_the_rows_of_its_source_and_a_key_of_its_own(

@@ -146,6 +146,14 @@ def test_a_source_among_several_is_called_after_what_it_is_read_from(data, sourc
     assert parse_recipe(data, name="r").data.eval_labels == [label]
 
 
+def test_domains_are_others_where_they_are_no_split_of_trains_own_data_set(data):
+    data["data"]["train"] = {"path": "set", "name": "a"}
+    own, same_name, other = {"path": "set", "name": "a", "split": "test"}, {"path": "set", "name": "b"}, {"path": "c"}
+    for given, others in (([own, same_name, other], ["b", "c"]), ([own], ["a"]), ({"path": "c"}, [])):
+        data["data"]["eval"] = given
+        assert parse_recipe(data, name="r").data.other_labels == others
+
+
 @pytest.mark.parametrize(
     ("kind", "k", "message"),
     [
