@@ -86,7 +86,6 @@ def advise(recipe: Recipe, *, arguments: Sequence[str], target: float = MODEST) 
     notes = list(advice.notes)
     if settings.rising and advice.step not in ("rows", "epochs", "done"):
         notes.append(f"{settings.rising}: more rows would help too, more epochs would not")
-    notes += _start_notes(recipe) if advice.step != "done" else []
     if "loss.gamma" in advice.changes and recipe.targets.hidden.blocks == "none":
         advice = replace(advice, changes={**advice.changes, "targets.hidden.blocks": "mapped"})
     if "loss.gamma" in advice.changes and recipe.loss.schedule.gamma is not None:
@@ -114,7 +113,7 @@ def _start(
     reason = f"no results yet; preset {name} is the one for a student cut in {in_words(cut)}{share}"
     has_preset = recipe.preset in (name, name.replace(cut, "auto"))
     changes = {} if has_preset else {"preset": name}
-    notes = [*_task_notes(recipe), *_start_notes(recipe)]
+    notes = _task_notes(recipe)
     if has_preset or recipe.preset is None:
         loss = {key: getattr(recipe.loss, key) for key in recipe.loss.model_fields_set}
         own = _flat({"loss": loss, "train": recipe.train})
@@ -137,14 +136,3 @@ def _task_notes(recipe: Recipe) -> list[str]:
     if recipe.evaluate.tasks:
         return []
     return ["name evaluate.tasks to measure retention; without tasks agreement with the teacher stands in for it"]
-
-
-def _start_notes(recipe: Recipe) -> list[str]:
-    """Note a better start for training that the recipe neither takes nor refuses."""
-    section = recipe.student.prune
-    if section is None or section.reconstruct != "auto" or section.wants_reconstruction:
-        return []
-    return [
-        "blocks are only removed; with student.prune.reconstruct=true what the others write is fitted to the teacher's "
-        "stream, which is a better start"
-    ]

@@ -17,6 +17,8 @@ from coldstill.pipeline.runtime.endings import one_line_errors
 if TYPE_CHECKING:  # a command's help does not wait for torch
     from coldstill.pipeline.students.preparing import PreparedStudent
 
+_FITTED = {"linear": "what blocks write", "blocks": "each block, by gradient"}
+
 
 def prune(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
     """Make the recipe's student from its teacher."""
@@ -49,7 +51,8 @@ def _lines(result: "PreparedStudent") -> Iterator[str]:
         if sizes["student"] != sizes["teacher"]:
             yield f"{name:10} {sizes['student']:,} of {sizes['teacher']:,} {what}"
     if report["reconstructed"]:
-        yield "fitted     what blocks write, to the teacher's residual stream (student.prune.reconstruct)"
+        method = report["reconstructed"]
+        yield f"fitted     {_FITTED[method]}, to the teacher's residual stream (reconstruct: {method})"
     rows = "the calibration rows" if report["judged"]["are_calibration"] else "train rows behind the calibration rows"
     yield (
         f"perplexity {loss['student']:,.2f}, the teacher's {loss['teacher']:,.2f}, on "

@@ -87,7 +87,7 @@ def planned_layer_map(recipe: Recipe, teacher: Teacher) -> tuple[dict[int, int],
     kept = kept_blocks_before_measuring(section, teacher.config)
     if kept is None and not (isinstance(section, InitConfig) and section.weights == "interpolate"):
         undecided = layer_map_between(recipe.mapping, remaining, teacher.num_blocks, kept_blocks=range(remaining))
-        return undecided, recipe.mapping.strategy != "kept"
+        return undecided, recipe.mapping.strategy not in ("kept", "covered")
     return layer_map_between(recipe.mapping, remaining, teacher.num_blocks, kept_blocks=kept), True
 
 

@@ -219,31 +219,6 @@ def test_results_of_another_recipe_are_refused_in_one_line(coldstill: Callable[.
     assert "holds a run of another recipe (loss differ; see " in line
 
 
-@pytest.mark.parametrize(
-    ("prune", "is_noted"),
-    [
-        ({"layers": {"remove": 1}}, True),
-        ({"layers": {"remove": 1}, "reconstruct": False}, False),
-        ({"layers": {"remove": 1}, "reconstruct": True}, False),
-        ({"mlp": {"keep": 0.5}}, False),
-    ],
-)
-def test_a_better_start_is_noted_where_a_recipe_neither_takes_nor_refuses_it(
-    write_recipe: Callable[..., Path], advised: Callable[..., dict[str, Any]], prune: dict[str, Any], is_noted: bool
-):
-    notes = advised(write_recipe(student={"prune": prune}))["notes"]
-    assert any("student.prune.reconstruct=true" in note for note in notes) == is_noted
-
-
-def test_a_better_start_is_noted_after_training_until_the_target_is_reached(
-    recovered: Run, advised: Callable[..., dict[str, Any]]
-):
-    for retention, is_noted in ((0.8, True), (0.99, False)):
-        recovered.rewrite(lambda found, share=retention: found.update(with_tasks(0.5, share, 0.001)))
-        notes = advised(*recovered.words, "--target=0.95")["notes"]
-        assert any("student.prune.reconstruct=true" in note for note in notes) == is_noted
-
-
 def test_an_eval_loss_that_rises_at_the_end_asks_for_rows(recovered: Run, advised: Callable[..., dict[str, Any]]):
     for losses, is_noted in (((3.0, 2.5, 2.6), True), ((3.0, 2.6, 2.5), False)):
         log = [{"step": 10 * step, "eval_loss": loss} for step, loss in enumerate(losses)]

@@ -50,7 +50,7 @@ def test_prune_says_what_was_cut_and_what_it_cost(coldstill: Callable[..., Any],
     assert "hidden     24 of 32 channels" in lines
     assert lines[-1].startswith("perplexity ")
     assert lines[-1].endswith("on 92 tokens of train rows behind the calibration rows")
-    assert "fitted     what blocks write, to the teacher's residual stream (student.prune.reconstruct)" in lines
+    assert "fitted     each block, by gradient, to the teacher's residual stream (reconstruct: blocks)" in lines
     assert coldstill("prune", recipe).stdout.splitlines()[0].endswith("(there already)")
 
 
@@ -68,7 +68,7 @@ def test_a_student_is_judged_on_rows_that_it_was_not_fitted_to_where_there_are_s
     assert judged["loss"]["student"] == pytest.approx(loss, abs=2e-4)
     assert (judged["num_tokens"], judged["are_calibration"]) == (6 * 23, False)
     line = coldstill("prune", write_recipe(student__prune__calibration_rows=20)).stdout.splitlines()[-1]
-    assert line.endswith("on 460 tokens of the calibration rows")
+    assert line.endswith("on 368 tokens of the calibration rows")
 
 
 def train_rows(coldstill: Callable[..., Any], recipe: Path) -> tuple[Any, Any]:
@@ -87,6 +87,7 @@ def test_students_that_differ_in_any_cut_are_kept_apart_and_a_dry_run_knows_them
         {"student": {"prune": {"mlp": {"keep": 0.6, "method": "weights"}}}},
         {"student": {"prune": {"layers": {"remove": 1, "method": "last"}}}},
         {"student": {"prune": {"layers": {"remove": 1, "method": "last"}, "reconstruct": True}}},
+        {"student": {"prune": {"layers": {"remove": 1, "method": "last"}, "reconstruct": False}}},
         {"student": {"prune": {"mlp": {"keep": 0.6}, "calibration_rows": 4}}},
     ]
     for change in changes:
@@ -96,7 +97,7 @@ def test_students_that_differ_in_any_cut_are_kept_apart_and_a_dry_run_knows_them
     assert len(list((workplace / "caches" / "students").glob("[!.]*"))) == len(changes)
     recipe = write_recipe(**changes[2], student__prune__calibration_rows=4)
     coldstill("prune", recipe)  # weights read no rows, so other rows make no other student
-    coldstill("prune", write_recipe(**changes[4], student__prune__reconstruct=False))  # which is what auto means here
+    coldstill("prune", write_recipe(**changes[5], student__prune__reconstruct="linear"))  # which is what true means
     assert len(list((workplace / "caches" / "students").glob("[!.]*"))) == len(changes)
 
 
@@ -115,7 +116,7 @@ def test_students_that_differ_in_any_cut_are_kept_apart_and_a_dry_run_knows_them
         ),
         (
             {"prune": {"layers": {"remove": 1}, "reconstruct": "maybe"}},
-            "student.prune.reconstruct in {recipe}: takes auto, true or false, got 'maybe'",
+            "student.prune.reconstruct in {recipe}: takes auto, linear, blocks or false, got 'maybe'",
         ),
         ({"init": {"shape": "width"}}, "init takes either parameters, how many the student has, or compression"),
         ({"init": {"parameters": 9}}, "student.init wants 9 parameters, but the smallest student of this teacher has"),
