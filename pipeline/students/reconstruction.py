@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from coldstill.pipeline.models import ModelParts
-from coldstill.pipeline.models.forward import block_output, padded_batches
+from coldstill.pipeline.models.forward import padded_batches
 from coldstill.pipeline.students.axes import WRITERS
+from coldstill.pipeline.students.block_calls import BlockCall, record_run, run_block
 from coldstill.pipeline.students.ridge import solve_towards
 
 # Of the mean of the Gram matrix's diagonal: what few rows do not tell stays as the cut left it.
@@ -43,10 +44,11 @@ def why_no_reconstruction(original: ModelParts, row: Tensor) -> str | None:
             if writer not in names:
                 return f"its block {index} has no {writer}"
     ((ids_BT, mask_BT),) = padded_batches([row], original.model)
-    stream_BTD, calls = _calls(original, ids_BT, mask_BT)
-    for index, (block, call) in enumerate(zip(original.blocks, calls, strict=True)):
+    run = record_run(original, ids_BT, mask_BT)
+    stream_BTD = run.entered_BTD
+    for index, (block, call) in enumerate(zip(original.blocks, run.calls, strict=True)):
         with _watching(block) as seen:
-            after_BTD = _run(block, call, stream_BTD)
+            after_BTD = run_block(block, call, stream_BTD)
         written_BTD = stream_BTD + sum(seen.outputs[name] for name in WRITERS)
         if (written_BTD - after_BTD).float().norm() > _TOLERANCE * after_BTD.float().norm():
             return f"its block {index} does not add what {' and '.join(WRITERS)} write to its input as it is"
@@ -82,15 +84,7 @@ def reconstruct(
         for writer in range(len(WRITERS)):
             _fit(student.blocks[index], index, writer, batches)
         for batch in batches:
-            batch.student_BTK = _run(student.blocks[index], batch.student_calls[index], batch.student_BTK)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a block is called with beside its input."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+            batch.student_BTK = run_block(student.blocks[index], batch.student_calls[index], batch.student_BTK)
 
 
 @dataclass
@@ -110,22 +104,21 @@ class _Batch:
     mask_BT: Tensor
     original_BTD: Tensor
     student_BTK: Tensor
-    original_calls: list[_Call]
-    student_calls: list[_Call]
+    original_calls: list[BlockCall]
+    student_calls: list[BlockCall]
     targets_NK: list[Tensor] = field(default_factory=list)
     weights_N: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def begin(cls, student: ModelParts, original: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> "_Batch":
         """Put rows in front of the first blocks."""
-        original_BTD, original_calls = _calls(original, ids_BT, mask_BT)
-        student_BTK, student_calls = _calls(student, ids_BT, mask_BT)
-        return cls(mask_BT, original_BTD, student_BTK, original_calls, student_calls)
+        of_original, of_student = (record_run(parts, ids_BT, mask_BT) for parts in (original, student))
+        return cls(mask_BT, of_original.entered_BTD, of_student.entered_BTD, of_original.calls, of_student.calls)
 
     def advance_original(self, original: ModelParts, start: int, end: int) -> None:
         """Run the original's blocks from start to before end."""
         for block in range(start, end):
-            self.original_BTD = _run(original.blocks[block], self.original_calls[block], self.original_BTD)
+            self.original_BTD = run_block(original.blocks[block], self.original_calls[block], self.original_BTD)
 
     def set_targets(self, original: ModelParts, block: int, end: int, channels_K: Tensor) -> None:
         """Run the original's block and those up to the end, and keep the stream behind its first writer and there."""
@@ -155,7 +148,7 @@ def _fit(block: nn.Module, index: int, writer: int, batches: Sequence[_Batch]) -
     cross_HK = torch.zeros(inputs, module.weight.shape[0], device=device)
     for batch in batches:
         with _watching(block) as seen:
-            _run(block, batch.student_calls[index], batch.student_BTK)
+            run_block(block, batch.student_calls[index], batch.student_BTK)
         lacking_NK = batch.targets_NK[writer].clone()
         for part_BTK in (batch.student_BTK, *(seen.outputs[name] for name in WRITERS[:writer])):
             lacking_NK -= part_BTK[batch.mask_BT].float()
@@ -167,29 +160,6 @@ def _fit(block: nn.Module, index: int, writer: int, batches: Sequence[_Batch]) -
         cross_HK += weighted_NH.T @ lacking_NK
     fitted_HK = solve_towards(module.weight.double().T, gram_HH.double(), cross_HK.double(), share=RIDGE)
     module.weight.copy_(fitted_HK.T)
-
-
-def _calls(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, list[_Call]]:
-    """Return the stream in front of the first block, and what each block is called with beside it."""
-    entered: list[Tensor] = []
-    calls: list[_Call] = []
-
-    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not entered:
-            entered.append(args[0])
-        calls.append(_Call(args[1:], kwargs))
-
-    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in parts.blocks]
-    try:
-        parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return entered[0], calls
-
-
-def _run(block: nn.Module, call: _Call, stream: Tensor) -> Tensor:
-    return block_output(block(stream, *call.args, **call.kwargs))
 
 
 @contextmanager
