@@ -7,7 +7,9 @@ from pydantic import field_validator, model_validator
 from coldstill.pipeline.recipe.fields import BlockIndex, Count, Fraction, Section
 from coldstill.pipeline.recipe.training_keys import check_lora_keys
 
-PruneMethod = Literal["last", "first", "importance", "explicit"]
+PruneMethod = Literal["last", "first", "importance", "kl", "explicit"]
+# Which of them choose by running the teacher.
+MEASURED_METHODS: frozenset[PruneMethod] = frozenset({"importance", "kl"})
 MlpImportance = Literal["weights", "activations"]
 Reconstruct = bool | Literal["auto"]
 DesignShape = Literal["depth", "width", "balanced"]
@@ -78,8 +80,8 @@ class PruneConfig(Section):
     def needs_calibration(self) -> bool:
         """Whether what is cut depends on calibration rows."""
         by_activations = self.mlp is not None and self.mlp.method == "activations"
-        by_influence = self.layers is not None and self.layers.method == "importance"
-        return by_influence or by_activations or self.hidden is not None or self.wants_reconstruction
+        by_blocks = self.layers is not None and self.layers.method in MEASURED_METHODS
+        return by_blocks or by_activations or self.hidden is not None or self.wants_reconstruction
 
     @property
     def wants_reconstruction(self) -> bool:

@@ -12,9 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from coldstill.pipeline.models import ModelParts, kept_blocks_of, take_apart, text_config
-from coldstill.pipeline.recipe.student import InitConfig, PruneConfig, PruneMlpConfig, Reconstruct
+from coldstill.pipeline.recipe.student import (
+    MEASURED_METHODS,
+    InitConfig,
+    PruneConfig,
+    PruneLayersConfig,
+    PruneMlpConfig,
+    Reconstruct,
+)
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.students.axes import mlp_size
+from coldstill.pipeline.students.cut_costs import cheapest_cuts
 from coldstill.pipeline.students.depth import (
     block_importances,
     check_prune,
@@ -108,13 +116,18 @@ def kept_blocks_before_measuring(section: PruneConfig | InitConfig, teacher: Pre
         return _design_blocks(section, _design_of(section, teacher), num_blocks)
     if section.layers is None:
         return list(range(num_blocks))
-    if section.layers.method == "importance":
+    if section.layers.method in MEASURED_METHODS:
         return None
     return choose_kept_blocks(section.layers, num_blocks=num_blocks)
 
 
 def make_student(
-    section: PruneConfig | InitConfig, teacher: ModelParts, rows: Sequence[Tensor], judged: JudgedRows
+    section: PruneConfig | InitConfig,
+    teacher: ModelParts,
+    rows: Sequence[Tensor],
+    judged: JudgedRows,
+    *,
+    show_progress: bool = True,
 ) -> MadeStudent:
     """Make a student; the teacher is left as it was.
 
@@ -123,26 +136,27 @@ def make_student(
         teacher: The teacher.
         rows: Calibration rows of token ids, [T] each.
         judged: What it is compared with the teacher on.
+        show_progress: Whether to show progress bars.
 
     Raises:
         ModelError: The teacher's architecture cannot be narrowed so, or its students not reconstructed.
     """
     facts: dict[str, Any] = {}
     if isinstance(section, PruneConfig):
-        cut = _prune(section, teacher, rows, facts)
+        cut = _prune(section, teacher, rows, facts, show_progress=show_progress)
     else:
         cut = _initialise(section, teacher, rows, facts)
     report = {"kind": _kind(section), **pruning_report(teacher, cut.model, judged), **facts}
     return MadeStudent(cut.model, report, cut.kept_channels)
 
 
-def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]) -> _Cut:
+def _prune(
+    section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any], *, show_progress: bool
+) -> _Cut:
     facts["reconstructed"] = section.wants_reconstruction and _can_reconstruct(section.reconstruct, teacher, rows)
     kept = list(range(len(teacher.blocks)))
     if section.layers is not None:
-        importances = block_importances(teacher, rows) if section.layers.method == "importance" else None
-        facts["block_importances"] = importances and [round(value, _DIGITS) for value in importances]
-        kept = choose_kept_blocks(section.layers, num_blocks=len(teacher.blocks), importances=importances)
+        kept = _choose_blocks(section.layers, teacher, rows, facts, show_progress=show_progress)
     parts = take_apart(cut_blocks(teacher, kept))
     if section.mlp is not None:
         wanted = _mlp_size_wanted(section.mlp, mlp_size(parts))
@@ -154,6 +168,27 @@ def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], fa
     if facts["reconstructed"]:
         _reconstruct(parts, teacher, rows, channels_K)
     return _Cut(parts.model, channels_K)
+
+
+def _choose_blocks(
+    layers: PruneLayersConfig,
+    teacher: ModelParts,
+    rows: Sequence[Tensor],
+    facts: dict[str, Any],
+    *,
+    show_progress: bool,
+) -> list[int]:
+    """Return the blocks that stay, and keep what they were chosen by."""
+    importances = cheapest = None
+    if layers.method == "importance":
+        importances = block_importances(teacher, rows)
+        facts["block_importances"] = [round(value, _DIGITS) for value in importances]
+    elif layers.method == "kl":
+        assert layers.remove is not None
+        rounds = cheapest_cuts(teacher, rows, remove=layers.remove, show_progress=show_progress)
+        facts["cut_costs"] = [cut.record() for cut in rounds]
+        cheapest = [cut.removed for cut in rounds]
+    return choose_kept_blocks(layers, num_blocks=len(teacher.blocks), importances=importances, cheapest=cheapest)
 
 
 def _can_reconstruct(wanted: Reconstruct, teacher: ModelParts, rows: Sequence[Tensor]) -> bool:

@@ -15,6 +15,7 @@ from coldstill.pipeline.recipe.file import load_recipe
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "depth": {"prune": {"layers": {"remove": 1, "method": "importance"}}},
+    "depth-by-kl": {"prune": {"layers": {"remove": 2, "method": "kl"}}},
     "depth-reconstructed": {"prune": {"layers": {"remove": 1, "method": "importance"}, "reconstruct": True}},
     "mlp": {"prune": {"mlp": {"keep": 0.6}}},
     "mlp-by-weights": {"prune": {"mlp": {"size": 32, "method": "weights"}}},
@@ -52,6 +53,22 @@ def test_prune_says_what_was_cut_and_what_it_cost(coldstill: Callable[..., Any],
     assert lines[-1].endswith("on 92 tokens of train rows behind the calibration rows")
     assert "fitted     what blocks write, to the teacher's residual stream (student.prune.reconstruct)" in lines
     assert coldstill("prune", recipe).stdout.splitlines()[0].endswith("(there already)")
+
+
+def test_prune_by_kl_says_what_each_cut_costs_and_what_the_next_ones_would_have(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path]
+):
+    recipe = write_recipe(student=STUDENTS["depth-by-kl"])
+    lines = coldstill("prune", recipe).stdout.splitlines()
+    report = json.loads(coldstill("prune", recipe, "--json").stdout)["report"]
+    first, second = report["cut_costs"]
+    assert set(first["kl"]) == {"0", "1", "2", "3"}
+    assert sorted({0, 1, 2, 3} - {first["removed"], second["removed"]}) == report["blocks"]["kept"]
+    cost = first["kl"][str(first["removed"])]
+    assert cost == min(first["kl"].values())
+    (line,) = [line for line in lines if line.startswith("cut 1 ")]
+    assert f"block {first['removed']}, for KL {cost:.3f} to the teacher; next " in line
+    assert len([line for line in lines if line.startswith("cut ")]) == 2
 
 
 def test_a_student_is_judged_on_rows_that_it_was_not_fitted_to_where_there_are_some(
