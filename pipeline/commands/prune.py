@@ -48,9 +48,9 @@ def _lines(result: "PreparedStudent") -> Iterator[str]:
     removed = "" if blocks["kept"] is None else _removed(blocks["kept"], blocks["teacher"])
     yield f"blocks     {blocks['student']} of {blocks['teacher']}{removed}"
     yield from _cut_lines(report.get("cut_costs") or [])
-    for name, what in (("mlp", "neurons a block"), ("hidden", "channels")):
-        sizes = report[name]
-        if sizes["student"] != sizes["teacher"]:
+    for name, what in (("heads", "attention heads a block"), ("mlp", "neurons a block"), ("hidden", "channels")):
+        sizes = report.get(name)
+        if sizes is not None and sizes["student"] != sizes["teacher"]:
             yield f"{name:10} {sizes['student']:,} of {sizes['teacher']:,} {what}"
     if report["reconstructed"]:
         yield "fitted     what blocks write, to the teacher's residual stream (student.prune.reconstruct)"

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from coldstill.pipeline.recipe.fields import BlockIndex, Count, Fraction, Section
+from coldstill.pipeline.recipe.fields import BlockIndex, Count, Fraction, Section, later
 from coldstill.pipeline.recipe.training_keys import check_lora_keys
 
 PruneMethod = Literal["last", "first", "importance", "kl", "explicit"]
@@ -48,6 +48,19 @@ class PruneMlpConfig(Section):
         return self
 
 
+class PruneHeadsConfig(Section):
+    """How many key-value heads, each with the query heads that read it, each block's attention keeps."""
+
+    keep: Fraction | None = None
+    size: Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "PruneHeadsConfig":
+        if (self.keep is None) == (self.size is None):
+            raise ValueError("heads takes either keep, the share of key-value heads that stay, or size, their number")
+        return self
+
+
 class PruneHiddenConfig(Section):
     """How many channels the residual stream keeps."""
 
@@ -55,9 +68,10 @@ class PruneHiddenConfig(Section):
 
 
 class PruneConfig(Section):
-    """How the student is cut from the teacher: in depth, in the width of its MLPs, in that of its residual stream."""
+    """How the student is cut from the teacher: in depth, in heads, in the widths of MLPs and residual stream."""
 
     layers: PruneLayersConfig | None = None
+    heads: PruneHeadsConfig | None = later(None)
     mlp: PruneMlpConfig | None = None
     hidden: PruneHiddenConfig | None = None
     reconstruct: Reconstruct = "auto"
@@ -73,7 +87,7 @@ class PruneConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "PruneConfig":
         if not self.is_deep and not self.is_wide:
-            raise ValueError("prune needs layers, mlp or hidden: what is to be cut")
+            raise ValueError("prune needs layers, heads, mlp or hidden: what is to be cut")
         return self
 
     @property
@@ -81,7 +95,8 @@ class PruneConfig(Section):
         """Whether what is cut depends on calibration rows."""
         by_activations = self.mlp is not None and self.mlp.method == "activations"
         by_blocks = self.layers is not None and self.layers.method in MEASURED_METHODS
-        return by_blocks or by_activations or self.hidden is not None or self.wants_reconstruction
+        by_writing = self.heads is not None or self.hidden is not None
+        return by_blocks or by_activations or by_writing or self.wants_reconstruction
 
     @property
     def wants_reconstruction(self) -> bool:
@@ -95,8 +110,8 @@ class PruneConfig(Section):
 
     @property
     def is_wide(self) -> bool:
-        """Whether neurons or channels go."""
-        return self.mlp is not None or self.hidden is not None
+        """Whether heads, neurons or channels go."""
+        return self.heads is not None or self.mlp is not None or self.hidden is not None
 
 
 class InitConfig(Section):

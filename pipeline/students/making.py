@@ -1,4 +1,4 @@
-"""Make a student of a teacher: cut in depth, then its MLPs, then its residual stream, then reconstructed; or designed.
+"""Make a student of a teacher: cut in depth, in heads, MLPs and residual stream, then reconstructed; or designed.
 
 Each cut measures on the model that the one before it left. Knows models and rows, not where students are kept.
 """
@@ -16,6 +16,7 @@ from coldstill.pipeline.recipe.student import (
     MEASURED_METHODS,
     InitConfig,
     PruneConfig,
+    PruneHeadsConfig,
     PruneLayersConfig,
     PruneMlpConfig,
     Reconstruct,
@@ -31,6 +32,7 @@ from coldstill.pipeline.students.depth import (
     num_removed,
 )
 from coldstill.pipeline.students.designs import Design, block_positions, design_student
+from coldstill.pipeline.students.heads import group_importances, groups_kept, narrow_heads, num_groups
 from coldstill.pipeline.students.interpolation import interpolate
 from coldstill.pipeline.students.pruning_report import JudgedRows, pruning_report
 from coldstill.pipeline.students.reconstruction import reconstruct, why_no_reconstruction
@@ -86,6 +88,9 @@ def check_student_section(section: PruneConfig | InitConfig, teacher: PreTrained
     config = text_config(teacher)
     if section.layers is not None:
         check_prune(section.layers, num_blocks=config.num_hidden_layers)
+    if section.heads is not None:
+        groups = num_groups(config)
+        _check_below(_groups_wanted(section.heads, groups), groups, "heads", "key-value heads")
     if section.mlp is not None:
         _check_below(
             _mlp_size_wanted(section.mlp, config.intermediate_size), config.intermediate_size, "mlp", "neurons"
@@ -158,6 +163,10 @@ def _prune(
     if section.layers is not None:
         kept = _choose_blocks(section.layers, teacher, rows, facts, show_progress=show_progress)
     parts = take_apart(cut_blocks(teacher, kept))
+    if section.heads is not None:
+        importances = group_importances(parts, rows)
+        wanted = _groups_wanted(section.heads, num_groups(parts.model.config))
+        parts = take_apart(narrow_heads(parts, [most_important(of_block, wanted) for of_block in importances]))
     if section.mlp is not None:
         wanted = _mlp_size_wanted(section.mlp, mlp_size(parts))
         parts = take_apart(_narrow_mlps(parts, wanted, rows, method=section.mlp.method))
@@ -256,6 +265,10 @@ def _design_blocks(section: InitConfig, design: Design, num_blocks: int) -> list
 
 def _mlp_size_wanted(section: PruneMlpConfig, size: int) -> int:
     return section.size if section.size is not None else neurons_kept(section.keep or 1.0, size)
+
+
+def _groups_wanted(section: PruneHeadsConfig, groups: int) -> int:
+    return section.size if section.size is not None else groups_kept(section.keep or 1.0, groups)
 
 
 def _check_below(wanted: int, size: int, section: str, what: str) -> None:

@@ -66,7 +66,7 @@ def reconstruct(
     Holds the streams of all rows, and H times (H + K) float32 and float64, while it runs.
 
     Args:
-        student: A model with some of the original's blocks and channels, and all its heads.
+        student: A model with some of the original's blocks, heads, neurons and channels.
         original: What it was cut from, of which `why_no_reconstruction` has nothing to say.
         rows: Calibration rows of token ids, [T] each.
         kept_blocks: The original block of each of the student's, ascending.

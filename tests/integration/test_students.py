@@ -19,6 +19,8 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "depth-reconstructed": {"prune": {"layers": {"remove": 1, "method": "importance"}, "reconstruct": True}},
     "mlp": {"prune": {"mlp": {"keep": 0.6}}},
     "mlp-by-weights": {"prune": {"mlp": {"size": 32, "method": "weights"}}},
+    "heads": {"prune": {"heads": {"keep": 0.5}}},
+    "heads-and-hidden": {"prune": {"heads": {"size": 1}, "hidden": {"size": 22}}},
     "hidden": {"prune": {"hidden": {"size": 22}}},
     "depth-and-width": {
         "prune": {"layers": {"remove": 1, "method": "last"}, "mlp": {"keep": 0.6}, "hidden": {"size": 24}}
@@ -102,6 +104,7 @@ def test_students_that_differ_in_any_cut_are_kept_apart_and_a_dry_run_knows_them
         {"student": {"prune": {"mlp": {"keep": 0.5}}}},
         {"student": {"prune": {"mlp": {"keep": 0.6, "method": "weights"}, "reconstruct": False}}},
         {"student": {"prune": {"mlp": {"keep": 0.6, "method": "weights"}}}},
+        {"student": {"prune": {"heads": {"size": 1}}}},
         {"student": {"prune": {"layers": {"remove": 1, "method": "last"}}}},
         {"student": {"prune": {"layers": {"remove": 1, "method": "last"}, "reconstruct": True}}},
         {"student": {"prune": {"mlp": {"keep": 0.6}, "calibration_rows": 4}}},
@@ -113,19 +116,24 @@ def test_students_that_differ_in_any_cut_are_kept_apart_and_a_dry_run_knows_them
     assert len(list((workplace / "caches" / "students").glob("[!.]*"))) == len(changes)
     recipe = write_recipe(**changes[2], student__prune__calibration_rows=4)
     coldstill("prune", recipe)  # weights read no rows, so other rows make no other student
-    coldstill("prune", write_recipe(**changes[4], student__prune__reconstruct=False))  # which is what auto means here
+    coldstill("prune", write_recipe(**changes[5], student__prune__reconstruct=False))  # which is what auto means here
     assert len(list((workplace / "caches" / "students").glob("[!.]*"))) == len(changes)
 
 
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        ({"prune": {}}, "student.prune in {recipe}: prune needs layers, mlp or hidden: what is to be cut"),
+        ({"prune": {}}, "student.prune in {recipe}: prune needs layers, heads, mlp or hidden: what is to be cut"),
         (
             {"prune": {"mlp": {"keep": 0.5, "size": 8}}},
             "mlp takes either keep, the share of neurons that stay, or size",
         ),
         ({"prune": {"mlp": {"size": 48}}}, "student.prune.mlp keeps 48 neurons, but the teacher has 48: nothing would"),
+        (
+            {"prune": {"heads": {"keep": 0.8}}},
+            "student.prune.heads keeps 2 key-value heads, but the teacher has 2: nothing would be cut",
+        ),
+        ({"prune": {"heads": {}}}, "heads takes either keep, the share of key-value heads that stay, or size, their"),
         (
             {"prune": {"hidden": {"size": 64}}},
             "student.prune.hidden keeps 64 channels, but the teacher has 32: nothing",
