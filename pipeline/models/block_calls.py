@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coldstill.pipeline.models.forward import block_input, block_output, block_outputs, padded_batches
+from coldstill.pipeline.models.forward import block_input, block_output, padded_batches
 from coldstill.pipeline.models.structure import ModelParts
 
-# Of the stream behind the last block, by norm: how far blocks run by themselves may end from it, in bfloat16 too.
+# Of the last state, by norm: how far blocks that are run by themselves may end from it, in bfloat16 too.
 _TOLERANCE = 0.02
 
 
@@ -58,24 +58,24 @@ def block_calls(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Ten
 
 @torch.inference_mode()
 def why_not_alone(parts: ModelParts, row: Tensor) -> str | None:
-    """Say why a model's blocks cannot be run one by one; None where they give the stream that the model gives.
+    """Say why a model's blocks cannot be run one by one; None where they give the last state that it gives.
 
     Args:
         parts: The model.
         row: Some token ids, [T].
     """
     ((ids_BT, mask_BT),) = padded_batches([row], parts.model)
-    last = len(parts.blocks) - 1
-    with block_outputs(parts.blocks, [last]) as outputs:
-        parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
+    whole_BTD = parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).last_hidden_state
     stream_BTD, calls = block_calls(parts, ids_BT, mask_BT)
+    if stream_BTD.dim() != whole_BTD.dim():
+        return f"its blocks hand on {len(stream_BTD)} streams, and not one"
     try:
         for block, call in zip(parts.blocks, calls, strict=True):
             stream_BTD = call.run(block, stream_BTD)
     except (ValueError, KeyError, AttributeError, TypeError, IndexError, RuntimeError) as error:
         return f"one of its blocks does not run by itself: {' '.join(str(error).split()) or type(error).__name__}"
-    whole_BTD = outputs[last]
-    if stream_BTD.shape != whole_BTD.shape or _distance(stream_BTD, whole_BTD) > _TOLERANCE:
+    state_BTD = stream_BTD if parts.final_norm is None else parts.final_norm(stream_BTD)
+    if (state_BTD - whole_BTD).float().norm() > _TOLERANCE * whole_BTD.float().norm():
         return "its blocks, run one after the other, do not give what it gives: they share more than the stream"
     return None
 
@@ -88,10 +88,6 @@ def _in_float32(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(map(_in_float32, value))
     return value
-
-
-def _distance(stream: Tensor, other: Tensor) -> float:
-    return float((stream - other).float().norm() / other.float().norm().clamp(min=1e-12))
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def _cut_of_section(student: Any, name: str) -> Cut | None:
         return None
     prune = student.get("prune")
     if isinstance(prune, Mapping):
-        is_deep, is_wide = bool(prune.get("layers")), bool(prune.get("mlp") or prune.get("hidden"))
+        is_deep, is_wide = bool(prune.get("layers")), any(prune.get(width) for width in ("heads", "mlp", "hidden"))
         return cut_of(is_deep=is_deep, is_wide=is_wide) if is_deep or is_wide else None
     if student.get("path") or student.get("init"):
         kind = "path" if student.get("path") else "init"

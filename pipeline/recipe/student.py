@@ -7,7 +7,9 @@ from pydantic import BeforeValidator, field_validator, model_validator
 from coldstill.pipeline.recipe.fields import BlockIndex, Count, Fraction, Section, later
 from coldstill.pipeline.recipe.training_keys import check_lora_keys
 
-PruneMethod = Literal["last", "first", "importance", "explicit"]
+PruneMethod = Literal["last", "first", "importance", "kl", "explicit"]
+# Which of them choose by running the teacher.
+MEASURED_METHODS: frozenset[PruneMethod] = frozenset({"importance", "kl"})
 MlpImportance = Literal["weights", "activations"]
 ReconstructMethod = Literal["linear", "blocks"]
 DesignShape = Literal["depth", "width", "balanced"]
@@ -59,6 +61,19 @@ class PruneMlpConfig(Section):
         return self
 
 
+class PruneHeadsConfig(Section):
+    """How many key-value heads, each with the query heads that read it, each block's attention keeps."""
+
+    keep: Fraction | None = None
+    size: Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "PruneHeadsConfig":
+        if (self.keep is None) == (self.size is None):
+            raise ValueError("heads takes either keep, the share of key-value heads that stay, or size, their number")
+        return self
+
+
 class PruneHiddenConfig(Section):
     """How many channels the residual stream keeps."""
 
@@ -66,9 +81,10 @@ class PruneHiddenConfig(Section):
 
 
 class PruneConfig(Section):
-    """How the student is cut from the teacher: in depth, in the width of its MLPs, in that of its residual stream."""
+    """How the student is cut from the teacher: in depth, in heads, in the widths of MLPs and residual stream."""
 
     layers: PruneLayersConfig | None = None
+    heads: PruneHeadsConfig | None = later(None)
     mlp: PruneMlpConfig | None = None
     hidden: PruneHiddenConfig | None = None
     reconstruct: Reconstruct = "auto"  # the default by measured recovery: docs/results.md
@@ -77,15 +93,16 @@ class PruneConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "PruneConfig":
         if not self.is_deep and not self.is_wide:
-            raise ValueError("prune needs layers, mlp or hidden: what is to be cut")
+            raise ValueError("prune needs layers, heads, mlp or hidden: what is to be cut")
         return self
 
     @property
     def needs_calibration(self) -> bool:
         """Whether what is cut depends on calibration rows."""
         by_activations = self.mlp is not None and self.mlp.method == "activations"
-        by_influence = self.layers is not None and self.layers.method == "importance"
-        return by_influence or by_activations or self.hidden is not None or bool(self.reconstruct)
+        by_blocks = self.layers is not None and self.layers.method in MEASURED_METHODS
+        by_writing = self.heads is not None or self.hidden is not None
+        return by_blocks or by_activations or by_writing or bool(self.reconstruct)
 
     @property
     def num_calibration_rows(self) -> int:
@@ -99,8 +116,8 @@ class PruneConfig(Section):
 
     @property
     def is_wide(self) -> bool:
-        """Whether neurons or channels go."""
-        return self.mlp is not None or self.hidden is not None
+        """Whether heads, neurons or channels go."""
+        return self.heads is not None or self.mlp is not None or self.hidden is not None
 
 
 class InitConfig(Section):

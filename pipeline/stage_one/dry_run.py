@@ -64,7 +64,7 @@ class DryRun:
         computed_tokens: Tokens that the teacher would read.
         missing_bytes: About how many bytes would be written.
         students_to_prune: Students that would be cut from the teacher.
-        undecided_blocks: How many mapped blocks are known only when a student was pruned by importance.
+        undecided_blocks: How many mapped blocks are known only when a student's blocks are chosen.
     """
 
     store: str

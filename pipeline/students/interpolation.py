@@ -60,7 +60,7 @@ def _between(state: dict[str, Tensor], prefix: str, name: str, position: float) 
 def _resized(value: Tensor, axes: tuple[Axis, ...], design: Design) -> Tensor:
     sizes: dict[Axis, int] = {"channels": design.hidden_size, "neurons": design.mlp_size}
     for dim, axis in enumerate(axes):
-        if axis is not None:
+        if axis in sizes:  # heads keep their number and width
             value = stretched(value, dim, sizes[axis])
     return value
 

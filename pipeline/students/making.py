@@ -1,4 +1,4 @@
-"""Make a student of a teacher: cut in depth, then its MLPs, then its residual stream, then reconstructed; or designed.
+"""Make a student of a teacher: cut in depth, in heads, MLPs and residual stream, then reconstructed; or designed.
 
 Each cut measures on the model that the one before it left. Knows models and rows, not where students are kept.
 """
@@ -12,9 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from coldstill.pipeline.models import ModelParts, take_apart, text_config
-from coldstill.pipeline.recipe.student import InitConfig, PruneConfig, PruneMlpConfig, ReconstructMethod
+from coldstill.pipeline.recipe.student import (
+    MEASURED_METHODS,
+    InitConfig,
+    PruneConfig,
+    PruneHeadsConfig,
+    PruneLayersConfig,
+    PruneMlpConfig,
+    ReconstructMethod,
+)
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.students.axes import mlp_size
+from coldstill.pipeline.students.cut_costs import cheapest_cuts
 from coldstill.pipeline.students.depth import (
     block_importances,
     check_prune,
@@ -23,6 +32,7 @@ from coldstill.pipeline.students.depth import (
     num_removed,
 )
 from coldstill.pipeline.students.designs import Design, block_positions, design_student
+from coldstill.pipeline.students.heads import group_importances, groups_kept, narrow_heads, num_groups
 from coldstill.pipeline.students.interpolation import interpolate
 from coldstill.pipeline.students.pruning_report import JudgedRows, pruning_report
 from coldstill.pipeline.students.reconstruction import reconstruct, why_no_reconstruction
@@ -80,6 +90,9 @@ def check_student_section(section: PruneConfig | InitConfig, teacher: PreTrained
     config = text_config(teacher)
     if section.layers is not None:
         check_prune(section.layers, num_blocks=config.num_hidden_layers)
+    if section.heads is not None:
+        groups = num_groups(config)
+        _check_below(_groups_wanted(section.heads, groups), groups, "heads", "key-value heads")
     if section.mlp is not None:
         _check_below(
             _mlp_size_wanted(section.mlp, config.intermediate_size), config.intermediate_size, "mlp", "neurons"
@@ -110,13 +123,18 @@ def kept_blocks_before_measuring(section: PruneConfig | InitConfig, teacher: Pre
         return _design_blocks(section, _design_of(section, teacher), num_blocks)
     if section.layers is None:
         return list(range(num_blocks))
-    if section.layers.method == "importance":
+    if section.layers.method in MEASURED_METHODS:
         return None
     return choose_kept_blocks(section.layers, num_blocks=num_blocks)
 
 
 def make_student(
-    section: PruneConfig | InitConfig, teacher: ModelParts, rows: Sequence[Tensor], judged: JudgedRows
+    section: PruneConfig | InitConfig,
+    teacher: ModelParts,
+    rows: Sequence[Tensor],
+    judged: JudgedRows,
+    *,
+    show_progress: bool = True,
 ) -> MadeStudent:
     """Make a student; the teacher is left as it was.
 
@@ -125,28 +143,33 @@ def make_student(
         teacher: The teacher.
         rows: Calibration rows of token ids, [T] each.
         judged: What it is compared with the teacher on.
+        show_progress: Whether to show progress bars.
 
     Raises:
         ModelError: The teacher's architecture cannot be narrowed so, or its students not reconstructed.
     """
     facts: dict[str, Any] = {}
     if isinstance(section, PruneConfig):
-        cut = _prune(section, teacher, rows, facts)
+        cut = _prune(section, teacher, rows, facts, show_progress=show_progress)
     else:
-        cut = _initialise(section, teacher, rows, facts)
+        cut = _initialise(section, teacher, rows, facts, show_progress=show_progress)
     report = {"kind": _kind(section), **pruning_report(teacher, cut.model, judged), **facts}
     return MadeStudent(cut.model, report, cut.kept_channels)
 
 
-def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]) -> _Cut:
+def _prune(
+    section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any], *, show_progress: bool
+) -> _Cut:
     method = _reconstruct_method(section, teacher, rows)
     measured = rows[:_MEASURED_ROWS]
     kept = list(range(len(teacher.blocks)))
     if section.layers is not None:
-        importances = block_importances(teacher, measured) if section.layers.method == "importance" else None
-        facts["block_importances"] = importances and [round(value, _DIGITS) for value in importances]
-        kept = choose_kept_blocks(section.layers, num_blocks=len(teacher.blocks), importances=importances)
+        kept = _choose_blocks(section.layers, teacher, measured, facts, show_progress=show_progress)
     parts = take_apart(cut_blocks(teacher, kept))
+    if section.heads is not None:
+        importances = group_importances(parts, rows)
+        wanted = _groups_wanted(section.heads, num_groups(parts.model.config))
+        parts = take_apart(narrow_heads(parts, [most_important(of_block, wanted) for of_block in importances]))
     if section.mlp is not None:
         wanted = _mlp_size_wanted(section.mlp, mlp_size(parts))
         parts = take_apart(_narrow_mlps(parts, wanted, measured, method=section.mlp.method))
@@ -155,8 +178,30 @@ def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], fa
         channels_K = most_important(channel_importances(parts, measured), section.hidden.size)
         parts = take_apart(narrow_stream(parts, channels_K, rows))
     stands_for = Span.between(kept, len(teacher.blocks))
-    facts |= _reconstruct(method, parts, teacher, rows, stands_for, Channels.kept(channels_K))
+    channels = Channels.kept(channels_K)
+    facts |= _reconstruct(method, parts, teacher, rows, stands_for, channels, show_progress=show_progress)
     return _Cut(parts.model, channels_K)
+
+
+def _choose_blocks(
+    layers: PruneLayersConfig,
+    teacher: ModelParts,
+    rows: Sequence[Tensor],
+    facts: dict[str, Any],
+    *,
+    show_progress: bool,
+) -> list[int]:
+    """Return the blocks that stay, and keep what they were chosen by."""
+    importances = cheapest = None
+    if layers.method == "importance":
+        importances = block_importances(teacher, rows)
+        facts["block_importances"] = [round(value, _DIGITS) for value in importances]
+    elif layers.method == "kl":
+        assert layers.remove is not None
+        rounds = cheapest_cuts(teacher, rows, remove=layers.remove, show_progress=show_progress)
+        facts["cut_costs"] = [cut.record() for cut in rounds]
+        cheapest = [cut.removed for cut in rounds]
+    return choose_kept_blocks(layers, num_blocks=len(teacher.blocks), importances=importances, cheapest=cheapest)
 
 
 def _reconstruct_method(
@@ -186,15 +231,27 @@ def _reconstruct(
     rows: Sequence[Tensor],
     stands_for: Sequence[Span],
     channels: Channels,
+    *,
+    show_progress: bool,
 ) -> dict[str, Any]:
     """Reconstruct a student, where it is to be; return the facts for the report."""
     if method is None:
         return {"reconstructed": False}
-    errors = reconstruct(student, teacher, rows, stands_for=stands_for, channels=channels, method=method)
+    errors = reconstruct(
+        student,
+        teacher,
+        rows,
+        stands_for=stands_for,
+        channels=channels,
+        method=method,
+        show_progress=show_progress,
+    )
     return {"reconstructed": method, "stream_errors": [round(error, _DIGITS) for error in errors]}
 
 
-def _initialise(section: InitConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]) -> _Cut:
+def _initialise(
+    section: InitConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any], *, show_progress: bool
+) -> _Cut:
     design = _design_of(section, teacher.model.config)
     method = _reconstruct_method(section, teacher, rows)
     channels_K, channels = None, Channels.kept(None)
@@ -205,7 +262,7 @@ def _initialise(section: InitConfig, teacher: ModelParts, rows: Sequence[Tensor]
         parts, channels_K = _copy(section, design, teacher, rows)
         channels = Channels.kept(channels_K)
     stands_for = Span.between(_first_blocks(section, design, len(teacher.blocks)), len(teacher.blocks))
-    facts |= _reconstruct(method, parts, teacher, rows, stands_for, channels)
+    facts |= _reconstruct(method, parts, teacher, rows, stands_for, channels, show_progress=show_progress)
     return _Cut(parts.model, channels_K)
 
 
@@ -251,6 +308,10 @@ def _first_blocks(section: InitConfig, design: Design, num_blocks: int) -> list[
 
 def _mlp_size_wanted(section: PruneMlpConfig, size: int) -> int:
     return section.size if section.size is not None else neurons_kept(section.keep or 1.0, size)
+
+
+def _groups_wanted(section: PruneHeadsConfig, groups: int) -> int:
+    return section.size if section.size is not None else groups_kept(section.keep or 1.0, groups)
 
 
 def _check_below(wanted: int, size: int, section: str, what: str) -> None:
