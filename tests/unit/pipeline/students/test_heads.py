@@ -9,6 +9,7 @@ from coldstill.pipeline.models import take_apart
 from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.students.heads import group_importances, groups_kept, narrow_heads
 from coldstill.pipeline.students.reconstruction import reconstruct
+from coldstill.pipeline.students.under_way import Channels, Span
 from coldstill.pipeline.students.width import narrow_stream
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
@@ -103,7 +104,15 @@ def test_what_the_heads_that_stay_write_is_fitted_to_what_all_wrote(build_model,
         return torch.stack(differences).mean()
 
     before = distance()
-    reconstruct(student, original, MANY_ROWS, kept_blocks=range(4), channels_K=torch.arange(28))
+    reconstruct(
+        student,
+        original,
+        MANY_ROWS,
+        stands_for=Span.between(range(4), 4),
+        channels=Channels.kept(torch.arange(28)),
+        method="linear",
+        show_progress=False,
+    )
     assert distance() < 0.8 * before
     assert all(torch.equal(value, teacher[name]) for name, value in original.model.state_dict().items())
 
