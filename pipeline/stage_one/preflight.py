@@ -92,10 +92,9 @@ def planned_layer_map(recipe: Recipe, teacher: Teacher) -> tuple[dict[int, int],
 
 
 def _check_pairs(recipe: Recipe, teacher: Teacher) -> None:
-    if recipe.targets.hidden.blocks == "mapped" or recipe.loss.needs_hidden:
+    if recipe.loss.needs_hidden:
         layer_map, is_decided = planned_layer_map(recipe, teacher)
-        if recipe.loss.needs_hidden:
-            check_layer_map(recipe, layer_map, is_decided=is_decided)
+        check_layer_map(recipe, layer_map, is_decided=is_decided)
 
 
 def _student_width(recipe: Recipe, teacher: Teacher) -> int:

@@ -54,11 +54,11 @@ class UniversalDistillationTrainer(BalancedTrainer):
             unless it was loaded with a device map, and never trained, wrapped or saved.
         layer_map: Student block to teacher block, as `create_layer_map` gives it; or a list, the teacher block of each.
         projectors: As `create_projectors` gives them; fresh ones where there are none.
-        alpha: Weight of the cross entropy, 0.5 unless it is given.
-        beta: Weight of the divergence times temperature squared, 0.5.
-        gamma: Weight of the hidden loss, 0.1.
+        alpha: Weight of the cross entropy, 0 unless it is given.
+        beta: Weight of the divergence times temperature squared, 1.
+        gamma: Weight of the hidden loss, 0.1 where there is a layer map, else 0.
         delta: Weight of the loss of changes from each mapped block to the next, 0.
-        temperature: Of the divergence, 2.
+        temperature: Of the divergence, 1.
         projector_learning_rate: Of the projectors; the student's own where it is None.
 
     Raises:
