@@ -238,6 +238,18 @@ def test_weights_of_another_shape_are_refused(student: Any, batch: dict[str, Any
         distiller_of(student, **ALL)(**batch, weights=torch.ones(B, T - 1))
 
 
+def test_the_scale_of_the_teacher_is_measured_before_a_term_is_measured_by_it(student: Any, batch: dict[str, Any]):
+    distiller = distiller_of(student, **{**NOTHING, "gamma": 1.0, "hidden": "standardised_mse"})
+    with pytest.raises(TargetError, match=r"^the scale of the teacher's blocks is not known; call measure_scales with"):
+        distiller(**batch)
+    ignored = {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+    with pytest.raises(DataError, match=r"^nothing counts in the first train rows, on which the scale of the teacher"):
+        distiller.measure_scales([ignored])
+    distiller.measure_scales([ignored, batch])
+    assert 0 < distiller(**batch)["loss"].item() < 10
+    assert not any("scale" in name for name in distiller.state_dict())
+
+
 def test_what_holds_the_teacher_is_no_parameter(student: Any):
     distiller = distiller_of(student, **ALL)
     assert all(name.startswith(("student.", "projectors.")) for name in distiller.state_dict())

@@ -230,6 +230,13 @@ def test_without_a_divergence_temperature_and_stored_logits_make_no_other_run():
     assert key_of(loss__beta=0, **rising, loss__temperature=3) != key_of(loss__beta=0, **rising)
 
 
+def test_one_term_has_nothing_to_be_balanced_with():
+    balance = {"loss__balance": "gradient"}
+    assert key_of(loss__beta=0, loss__gamma=0, **balance) == key_of(loss__beta=0, loss__gamma=0)
+    assert key_of(loss__gamma=0, **balance) != key_of(loss__gamma=0)
+    assert key_of(loss__balance="none") == key_of()
+
+
 def test_recipes_with_one_key_have_one_canonical_form_that_stores_nothing_in_vain():
     data = {**BASE, "student": {"path": "./narrow/"}, "loss": {"beta": 0, "gamma": 0}, "mapping": {"strategy": "last"}}
     recipe = parse_recipe(data, name="test")
