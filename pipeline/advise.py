@@ -18,9 +18,6 @@ from coldstill.pipeline.stage_two.run_folder import check_run, claimed_run, read
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.pruning_record import read_pruning
 
-# Below this share of the teacher's parameters a cut is called aggressive: a rule of thumb.
-_AGGRESSIVE_SHARE = 0.6
-
 
 @dataclass(frozen=True)
 class NextStep:
@@ -68,7 +65,7 @@ def advise(recipe: Recipe, *, arguments: Sequence[str], target: float = MODEST) 
     metrics = read_metrics(recipe)
     if metrics is None:
         if claimed_run(recipe) is None:
-            return _start(recipe, cut, pruning, read, arguments)
+            return _start(recipe, cut, read, arguments)
         # A preset now would be another run, which this output refuses.
         reason = what_is_untrained(recipe) or "training was cut off before it said that it was complete"
         commands = [command_line(stage, arguments, {}) for stage in ("train", "evaluate")]
@@ -102,22 +99,16 @@ def _student_folder(recipe: Recipe) -> Path | None:
         return None
 
 
-def _start(
-    recipe: Recipe, cut: Cut, pruning: Mapping[str, Any] | None, read: dict[str, str], arguments: Sequence[str]
-) -> NextStep:
+def _start(recipe: Recipe, cut: Cut, read: dict[str, str], arguments: Sequence[str]) -> NextStep:
     """Without results: the preset for that kind of cut, and the way to results."""
-    parameters = pruning["parameters"] if pruning is not None else {"student": 1, "teacher": 1}
-    is_aggressive = parameters["student"] < _AGGRESSIVE_SHARE * parameters["teacher"]
-    name = f"{cut}_aggressive" if is_aggressive else cut
-    share = f", of whose parameters less than {_AGGRESSIVE_SHARE:.0%} are left" if is_aggressive else ""
-    reason = f"no results yet; preset {name} is the one for a student cut in {in_words(cut)}{share}"
-    has_preset = recipe.preset in (name, name.replace(cut, "auto"))
-    changes = {} if has_preset else {"preset": name}
+    reason = f"no results yet; preset {cut} is the one for a student cut in {in_words(cut)}"
+    has_preset = recipe.preset in (cut, "auto")
+    changes = {} if has_preset else {"preset": cut}
     notes = _task_notes(recipe)
     if has_preset or recipe.preset is None:
         loss = {key: getattr(recipe.loss, key) for key in recipe.loss.model_fields_set}
         own = _flat({"loss": loss, "train": recipe.train})
-        wanted = _flat(preset_values(cut, is_aggressive=is_aggressive))
+        wanted = _flat(preset_values(cut, cut))
         other = [
             f"{key}={own[key]:g} (preset: {wanted[key]:g})"
             for key in wanted

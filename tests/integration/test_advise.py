@@ -141,7 +141,7 @@ def test_a_student_whose_record_says_what_was_cut_needs_no_teacher(
     }
     (workplace / "narrow/pruning.json").write_text(json.dumps(record))
     given = advised(write_recipe(student={"path": str(workplace / "narrow")}, teacher__path=str(workplace / "gone")))
-    assert given["changes"] == {"preset": "width_aggressive"}
+    assert given["changes"] == {"preset": "width"}
     assert given["read"]["student"] == "MLP width 48 to 24, hidden width 32 to 16, parameters 1,000 to 590 (59.0%)"
 
 
