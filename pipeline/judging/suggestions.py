@@ -153,9 +153,7 @@ def _by_value(settings: Settings, retention: float, target: float) -> Advice:
         return _more_hidden(settings, f"retention {retention:.1%} is below {LOW:.0%}", target)
     if retention < LOW:
         where = f"retention {retention:.1%} is below {LOW:.0%}"
-        return _more_epochs(
-            settings, where, ": more text helped, and hidden terms beside it did not"
-        )
+        return _more_epochs(settings, where, ": more text helped, and hidden terms beside it did not")
     place = f"from {LOW:.0%} to {HIGH:.0%}" if retention <= HIGH else f"below the target of {target:.1%}"
     where = f"retention {retention:.1%} is {place}"
     if settings.gamma == 0 and settings.hidden != "standardised_mse" and wants_hidden_terms(settings.cut, target):
