@@ -163,7 +163,7 @@ def recipe_data(workplace: Path, corpus: list[str]) -> dict[str, Any]:
         "student": {"prune": {"layers": {"remove": 1, "method": "last"}, "reconstruct": False}},
         "targets": {"logits": {"kind": "topk", "k": 16, "temperatures": [1, 2]}},
         "mapping": {"strategy": "kept"},
-        "loss": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2.0},
+        "loss": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2.0, "hidden": "mse"},
         "train": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.001, "logging_steps": 2},
     }
 

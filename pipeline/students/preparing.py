@@ -31,7 +31,7 @@ from coldstill.pipeline.students.pruning_record import PRUNING_FILE, read_prunin
 from coldstill.pipeline.students.pruning_report import JudgedRows
 
 # Part of a student's name: a change of how students are made makes those that are kept stale.
-_VERSION = 4
+_VERSION = 3
 # What a student is compared with its teacher on: enough to see what was lost.
 _JUDGED_ROWS = 16
 
@@ -102,6 +102,8 @@ def calibration_rows(section: PruneConfig | InitConfig, train_rows: Rows) -> lis
 def student_name(section: PruneConfig | InitConfig, teacher: Teacher, calibration: Sequence[np.ndarray]) -> str:
     """Name a student by all that decides it."""
     how = section.model_dump(exclude={"calibration_rows"}, exclude_none=True)
+    if how["reconstruct"] == "linear":
+        how["reconstruct"] = True  # as it was called when the first students were named
     rows = [row_id(tokens).hex() for tokens in calibration] if section.needs_calibration else []
     facts = {"version": _VERSION, "teacher": teacher.fingerprint, type(section).__name__: how, "calibration": rows}
     return digest_of(facts)[:FINGERPRINT_CHARS]

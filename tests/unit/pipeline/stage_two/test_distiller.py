@@ -44,7 +44,7 @@ def batch() -> dict[str, Any]:
 
 
 def distiller_of(student: Any, *, layer_map: dict[int, int] = LAYER_MAP, **section: Any) -> Distiller:
-    objective = Objective.of(LossConfig.model_validate({"temperature": 2.0, **section}))
+    objective = Objective.of(LossConfig.model_validate({"temperature": 2.0, "hidden": "mse", **section}))
     projectors = create_projectors(layer_map, student_dim=16, teacher_dim=TEACHER_WIDTH, seed=1)
     return Distiller(student, projectors, layer_map=layer_map, objective=objective, forms=FORMS)
 

@@ -32,6 +32,7 @@ BASE = {
     "teacher": {"path": "models/teacher"},
     "data": {"train": {"path": "text", "data_files": "a.txt"}, "eval": {"path": "text", "data_files": "b.txt"}},
     "student": {"prune": {"layers": {"remove": 2, "method": "last"}}},
+    "loss": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2.0},
     "train": {"learning_rate": 0.001},
 }
 
