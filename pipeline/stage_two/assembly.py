@@ -92,7 +92,8 @@ def _from_student(
     given = {name: value for name, value in weights.items() if value is not None}
     if layer_map is not None and not {"gamma", "delta"} & given.keys():
         given["gamma"] = _GAMMA_OF_A_MAP
-    section = parse_model(LossConfig, given, name="UniversalDistillationTrainer")
+    # Of the kinds that mean the same on every model, the one that is not measured first: data sets may be streams.
+    section = parse_model(LossConfig, {**given, "hidden": "normalised_mse"}, name="UniversalDistillationTrainer")
     objective = Objective.of(section)
     if not objective.over_blocks:
         return Distiller(student, nn.ModuleDict(), layer_map={}, objective=objective)

@@ -49,7 +49,7 @@ def test_each_term_is_over_the_vocabulary_or_over_blocks():
 
 
 def test_a_term_whose_weight_comes_later_is_there_from_the_first_step():
-    objective = objective_of(alpha=1.0, schedule={"gamma": {"end": 0.5}})
+    objective = objective_of(alpha=1.0, beta=0.0, hidden="mse", schedule={"gamma": {"end": 0.5}})
     assert objective.terms == (Task(1.0), Hidden(0.0, "mse", schedule=Schedule("linear", 0.0, 0.5)))
     assert objective.terms[1].weight_text == "gamma = 0, and 0.5 at the last step"
 
