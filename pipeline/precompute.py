@@ -119,7 +119,7 @@ def _precompute(
         work = StoreWork(recipes[0].cache, teacher)
         demands = work.register(requests)
     progress.watch(work.manifest, demands)
-    work.calibrate(demands)
+    work.calibrate(demands, show_progress=show_progress)
     computed = work.compute(demands, share, show_progress=show_progress)
     wait_for_everyone()
     computed_tokens, written_bytes = sum_over_processes([computed.num_tokens, computed.written_bytes])

@@ -117,6 +117,11 @@ def _later_notes(recipe: Recipe) -> Iterator[str]:
 
 def _slowness(dtype: str) -> Iterator[str]:
     """Say that the CPU is slow in a dtype; nothing where it is not, or torch does not know."""
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if dtype in _INSTRUCTIONS and capabilities and not any(map(capabilities.get, _INSTRUCTIONS[dtype])):
+    if is_slow_on_cpu(dtype):
         yield "is many times slower than float32 on this CPU, which has no instructions for it"
+
+
+def is_slow_on_cpu(dtype: str) -> bool:
+    """Whether this machine's CPU has no instructions for a dtype, by its name; no where torch does not know."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return dtype in _INSTRUCTIONS and bool(capabilities) and not any(map(capabilities.get, _INSTRUCTIONS[dtype]))

@@ -94,6 +94,15 @@ class OutputHead:
         limit = CHUNK_BYTES if num_bytes is None else num_bytes
         return _chunks(num_positions, _chunk_rows(self.vocab_size, self.weight_VD.device, limit))
 
+    def words(self, num_positions: int) -> "Iterator[OutputHead]":
+        """Yield the head of a few words of the vocabulary after another, whose float32 logits of positions are small.
+
+        Weights are in float32, without their gradient.
+        """
+        for chunk in _chunks(self.vocab_size, _chunk_rows(num_positions, self.weight_VD.device, CHUNK_BYTES)):
+            bias_V = None if self.bias_V is None else self.bias_V[chunk]
+            yield replace(self, weight_VD=self.weight_VD[chunk], bias_V=bias_V).detached(torch.float32)
+
     def detached(self, dtype: torch.dtype | None) -> "OutputHead":
         """Return the head without its weights' gradient, in a dtype; in their own where it is None."""
         dtype = dtype or self.weight_VD.dtype
@@ -145,12 +154,12 @@ class OutputHead:
 Head = OutputHead | PlainLogits
 
 
-def _chunk_rows(vocab_size: int, device: torch.device, num_bytes: int) -> int:
+def _chunk_rows(row_length: int, device: torch.device, num_bytes: int) -> int:
     if device.type != "cpu":
         num_bytes = _GPU_CHUNK_BYTES
-    return max(num_bytes // (4 * vocab_size), FEWEST_ROWS)
+    return max(num_bytes // (4 * row_length), FEWEST_ROWS)
 
 
-def _chunks(num_positions: int, length: int) -> Iterator[slice]:
-    for start in range(0, num_positions, length):
+def _chunks(total: int, length: int) -> Iterator[slice]:
+    for start in range(0, total, length):
         yield slice(start, start + length)

@@ -1,13 +1,17 @@
 """Fit the transform codes that a recipe's columns need, from a small sample of its train rows. Stage one only."""
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.store import CONSTANTS, Store
 from coldstill.pipeline.models import ModelParts
+from coldstill.pipeline.models.float32_blocks import float32_blocks
+from coldstill.pipeline.models.machine import is_slow_on_cpu
 from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.runtime.errors import DataError
 from coldstill.pipeline.stage_one.capture import capture
@@ -27,7 +31,13 @@ def missing_calibrations(manifest: Manifest, targets: Iterable[TeacherTarget]) -
 
 
 def calibrate(
-    store: Store, manifest: Manifest, teacher: Teacher, missing: Mapping[str, TeacherTarget], rows: Sequence[np.ndarray]
+    store: Store,
+    manifest: Manifest,
+    teacher: Teacher,
+    missing: Mapping[str, TeacherTarget],
+    rows: Sequence[np.ndarray],
+    *,
+    show_progress: bool,
 ) -> None:
     """Fit and commit calibrations, from rows spread evenly over those that are given.
 
@@ -36,27 +46,45 @@ def calibrate(
     """
     parts = teacher.parts
     request = union_of(target.needs for target in missing.values())
-    captured = capture_sample(parts, rows, request, batch_size=teacher.section.batch_size)
-    for name, target in missing.items():
-        states_ND = target.calibration_states(captured)
-        if len(states_ND) <= 2:
-            raise DataError(f"{name} needs more than {len(states_ND)} positions of text: take more train rows")
-        code = target.fit_code(states_ND, parts.output_head)
-        write_calibration(store, manifest, name, code, num_positions=len(states_ND), metric=target.calibration_metric)
+    batch_size = teacher.section.batch_size
+    captured = capture_sample(parts, rows, request, batch_size=batch_size, show_progress=show_progress)
+    num_words = sum(target.calibration_words(parts.output_head) for target in missing.values())
+    is_shown = show_progress and num_words > 0
+    with tqdm(total=num_words, unit="word", unit_scale=True, desc="calibrate, fit", disable=not is_shown) as bar:
+        for name, target in missing.items():
+            states_ND = target.calibration_states(captured)
+            if len(states_ND) <= 2:
+                raise DataError(f"{name} needs more than {len(states_ND)} positions of text: take more train rows")
+            code = target.fit_code(states_ND, parts.output_head, on_words=bar.update)
+            write_calibration(
+                store, manifest, name, code, num_positions=len(states_ND), metric=target.calibration_metric
+            )
 
 
 def capture_sample(
-    parts: ModelParts, rows: Sequence[np.ndarray], request: CaptureRequest, *, batch_size: int
+    parts: ModelParts, rows: Sequence[np.ndarray], request: CaptureRequest, *, batch_size: int, show_progress: bool
 ) -> Captured:
-    """Run the teacher over some of the rows, and keep what is asked."""
+    """Run the teacher over some of the rows, and keep what is asked.
+
+    On a CPU that is slow in the teacher's dtype its blocks run in float32: where the basis lies does not hang on how
+    the states are rounded, and what is stored in it later is rounded as the teacher rounds it.
+    """
     wanted = max(_FEWEST_POSITIONS, _POSITIONS_PER_CHANNEL * parts.hidden_size)
     chosen = spread_rows(rows, wanted)
-    return joined(
-        [
-            capture(parts, [torch.from_numpy(ids.astype(np.int64)) for ids in batch], request, row_names=names)
-            for batch, names in _batches(chosen, batch_size)
-        ]
-    )
+    weight = next(parts.model.parameters())
+    is_slow = weight.device.type == "cpu" and is_slow_on_cpu(str(weight.dtype).removeprefix("torch."))
+    kept: list[Captured] = []
+    with (
+        tqdm(
+            total=sum(map(len, chosen)), unit="tok", unit_scale=True, desc="calibrate", disable=not show_progress
+        ) as bar,
+        float32_blocks(parts.blocks) if is_slow else contextlib.nullcontext(),
+    ):
+        for batch, names in _batches(chosen, batch_size):
+            ids = [torch.from_numpy(row.astype(np.int64)) for row in batch]
+            kept.append(capture(parts, ids, request, row_names=names))
+            bar.update(sum(map(len, batch)))
+    return joined(kept)
 
 
 def spread_rows(rows: Sequence[np.ndarray], num_positions: int) -> list[np.ndarray]:

@@ -88,7 +88,7 @@ class StoreWork:
         assert self._registry is not None, "rows are registered first"
         return missing_jobs(self.manifest, self._registry.known, demands)
 
-    def calibrate(self, demands: Sequence[Demand]) -> None:
+    def calibrate(self, demands: Sequence[Demand], *, show_progress: bool) -> None:
         """Fit the transform codes that targets need and the store lacks: one process does, the others wait for it."""
         wanted = dict.fromkeys(target for of_shard in needed_targets(demands).values() for target in of_shard)
         targets = [target for target in wanted if isinstance(target, TeacherTarget)]
@@ -98,7 +98,7 @@ class StoreWork:
             self.manifest.reload()
             if missing := missing_calibrations(self.manifest, targets):
                 rows = demands[0].request.of.rows["train"].tokens
-                calibrate(self._store, self.manifest, self._teacher, missing, rows)
+                calibrate(self._store, self.manifest, self._teacher, missing, rows, show_progress=show_progress)
 
     def compute(self, demands: Sequence[Demand], share: Share, *, show_progress: bool) -> Computed:
         """Compute this process's share of what is missing, while no other process may."""

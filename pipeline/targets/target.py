@@ -17,6 +17,7 @@ from coldstill.cache.columns import Axis, Column
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.models.sizes import ModelSizes
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest
+from coldstill.pipeline.targets.fisher_information import OnWords
 from coldstill.pipeline.targets.live_errors import Arrays, Comparison, Difference, Live
 from coldstill.pipeline.targets.row_uniforms import RowUniforms
 from coldstill.pipeline.targets.transform_coding import TransformCode
@@ -134,8 +135,12 @@ class TeacherTarget(Target):
         """Return the states [N, D] that its calibration is fitted to."""
         raise NotImplementedError(f"{self.name} has no calibration")
 
-    def fit_code(self, states_ND: Tensor, head: OutputHead) -> TransformCode:
-        """Fit its transform code to states, which may lie on any device."""
+    def calibration_words(self, head: OutputHead) -> int:  # noqa: ARG002
+        """Return how many words of the vocabulary `fit_code` goes through, which takes its time; mostly none."""
+        return 0
+
+    def fit_code(self, states_ND: Tensor, head: OutputHead, *, on_words: OnWords = lambda _: None) -> TransformCode:
+        """Fit its transform code to states, which may lie on any device; tells how many words are done with."""
         raise NotImplementedError(f"{self.name} has no calibration")
 
     @property

@@ -29,7 +29,6 @@ _OVERFLOW = "overflow"
 _LARGEST_OVERFLOW = 32767
 # Directions that hardly reach the logits are kept apart from zero by this share of the strongest.
 _SMALLEST_EIGENVALUE = 1e-9
-_FISHER_TEMPERATURES = ((1.0, 0.7), (2.0, 0.3))
 # Beyond so many steps of spread, rounding adds a twelfth of a squared step to the variance, to float32's precision.
 _FINE_SPREAD = 4.0
 
@@ -129,27 +128,6 @@ def fit_code(states_ND: Tensor, metric_DD: Tensor | None = None) -> TransformCod
         synthesis_DD=(rotation.T @ inverse_root).float(),
         spread_D=variances.clamp(min=0.0).sqrt().float(),
     )
-
-
-@torch.no_grad()
-def fisher_information(states_ND: Tensor, head: OutputHead) -> Tensor:
-    """Return the output head's mean Fisher information over states, [D, D], temperatures 1 and 2 weighted.
-
-    F(T) = mean of J' (diag p - p p') J with p = softmax(logits / T) and J the Jacobian of the logits: half of an
-    error's square under F(T) is T^2 times the KL that it makes at T, to second order.
-    """
-    weight_VD = head.weight_VD.float()
-    total_DD = torch.zeros(states_ND.shape[1], states_ND.shape[1], device=states_ND.device)
-    diagonal_V = torch.zeros(head.vocab_size, device=states_ND.device)
-    for chunk in head.chunks(len(states_ND)):
-        logits_NV = head(states_ND[chunk])
-        slope_NV = head.slope(logits_NV)
-        for temperature, weight in _FISHER_TEMPERATURES:
-            sloped_NV = (logits_NV / temperature).softmax(dim=-1) * slope_NV
-            mean_ND = sloped_NV @ weight_VD
-            diagonal_V += weight * (sloped_NV * slope_NV).sum(dim=0)
-            total_DD -= weight * (mean_ND.T @ mean_ND)
-    return (total_DD + weight_VD.T @ (diagonal_V.unsqueeze(1) * weight_VD)) / len(states_ND)
 
 
 def code_arrays(code: TransformCode, step: float) -> dict[str, ArraySpec]:

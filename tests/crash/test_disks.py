@@ -201,7 +201,7 @@ def whole(place: Place) -> Iterator[Whole]:
 def said_by(stderr: str) -> list[str]:
     """Give the lines of standard error that are no progress bar's."""
     lines = [part for line in stderr.splitlines() for part in line.split("\r")]
-    return [line for line in lines if line.strip() and not line.startswith(("precompute:", "verify:"))]
+    return [line for line in lines if line.strip() and not line.startswith(("precompute:", "calibrate", "verify:"))]
 
 
 def check_fault(place: Place, whole: Whole, fault: Fault) -> None:

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coldstill.pipeline.models.output_head import OutputHead
+from coldstill.pipeline.targets.fisher_information import fisher_information
 from coldstill.pipeline.targets.transform_coding import (
     DigitClass,
     TransformCode,
     code_arrays,
     decode_coefficients,
     encode_coefficients,
-    fisher_information,
     fit_code,
     logit_correction,
 )
@@ -190,13 +190,26 @@ def fisher_by_definition(head: OutputHead, states: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("case", HEADS, ids=str)
-@pytest.mark.parametrize("positions_a_chunk", [100, 2])
-def test_the_fisher_information_is_the_mean_of_its_definition(case, positions_a_chunk, chunk_positions):
-    chunk_positions(positions_a_chunk)
+@pytest.mark.parametrize("words_a_chunk", [100, 7])
+def test_the_fisher_information_is_the_mean_of_its_definition(case, words_a_chunk, chunk_positions):
+    chunk_positions(words_a_chunk)
     head, states = case.head(), (3 * random(5, D, seed=6)).float()
     want = fisher_by_definition(head, states)
     got = fisher_information(states, head).double()
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+def test_the_fisher_information_tells_how_many_words_are_done_with(chunk_positions):
+    chunk_positions(7)
+    told: list[int] = []
+    fisher_information(random(5, D, seed=6).float(), HeadCase().head(), on_words=told.append)
+    assert told == 2 * [7, 7, 7, 7, 7, 5]
+
+
+def test_the_metric_of_a_head_in_half_precision_is_that_of_its_weights_in_float32():
+    head, states = HeadCase(bias=True).head().detached(torch.bfloat16), (3 * random(5, D, seed=6)).to(torch.bfloat16)
+    want = fisher_by_definition(head, states)
+    assert torch.allclose(fisher_information(states, head), want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("case", HEADS, ids=str)
