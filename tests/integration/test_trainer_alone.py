@@ -159,6 +159,7 @@ def test_accumulated_rows_of_several_lengths_train_as_the_whole_batch(
             layer_map=LAYER_MAP,
             alpha=0.5,
             beta=0.5,
+            gamma=0.1,
             projectors=create_projectors(LAYER_MAP, student_dim=16, teacher_dim=32, seed=1),
             delta=0.2,
             args=arguments(
