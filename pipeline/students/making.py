@@ -210,7 +210,7 @@ def _reconstruct_method(
     """Return how a student is reconstructed; None where it is not."""
     if section.reconstruct is False:
         return None
-    methods = ("blocks", "linear") if section.reconstruct == "auto" else (section.reconstruct,)
+    methods: list[ReconstructMethod] = ["blocks", "linear"] if section.reconstruct == "auto" else [section.reconstruct]
     reasons = [why_no_reconstruction(teacher, rows[0], method) for method in methods]
     for method, why in zip(methods, reasons, strict=True):
         if why is None:
