@@ -95,7 +95,7 @@ class BalancedTrainer(ResumableTrainer):
         self._norms = smoothed(self._norms, norms)
         self._balance()
         self._distiller.set_step(self.state.global_step, self.state.max_steps)
-        weights = {term.name: term.weight for term in self._distiller.now.terms}
+        weights: dict[str, float] = {term.name: term.weight for term in self._distiller.now.terms}
         self._shares = gradient_shares(norms, weights)
 
     def _balance(self) -> None:

@@ -5,7 +5,7 @@ with `projectors.safetensors` and the Trainer's own state beside it.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +256,7 @@ class UniversalDistillationTrainer(BalancedTrainer):
 
     def _first_batches(self, num_rows: int) -> Iterator[dict[str, Any]]:
         """Return the first train rows in batches, with targets; every process has the same."""
-        if not isinstance(self.train_dataset, Sized):
+        if not hasattr(self.train_dataset, "__len__"):
             raise RecipeError(
                 "train_dataset has no length: what is measured on its first rows, projectors and the scale of "
                 "standardised_mse, needs one that has"
