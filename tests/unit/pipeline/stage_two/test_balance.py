@@ -161,6 +161,28 @@ def test_checkpointed_activations_have_the_same_norms(tmp_path: Path, student: A
     torch.testing.assert_close(term_norms(trainer.model, batch), want, rtol=1e-4, atol=0)
 
 
+# Dynamo looks at what it compiles for.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_blocks_have_the_same_norms_and_are_not_compiled_for_them(tmp_path: Path, student: Any, teacher: Any):
+    trainer = trainer_of(tmp_path, student, teacher, section=WEIGHTS)
+    trainer.model.train()
+    batch = trainer.with_all_it_takes(next(iter(trainer.get_train_dataloader())))
+    want = term_norms(trainer.model, batch)
+    compiled = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    for block in trainer.model.student.model.layers:
+        block.forward = torch.compile(block.forward, backend=backend)
+    torch.testing.assert_close(term_norms(trainer.model, batch), want, rtol=1e-4, atol=0)
+    assert not compiled
+    trainer.train()
+    assert compiled
+    assert "share_hidden" in trainer.state.log_history[0]
+
+
 def test_bfloat16_has_about_the_same_factors(tmp_path: Path, student: Any, teacher: Any):
     logs = []
     for changes in ({}, {"bf16": True}):
