@@ -18,9 +18,6 @@ from coldstill.pipeline.stage_two.run_folder import check_run, claimed_run, read
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.pruning_record import read_pruning
 
-# Below this share of the teacher's parameters a cut is called aggressive: a rule of thumb.
-_AGGRESSIVE_SHARE = 0.6
-
 
 @dataclass(frozen=True)
 class NextStep:
@@ -68,7 +65,7 @@ def advise(recipe: Recipe, *, arguments: Sequence[str], target: float = MODEST) 
     metrics = read_metrics(recipe)
     if metrics is None:
         if claimed_run(recipe) is None:
-            return _start(recipe, cut, pruning, read, arguments)
+            return _start(recipe, cut, read, arguments)
         # A preset now would be another run, which this output refuses.
         reason = what_is_untrained(recipe) or "training was cut off before it said that it was complete"
         commands = [command_line(stage, arguments, {}) for stage in ("train", "evaluate")]
@@ -86,7 +83,6 @@ def advise(recipe: Recipe, *, arguments: Sequence[str], target: float = MODEST) 
     notes = list(advice.notes)
     if settings.rising and advice.step not in ("rows", "epochs", "done"):
         notes.append(f"{settings.rising}: more rows would help too, more epochs would not")
-    notes += _start_notes(recipe) if advice.step != "done" else []
     if "loss.gamma" in advice.changes and recipe.targets.hidden.blocks == "none":
         advice = replace(advice, changes={**advice.changes, "targets.hidden.blocks": "mapped"})
     if "loss.gamma" in advice.changes and recipe.loss.schedule.gamma is not None:
@@ -103,22 +99,16 @@ def _student_folder(recipe: Recipe) -> Path | None:
         return None
 
 
-def _start(
-    recipe: Recipe, cut: Cut, pruning: Mapping[str, Any] | None, read: dict[str, str], arguments: Sequence[str]
-) -> NextStep:
+def _start(recipe: Recipe, cut: Cut, read: dict[str, str], arguments: Sequence[str]) -> NextStep:
     """Without results: the preset for that kind of cut, and the way to results."""
-    parameters = pruning["parameters"] if pruning is not None else {"student": 1, "teacher": 1}
-    is_aggressive = parameters["student"] < _AGGRESSIVE_SHARE * parameters["teacher"]
-    name = f"{cut}_aggressive" if is_aggressive else cut
-    share = f", of whose parameters less than {_AGGRESSIVE_SHARE:.0%} are left" if is_aggressive else ""
-    reason = f"no results yet; preset {name} is the one for a student cut in {in_words(cut)}{share}"
-    has_preset = recipe.preset in (name, name.replace(cut, "auto"))
-    changes = {} if has_preset else {"preset": name}
-    notes = [*_task_notes(recipe), *_start_notes(recipe)]
+    reason = f"no results yet; preset {cut} is the one for a student cut in {in_words(cut)}"
+    has_preset = recipe.preset in (cut, "auto")
+    changes = {} if has_preset else {"preset": cut}
+    notes = _task_notes(recipe)
     if has_preset or recipe.preset is None:
         loss = {key: getattr(recipe.loss, key) for key in recipe.loss.model_fields_set}
         own = _flat({"loss": loss, "train": recipe.train})
-        wanted = _flat(preset_values(cut, is_aggressive=is_aggressive))
+        wanted = _flat(preset_values(cut, cut))
         other = [
             f"{key}={own[key]:g} (preset: {wanted[key]:g})"
             for key in wanted
@@ -137,14 +127,3 @@ def _task_notes(recipe: Recipe) -> list[str]:
     if recipe.evaluate.tasks:
         return []
     return ["name evaluate.tasks to measure retention; without tasks agreement with the teacher stands in for it"]
-
-
-def _start_notes(recipe: Recipe) -> list[str]:
-    """Note a better start for training that the recipe neither takes nor refuses."""
-    section = recipe.student.prune
-    if section is None or section.reconstruct != "auto" or section.wants_reconstruction:
-        return []
-    return [
-        "blocks are only removed; with student.prune.reconstruct=true what the others write is fitted to the teacher's "
-        "stream, which is a better start"
-    ]

@@ -48,6 +48,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def distiller_of(student: Any, **weights: float) -> Distiller:
-    objective = Objective.of(LossConfig(**{"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2.0, **weights}))
+    usual = {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2.0, "hidden": "mse"}
+    objective = Objective.of(LossConfig.model_validate({**usual, **weights}))
     projectors = create_projectors(LAYER_MAP, student_dim=16, teacher_dim=32, seed=1)
     return Distiller(student, projectors, layer_map=LAYER_MAP, objective=objective)

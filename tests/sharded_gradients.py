@@ -71,7 +71,7 @@ def build(*, tied: bool) -> Distiller:
         tie_word_embeddings=tied,
     )
     projectors = create_projectors(LAYER_MAP, student_dim=WIDTH, teacher_dim=TEACHER_WIDTH, seed=1)
-    objective = Objective.of(LossConfig(alpha=0.5, beta=0.5, gamma=0.1, delta=0.2, temperature=2.0))
+    objective = Objective.of(LossConfig(alpha=0.5, beta=0.5, gamma=0.1, delta=0.2, temperature=2.0, hidden="mse"))
     forms = TargetForms(
         FinalForm(StateForm("float32"), OutputHead(torch.randn(VOCAB, TEACHER_WIDTH))),
         HiddenForm(StateForm("float32")),

@@ -115,8 +115,8 @@ def _dry_run_lines(result: "DryRun") -> Iterator[str]:
     yield f"{result.num_tokens:,} tokens in {counted(result.num_shards, 'shard')} of {result.store}"
     if result.undecided_blocks:
         yield (
-            f"{counted(result.undecided_blocks, 'mapped block')}: which ones is known when the student was pruned by "
-            "importance; those that are stored already cost nothing"
+            f"{counted(result.undecided_blocks, 'mapped block')}: which ones is known when the student's blocks are "
+            "chosen; those that are stored already cost nothing"
         )
     if result.students_to_prune:
         yield f"{counted(result.students_to_prune, 'student')} to prune: the teacher is loaded"

@@ -1,7 +1,8 @@
 """The command `coldstill prune`: the recipe's student, cut from its teacher."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from coldstill.pipeline.commands.shared import (
     JsonOption,
@@ -16,6 +17,9 @@ from coldstill.pipeline.runtime.endings import one_line_errors
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
     from coldstill.pipeline.students.preparing import PreparedStudent
+
+_FITTED = {"linear": "what blocks write", "blocks": "each block, by gradient"}
+_NEXT_SHOWN = 4  # blocks that one cut more would have taken; pruning.json has all of them
 
 
 def prune(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
@@ -44,17 +48,31 @@ def _lines(result: "PreparedStudent") -> Iterator[str]:
     yield f"parameters {parameters['student']:,} of {parameters['teacher']:,} ({share:.1%})"
     removed = "" if blocks["kept"] is None else _removed(blocks["kept"], blocks["teacher"])
     yield f"blocks     {blocks['student']} of {blocks['teacher']}{removed}"
-    for name, what in (("mlp", "neurons a block"), ("hidden", "channels")):
-        sizes = report[name]
-        if sizes["student"] != sizes["teacher"]:
+    yield from _cut_lines(report.get("cut_costs") or [])
+    for name, what in (("heads", "attention heads a block"), ("mlp", "neurons a block"), ("hidden", "channels")):
+        sizes = report.get(name)
+        if sizes is not None and sizes["student"] != sizes["teacher"]:
             yield f"{name:10} {sizes['student']:,} of {sizes['teacher']:,} {what}"
     if report["reconstructed"]:
-        yield "fitted     what blocks write, to the teacher's residual stream (student.prune.reconstruct)"
+        method = report["reconstructed"]
+        yield f"fitted     {_FITTED[method]}, to the teacher's residual stream (reconstruct: {method})"
     rows = "the calibration rows" if report["judged"]["are_calibration"] else "train rows behind the calibration rows"
     yield (
         f"perplexity {loss['student']:,.2f}, the teacher's {loss['teacher']:,.2f}, on "
         f"{report['judged']['num_tokens']:,} tokens of {rows}"
     )
+
+
+def _cut_lines(cuts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Say what each block that went costs on top of those before it, and which were the next in its place."""
+    for number, cut in enumerate(cuts, start=1):
+        costs = {block: math.inf if cost is None else cost for block, cost in cut["kl"].items()}
+        others = sorted((block for block in costs if block != str(cut["removed"])), key=costs.__getitem__)
+        next_ones = ", ".join(f"{block} ({costs[block]:.3f})" for block in others[:_NEXT_SHOWN])
+        yield (
+            f"cut {number:<6} block {cut['removed']}, for KL {costs[str(cut['removed'])]:.3f} to the teacher"
+            + (f"; next {next_ones}" if next_ones else "")
+        )
 
 
 def _removed(kept: list[int], num_blocks: int) -> str:

@@ -39,7 +39,7 @@ from coldstill.pipeline.outputs.run_index import RunRows, find_run_rows, trained
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import ModelError
 from coldstill.pipeline.runtime.whole import write_whole
-from coldstill.pipeline.stage_two.distillation_trainer import PROJECTORS_FILE
+from coldstill.pipeline.stage_two.checkpoint_parts import PROJECTORS_FILE
 from coldstill.pipeline.stage_two.run_folder import check_run
 from coldstill.pipeline.stage_two.target_sources import StoredTargets
 from coldstill.pipeline.students.folders import find_student

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from coldstill.pipeline.outputs.retention import INTERVAL
 from coldstill.pipeline.recipe.loss import HiddenLoss
-from coldstill.pipeline.recipe.presets import Cut, preset_values
+from coldstill.pipeline.recipe.presets import Cut
 
 LOW = 0.90  # below it: more weight to hidden states
 HIGH = 0.94  # from LOW to here: more epochs; above it: done
 MODEST = 0.95  # a target above it wants hidden terms and is itself what done means
 GAMMA_STEP, MAX_GAMMA = 0.05, 0.3  # of `mse`
+FIRST_GAMMA: Mapping[Cut, float] = {"depth": 0.1, "width": 0.2, "both": 0.2}  # the book's
 # `normalised_mse` and `cosine` do next to nothing at 0.1.
 SMALL_GAMMA = 0.1
 NORMALISED_GAMMA = 5.0
@@ -148,11 +149,14 @@ def as_override(key: str, value: Any) -> str:
 def _by_value(settings: Settings, retention: float, target: float) -> Advice:
     if is_reached(retention, target):
         return _done(settings, retention, target)
-    if retention < LOW:
+    if retention < LOW and settings.hidden != "standardised_mse":
         return _more_hidden(settings, f"retention {retention:.1%} is below {LOW:.0%}", target)
+    if retention < LOW:
+        where = f"retention {retention:.1%} is below {LOW:.0%}"
+        return _more_epochs(settings, where, ": more text helped, and hidden terms beside it did not")
     place = f"from {LOW:.0%} to {HIGH:.0%}" if retention <= HIGH else f"below the target of {target:.1%}"
     where = f"retention {retention:.1%} is {place}"
-    if settings.gamma == 0 and wants_hidden_terms(settings.cut, target):
+    if settings.gamma == 0 and settings.hidden != "standardised_mse" and wants_hidden_terms(settings.cut, target):
         return _more_hidden(settings, where, target)
     return _more_epochs(settings, where, ": the direction is right, and more epochs go on in it")
 
@@ -176,9 +180,8 @@ def _more_hidden(settings: Settings, where: str, target: float) -> Advice:
         return _more_normalised(settings, where)
     if settings.gamma == 0 and wants_hidden_terms(settings.cut, target):
         why = {"depth": f"the target is above {MODEST:.0%}", "width": "width was cut"}
-        gamma = preset_values(settings.cut, is_aggressive=False)["loss"]["gamma"]
         reason = f"{where}, and {why.get(settings.cut, 'depth and width were cut')}: hidden terms are wanted"
-        return Advice("gamma", reason, {"loss.gamma": gamma})
+        return Advice("gamma", reason, {"loss.gamma": FIRST_GAMMA[settings.cut]})
     if settings.mse_decides:
         reason = (
             f"{where}: hidden states need more weight, but mse at a gamma of {settings.gamma:g} makes up "

@@ -8,14 +8,14 @@ from coldstill.pipeline.models import load_config, resolve_folder, text_config
 from coldstill.pipeline.recipe.presets import Cut, cut_of
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import ModelError
-from coldstill.pipeline.students.pruning_record import describe_cut, was_cut
+from coldstill.pipeline.students.pruning_record import describe_cut, is_narrower, was_cut
 
 
 def what_was_cut(recipe: Recipe, folder: Path | None, pruning: Mapping[str, Any] | None) -> tuple[Cut, str]:
     """Name what was cut, and say how it is known: by the student's record, the recipe, or both models' configs."""
     if pruning is not None:
-        is_wide = was_cut(pruning, "mlp") or was_cut(pruning, "hidden")
-        return cut_of(is_deep=was_cut(pruning, "blocks"), is_wide=is_wide), describe_cut(pruning)
+        cut = cut_of(is_deep=was_cut(pruning, "blocks"), is_wide=is_narrower(pruning))
+        return cut, describe_cut(pruning)
     if recipe.student.prune is not None:
         cut = cut_of(is_deep=recipe.student.prune.is_deep, is_wide=recipe.student.prune.is_wide)
         return cut, f"{in_words(cut)} is cut, by student.prune"
@@ -26,11 +26,11 @@ def what_was_cut(recipe: Recipe, folder: Path | None, pruning: Mapping[str, Any]
         configs = []
     if len(configs) < 2:
         return "both", "what was cut is not known, and taken for depth and width"
-    is_deep, is_wide, is_narrow = (
-        getattr(configs[1], size) < getattr(configs[0], size)
-        for size in ("num_hidden_layers", "hidden_size", "intermediate_size")
+    is_deep, *are_narrow = (
+        getattr(configs[1], size, 0) < getattr(configs[0], size, 0)
+        for size in ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
     )
-    cut = cut_of(is_deep=is_deep, is_wide=is_wide or is_narrow)
+    cut = cut_of(is_deep=is_deep, is_wide=any(are_narrow))
     return cut, f"{in_words(cut)} was cut, by the configs of both models"
 
 

@@ -4,12 +4,13 @@ Shapes: B rows, T positions, N positions that count and are stored, Ds and Dt wi
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from coldstill.pipeline.losses.state_losses import BlockScales
 from coldstill.pipeline.losses.term import BlockTerm, StatePair
 
 StoredStates = Mapping[str, Mapping[str, Tensor]]
@@ -43,6 +44,7 @@ class MappedStates:
         form: How they are stored.
         counts_BT: Which positions count.
         weights_BT: What each position weighs, float32; None where each weighs 1.
+        scales: Of the teacher's blocks, for terms that are measured by them.
     """
 
     layer_map: Mapping[int, int]
@@ -51,6 +53,7 @@ class MappedStates:
     form: HiddenForm
     counts_BT: Tensor
     weights_BT: Tensor | None = None
+    scales: BlockScales = field(default_factory=BlockScales)
 
     def pairs(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
         """Return, pair by pair, the student block as text, its states [N, Ds], the teacher's [N, Dt] and the weights.
@@ -82,7 +85,8 @@ def block_losses(
     losses: dict[str, list[Tensor]] = {term.name: [] for term in terms}
     before: StatePair | None = None
     for block, own_ND, teacher_ND, weights_N in states.pairs():
-        pair = StatePair(projectors[block](own_ND), teacher_ND, weights_N)
+        scales = (of.get(int(block)) for of in (states.scales.states, states.scales.changes))
+        pair = StatePair(projectors[block](own_ND), teacher_ND, weights_N, *scales)
         for term in terms:
             loss = term.loss(pair, before)
             if loss is not None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from coldstill.pipeline.losses.state_losses import HIDDEN_LOSSES, HIDDEN_UNITS
+from coldstill.pipeline.losses.state_losses import HIDDEN_LOSSES, HIDDEN_UNITS, SCALED_LOSSES
 from coldstill.pipeline.losses.term import BlockTerm, StatePair, weighted_sum
 from coldstill.pipeline.recipe.loss import HiddenLoss, LossConfig, TermName
 
@@ -45,9 +45,14 @@ class Dynamics(BlockTerm):
         """What it is measured in."""
         return HIDDEN_UNITS[self.loss_name]
 
+    @property
+    def needs_scale(self) -> bool:
+        """Whether it is measured by the scales of the teacher's blocks."""
+        return self.loss_name in SCALED_LOSSES
+
     def loss(self, pair: StatePair, before: StatePair | None, /) -> Tensor | None:
         """Return the sum over positions of the change since the pair before; None at the first pair."""
         if before is None:
             return None
         changes = pair.student_ND - before.student_ND, pair.teacher_ND - before.teacher_ND
-        return weighted_sum(HIDDEN_LOSSES[self.loss_name](*changes), pair.weights_N)
+        return weighted_sum(HIDDEN_LOSSES[self.loss_name](*changes, pair.scale_of_change), pair.weights_N)

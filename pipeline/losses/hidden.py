@@ -5,7 +5,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from coldstill.pipeline.losses.state_losses import HIDDEN_LOSSES, HIDDEN_UNITS, POSITION_WEIGHTS
+from coldstill.pipeline.losses.state_losses import (
+    HIDDEN_LOSSES,
+    HIDDEN_UNITS,
+    POSITION_WEIGHTS,
+    SCALED_LOSSES,
+    StateScale,
+)
 from coldstill.pipeline.losses.term import BlockTerm, StatePair, weighted_sum
 from coldstill.pipeline.recipe.loss import HiddenLoss, LossConfig, TermName
 
@@ -40,10 +46,16 @@ class Hidden(BlockTerm):
         """What it is measured in."""
         return HIDDEN_UNITS[self.loss_name]
 
+    @property
+    def needs_scale(self) -> bool:
+        """Whether it is measured by the scales of the teacher's blocks."""
+        return self.loss_name in SCALED_LOSSES
+
     def loss(self, pair: StatePair, _before: StatePair | None, /) -> Tensor:
         """Return the sum over positions at one mapped pair."""
-        return weighted_sum(HIDDEN_LOSSES[self.loss_name](pair.student_ND, pair.teacher_ND), pair.weights_N)
+        loss_N = HIDDEN_LOSSES[self.loss_name](pair.student_ND, pair.teacher_ND, pair.scale)
+        return weighted_sum(loss_N, pair.weights_N)
 
-    def position_weights(self, teacher_ND: Tensor) -> Tensor:
+    def position_weights(self, teacher_ND: Tensor, scale: StateScale | None) -> Tensor:
         """Say what the squared error of each position weighs in it, about, [N]."""
-        return POSITION_WEIGHTS[self.loss_name](teacher_ND)
+        return POSITION_WEIGHTS[self.loss_name](teacher_ND, scale)

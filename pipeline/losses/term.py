@@ -15,6 +15,7 @@ from torch import Tensor
 
 from coldstill.pipeline.losses.logits_targets import LogitsTarget
 from coldstill.pipeline.losses.schedules import Schedule
+from coldstill.pipeline.losses.state_losses import StateScale
 from coldstill.pipeline.losses.student_logits import Request, StudentEvents
 from coldstill.pipeline.recipe.loss import TERM_KEYS, LossConfig, LossWeight, TargetName, TermName
 
@@ -132,11 +133,15 @@ class StatePair:
         student_ND: The student's output, projected to the teacher's width, float32 and with its gradient.
         teacher_ND: The teacher's, float32.
         weights_N: What each position weighs, float32; None where each weighs 1.
+        scale: What the teacher's output does at the block; None where no term is measured by it.
+        scale_of_change: The same of its change since the pair before.
     """
 
     student_ND: Tensor
     teacher_ND: Tensor
     weights_N: Tensor | None = None
+    scale: StateScale | None = None
+    scale_of_change: StateScale | None = None
 
 
 class BlockTerm(Term):
@@ -148,6 +153,11 @@ class BlockTerm(Term):
 
     fewest_pairs: ClassVar[int] = 1
     compared: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def needs_scale(self) -> bool:
+        """Whether it is measured by the scales of the teacher's blocks."""
 
     @abstractmethod
     def loss(self, pair: StatePair, before: StatePair | None, /) -> Tensor | None:

@@ -19,14 +19,15 @@ def create_layer_map(
 
     For student block s of n_s and teacher blocks 0 to n_t - 1:
     `uniform` s n_t // n_s; `last` s + n_t - n_s; `stride` (s + 1) n_t // n_s - 1, whose ends meet;
-    `endpoints` s (n_t - 1) // (n_s - 1), whose first and last meet; `kept` the block that s was cut from; `pairs` as
-    given.
+    `endpoints` s (n_t - 1) // (n_s - 1), whose first and last meet; `kept` the block that s was cut from;
+    `covered` the last of the blocks that s stands for, which is the one in front of the block that s + 1 was cut from:
+    where blocks behind s went, a reconstructed s gives what they gave; `pairs` as given.
 
     Args:
         n_student: Number of the student's decoder blocks.
         n_teacher: Number of the teacher's; at least as many.
         strategy: One of `coldstill.pipeline.recipe.sections.MappingStrategy`.
-        kept_blocks: For `kept`: the teacher block of each student block, from the student's config.
+        kept_blocks: For `kept` and `covered`: the teacher block of each student block, from the student's config.
         pairs: For `pairs`: student block to teacher block.
 
     Returns:
@@ -48,7 +49,10 @@ def create_layer_map(
         # A single block has no first to meet: it learns from the last.
         return {s: s * (n_teacher - 1) // (n_student - 1) for s in students} if n_student > 1 else {0: n_teacher - 1}
     if strategy == "kept":
-        return _kept_map(n_student, n_teacher, kept_blocks)
+        return dict(enumerate(_check_kept(strategy, n_student, n_teacher, kept_blocks)))
+    if strategy == "covered":
+        kept = _check_kept(strategy, n_student, n_teacher, kept_blocks)
+        return dict(enumerate([*(block - 1 for block in kept[1:]), n_teacher - 1]))
     if strategy == "pairs":
         return check_pairs(pairs or {}, n_student=n_student, n_teacher=n_teacher, name="mapping.pairs")
     raise RecipeError(f"mapping.strategy {strategy!r} is unknown; one of {', '.join(get_args(MappingStrategy))}")
@@ -69,17 +73,17 @@ def spread_pairs(layer_map: Mapping[int, int], num_pairs: int | None) -> dict[in
     return {student: layer_map[student] for student in chosen}
 
 
-def _kept_map(n_student: int, n_teacher: int, kept_blocks: Sequence[int] | None) -> dict[int, int]:
+def _check_kept(strategy: str, n_student: int, n_teacher: int, kept_blocks: Sequence[int] | None) -> Sequence[int]:
     if kept_blocks is None:
         raise RecipeError(
-            "mapping.strategy kept needs a student that coldstill prune cut; its config names no kept_blocks: "
+            f"mapping.strategy {strategy} needs a student that coldstill prune cut; its config names no kept_blocks: "
             "use another strategy"
         )
     if len(kept_blocks) != n_student or any(not 0 <= block < n_teacher for block in kept_blocks):
         raise RecipeError(
             f"the student's config names kept_blocks {list(kept_blocks)}; expected {n_student} blocks below {n_teacher}"
         )
-    return dict(enumerate(kept_blocks))
+    return kept_blocks
 
 
 def check_pairs(pairs: Mapping[int, int], *, n_student: int, n_teacher: int, name: str) -> dict[int, int]:

@@ -42,11 +42,16 @@ def layers_section(run: RunRecord) -> Section:
 
 
 def _pruning_table(pruning: Mapping[str, Any]) -> Table:
-    parts = {"parameters": "parameters", "mlp": "MLP neurons a block", "hidden": "residual channels"}
+    parts = {
+        "parameters": "parameters",
+        "heads": "attention heads a block",
+        "mlp": "MLP neurons a block",
+        "hidden": "residual channels",
+    }
     rows = [
         [words, f"{pruning[name]['teacher']:,}", f"{pruning[name]['student']:,}"]
         for name, words in parts.items()
-        if pruning.get(name)
+        if (pruning.get(name) or {}).get("teacher") is not None
     ]
     if pruning.get("blocks"):
         rows.insert(0, ["blocks", str(pruning["blocks"]["teacher"]), str(len(pruning["blocks"]["kept"]))])

@@ -9,11 +9,32 @@ from typing import Any, Literal, get_args
 
 Cut = Literal["depth", "width", "both"]
 PresetName = Literal[
-    "auto", "depth", "width", "both", "auto_aggressive", "depth_aggressive", "width_aggressive", "both_aggressive"
+    "auto",
+    "depth",
+    "width",
+    "both",
+    "book",
+    "book_depth",
+    "book_width",
+    "book_both",
+    "book_aggressive",
+    "book_depth_aggressive",
+    "book_width_aggressive",
+    "book_both_aggressive",
 ]
+Sections = dict[str, dict[str, Any]]
 
+# By measured recovery: docs/results.md.
+_LOSS = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0, "temperature": 1.0}
+_TRAIN: Mapping[Cut, Mapping[str, float]] = {
+    "depth": {"learning_rate": 2e-4},
+    "width": {"learning_rate": 5e-4},
+    "both": {"learning_rate": 5e-4},
+}
+# Martra, Rearchitecting LLMs: for whoever wants to follow it.
+_BOOK = "book"
 _AGGRESSIVE = "_aggressive"
-_WEIGHTS: Mapping[Cut, Mapping[str, float]] = {
+_BOOK_WEIGHTS: Mapping[Cut, Mapping[str, float]] = {
     "depth": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1},
     "width": {"alpha": 0.4, "beta": 0.4, "gamma": 0.2},
     "both": {"alpha": 0.4, "beta": 0.4, "gamma": 0.2},
@@ -31,20 +52,22 @@ def with_preset(data: Mapping[str, Any]) -> dict[str, Any]:
     name = data.get("preset")
     if not isinstance(name, str) or name not in get_args(PresetName):
         return dict(data)
-    named = [cut for cut in _WEIGHTS if cut == name.removesuffix(_AGGRESSIVE)]
-    cut = named[0] if named else _cut_of_section(data.get("student"), name)
+    cut = _cut_of_name(name) or _cut_of_section(data.get("student"), name)
     if cut is None:
         return dict(data)
-    sections = preset_values(cut, is_aggressive=name.endswith(_AGGRESSIVE))
+    sections = preset_values(name, cut)
     given = {section: data.get(section, {}) for section in sections}
     filled = {section: {**sections[section], **own} for section, own in given.items() if isinstance(own, Mapping)}
     return {**data, **filled}
 
 
-def preset_values(cut: Cut, *, is_aggressive: bool) -> dict[str, dict[str, float]]:
-    """Return what a preset says, section by section."""
+def preset_values(name: PresetName | str, cut: Cut) -> Sections:
+    """Return what a preset says of a student that was cut so, section by section."""
+    if not name.startswith(_BOOK):
+        return {"loss": dict(_LOSS), "train": dict(_TRAIN[cut])}
+    is_aggressive = name.endswith(_AGGRESSIVE)
     return {
-        "loss": {**_WEIGHTS[cut], "temperature": 3.0 if is_aggressive else 2.0},
+        "loss": {**_BOOK_WEIGHTS[cut], "hidden": "mse", "temperature": 3.0 if is_aggressive else 2.0},
         "train": {"learning_rate": 1e-5, "num_train_epochs": 5.0 if is_aggressive else 3.0},
     }
 
@@ -56,16 +79,31 @@ def cut_of(*, is_deep: bool, is_wide: bool) -> Cut:
     return "depth"
 
 
+def _cut_of_name(name: str) -> Cut | None:
+    """Return the cut that a preset names; None where it goes by the student."""
+    named = [cut for cut in _TRAIN if cut == name.removeprefix(f"{_BOOK}_").removesuffix(_AGGRESSIVE)]
+    return named[0] if named else None
+
+
 def _cut_of_section(student: Any, name: str) -> Cut | None:
     """Read off a student section what it cuts; None where it says nothing that can be understood."""
     if not isinstance(student, Mapping):
         return None
     prune = student.get("prune")
     if isinstance(prune, Mapping):
-        is_deep, is_wide = bool(prune.get("layers")), bool(prune.get("mlp") or prune.get("hidden"))
+        is_deep = bool(prune.get("layers"))
+        is_wide = bool(prune.get("heads") or prune.get("mlp") or prune.get("hidden"))
         return cut_of(is_deep=is_deep, is_wide=is_wide) if is_deep or is_wide else None
     if student.get("path") or student.get("init"):
         kind = "path" if student.get("path") else "init"
-        names = ", ".join(known + _AGGRESSIVE if name.endswith(_AGGRESSIVE) else known for known in get_args(Cut))
-        raise ValueError(f"preset {name} goes by student.prune, but this student has {kind}: name one of {names}")
+        others = [
+            other
+            for other in get_args(PresetName)
+            if _cut_of_name(other) is not None
+            and other.startswith(_BOOK) == name.startswith(_BOOK)
+            and other.endswith(_AGGRESSIVE) == name.endswith(_AGGRESSIVE)
+        ]
+        raise ValueError(
+            f"preset {name} goes by student.prune, but this student has {kind}: name one of {', '.join(others)}"
+        )
     return None

@@ -23,7 +23,7 @@ from coldstill.pipeline.recipe.training_keys import (
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 HiddenEncoding = Literal["int8", "coded", "float16", "bfloat16", "float32"]
 FinalEncoding = Literal["coded", "int8", "float16", "float32"]
-MappingStrategy = Literal["uniform", "last", "kept", "stride", "endpoints", "pairs"]
+MappingStrategy = Literal["uniform", "last", "kept", "covered", "stride", "endpoints", "pairs"]
 ProjectorKind = Literal["auto", "linear", "mlp", "none"]
 LogitsKind = Literal["topk", "topk_sampled", "final", "none"]
 TargetSource = Literal["stored", "live"]

@@ -1,17 +1,32 @@
 """The student section of a recipe: a model that is there, the teacher pruned, or a smaller one designed after it."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import field_validator, model_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
-from coldstill.pipeline.recipe.fields import BlockIndex, Count, Fraction, Section
+from coldstill.pipeline.recipe.fields import BlockIndex, Count, Fraction, Section, later
 from coldstill.pipeline.recipe.training_keys import check_lora_keys
 
-PruneMethod = Literal["last", "first", "importance", "explicit"]
+PruneMethod = Literal["last", "first", "importance", "kl", "explicit"]
+# Which of them choose by running the teacher.
+MEASURED_METHODS: frozenset[PruneMethod] = frozenset({"importance", "kl"})
 MlpImportance = Literal["weights", "activations"]
-Reconstruct = bool | Literal["auto"]
+ReconstructMethod = Literal["linear", "blocks"]
 DesignShape = Literal["depth", "width", "balanced"]
 InitialWeights = Literal["copy", "truncate", "interpolate"]
+
+
+def _read_reconstruct(value: Any) -> Any:
+    if value is True:
+        return "linear"  # which is what it meant before there was another
+    if value is not False and value not in ("auto", *get_args(ReconstructMethod)):
+        raise ValueError(f"takes auto, {', '.join(get_args(ReconstructMethod))} or false")
+    return value
+
+
+Reconstruct = Annotated[Literal["auto", False] | ReconstructMethod, BeforeValidator(_read_reconstruct)]
+# How many rows a student is made by where a recipe does not say: least squares need few, training a block more.
+_CALIBRATION_ROWS, _CALIBRATION_ROWS_OF_BLOCKS = 16, 64
 
 
 class PruneLayersConfig(Section):
@@ -46,6 +61,19 @@ class PruneMlpConfig(Section):
         return self
 
 
+class PruneHeadsConfig(Section):
+    """How many key-value heads, each with the query heads that read it, each block's attention keeps."""
+
+    keep: Fraction | None = None
+    size: Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "PruneHeadsConfig":
+        if (self.keep is None) == (self.size is None):
+            raise ValueError("heads takes either keep, the share of key-value heads that stay, or size, their number")
+        return self
+
+
 class PruneHiddenConfig(Section):
     """How many channels the residual stream keeps."""
 
@@ -53,38 +81,33 @@ class PruneHiddenConfig(Section):
 
 
 class PruneConfig(Section):
-    """How the student is cut from the teacher: in depth, in the width of its MLPs, in that of its residual stream."""
+    """How the student is cut from the teacher: in depth, in heads, in the widths of MLPs and residual stream."""
 
     layers: PruneLayersConfig | None = None
+    heads: PruneHeadsConfig | None = later(None)
     mlp: PruneMlpConfig | None = None
     hidden: PruneHiddenConfig | None = None
-    reconstruct: Reconstruct = "auto"
-    calibration_rows: Count = 16
-
-    @field_validator("reconstruct", mode="before")
-    @classmethod
-    def _check_reconstruct(cls, value: Any) -> Any:
-        if value != "auto" and not isinstance(value, bool):
-            raise ValueError("takes auto, true or false")
-        return value
+    reconstruct: Reconstruct = "auto"  # the default by measured recovery: docs/results.md
+    calibration_rows: Count | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "PruneConfig":
         if not self.is_deep and not self.is_wide:
-            raise ValueError("prune needs layers, mlp or hidden: what is to be cut")
+            raise ValueError("prune needs layers, heads, mlp or hidden: what is to be cut")
         return self
 
     @property
     def needs_calibration(self) -> bool:
         """Whether what is cut depends on calibration rows."""
         by_activations = self.mlp is not None and self.mlp.method == "activations"
-        by_influence = self.layers is not None and self.layers.method == "importance"
-        return by_influence or by_activations or self.hidden is not None or self.wants_reconstruction
+        by_blocks = self.layers is not None and self.layers.method in MEASURED_METHODS
+        by_writing = self.heads is not None or self.hidden is not None
+        return by_blocks or by_activations or by_writing or bool(self.reconstruct)
 
     @property
-    def wants_reconstruction(self) -> bool:
-        """Whether what blocks write is fitted: of itself where width is cut, so that blocks alone are only removed."""
-        return self.is_wide if self.reconstruct == "auto" else self.reconstruct
+    def num_calibration_rows(self) -> int:
+        """How many rows the student is made by."""
+        return _num_calibration_rows(self)
 
     @property
     def is_deep(self) -> bool:
@@ -93,8 +116,8 @@ class PruneConfig(Section):
 
     @property
     def is_wide(self) -> bool:
-        """Whether neurons or channels go."""
-        return self.mlp is not None or self.hidden is not None
+        """Whether heads, neurons or channels go."""
+        return self.heads is not None or self.mlp is not None or self.hidden is not None
 
 
 class InitConfig(Section):
@@ -104,7 +127,8 @@ class InitConfig(Section):
     compression: Fraction | None = None
     shape: DesignShape = "balanced"
     weights: InitialWeights = "copy"
-    calibration_rows: Count = 16
+    reconstruct: Reconstruct = later("auto")
+    calibration_rows: Count | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "InitConfig":
@@ -118,7 +142,18 @@ class InitConfig(Section):
     @property
     def needs_calibration(self) -> bool:
         """Whether the student's weights depend on calibration rows."""
-        return self.weights == "copy"
+        return self.weights == "copy" or bool(self.reconstruct)
+
+    @property
+    def num_calibration_rows(self) -> int:
+        """How many rows the student is made by."""
+        return _num_calibration_rows(self)
+
+
+def _num_calibration_rows(section: PruneConfig | InitConfig) -> int:
+    if section.calibration_rows is not None:
+        return section.calibration_rows
+    return _CALIBRATION_ROWS_OF_BLOCKS if section.reconstruct in ("auto", "blocks") else _CALIBRATION_ROWS
 
 
 class StudentConfig(Section):

@@ -64,7 +64,7 @@ class DryRun:
         computed_tokens: Tokens that the teacher would read.
         missing_bytes: About how many bytes would be written.
         students_to_prune: Students that would be cut from the teacher.
-        undecided_blocks: How many mapped blocks are known only when a student was pruned by importance.
+        undecided_blocks: How many mapped blocks are known only when a student's blocks are chosen.
     """
 
     store: str
@@ -141,7 +141,7 @@ class _Student:
         if has_student(recipe, folder):
             return cls(item, name, True, blocks_to_store(recipe, teacher, folder))
         wanted = recipe.targets.hidden.blocks
-        if wanted != "mapped":
+        if wanted != "mapped" or not recipe.loss.needs_hidden:
             return cls(item, name, False, wanted if isinstance(wanted, list) else [])
         layer_map, is_decided = planned_layer_map(recipe, teacher)
         if not is_decided:

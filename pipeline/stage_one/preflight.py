@@ -87,15 +87,14 @@ def planned_layer_map(recipe: Recipe, teacher: Teacher) -> tuple[dict[int, int],
     kept = kept_blocks_before_measuring(section, teacher.config)
     if kept is None and not (isinstance(section, InitConfig) and section.weights == "interpolate"):
         undecided = layer_map_between(recipe.mapping, remaining, teacher.num_blocks, kept_blocks=range(remaining))
-        return undecided, recipe.mapping.strategy != "kept"
+        return undecided, recipe.mapping.strategy not in ("kept", "covered")
     return layer_map_between(recipe.mapping, remaining, teacher.num_blocks, kept_blocks=kept), True
 
 
 def _check_pairs(recipe: Recipe, teacher: Teacher) -> None:
-    if recipe.targets.hidden.blocks == "mapped" or recipe.loss.needs_hidden:
+    if recipe.loss.needs_hidden:
         layer_map, is_decided = planned_layer_map(recipe, teacher)
-        if recipe.loss.needs_hidden:
-            check_layer_map(recipe, layer_map, is_decided=is_decided)
+        check_layer_map(recipe, layer_map, is_decided=is_decided)
 
 
 def _student_width(recipe: Recipe, teacher: Teacher) -> int:

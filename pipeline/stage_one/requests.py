@@ -171,9 +171,12 @@ def _check_vocabulary(tokens: Iterable[np.ndarray], teacher: Teacher) -> None:
 
 
 def blocks_to_store(recipe: Recipe, teacher: Teacher, student: Path) -> list[int]:
-    """Return the teacher blocks whose outputs a recipe needs for the student in a folder."""
+    """Return the teacher blocks whose outputs a recipe keeps for the student in a folder.
+
+    Those that it names; or those that are mapped, where the loss learns from them.
+    """
     section = recipe.targets.hidden.blocks
-    if section == "none" or (isinstance(section, list) and not recipe.loss.needs_hidden):
+    if section == "none" or not recipe.loss.needs_hidden:
         return list(section) if isinstance(section, list) else []
     config = load_config(student, trust_remote_code=recipe.student.trust_remote_code)
     layer_map = layer_map_of(recipe.mapping, config, num_teacher_blocks=teacher.num_blocks)

@@ -23,6 +23,9 @@ LayerMap = Mapping[int, int] | Sequence[int]
 # As a list, in the order of the student's blocks.
 Projectors = nn.ModuleDict | nn.ModuleList
 
+# Whoever maps blocks wants them compared, although a recipe that does not say so does without.
+_GAMMA_OF_A_MAP = 0.1
+
 
 def assemble(
     model: Distiller | PreTrainedModel,
@@ -39,7 +42,8 @@ def assemble(
         teacher: The live teacher; None where batches carry its targets.
         layer_map: Student block to teacher block.
         projectors: By student block.
-        weights: `alpha`, `beta`, `gamma`, `delta` and `temperature`; the recipe's defaults where they are None.
+        weights: `alpha`, `beta`, `gamma`, `delta` and `temperature`; the recipe's defaults where they are None, but for
+            gamma where there is a layer map.
 
     Raises:
         RecipeError: Arguments contradict each other, or are out of range.
@@ -86,7 +90,10 @@ def _from_student(
     weights: Mapping[str, float | None],
 ) -> Distiller:
     given = {name: value for name, value in weights.items() if value is not None}
-    section = parse_model(LossConfig, given, name="UniversalDistillationTrainer")
+    if layer_map is not None and not {"gamma", "delta"} & given.keys():
+        given["gamma"] = _GAMMA_OF_A_MAP
+    # Of the kinds that mean the same on every model, the one that is not measured first: data sets may be streams.
+    section = parse_model(LossConfig, {**given, "hidden": "normalised_mse"}, name="UniversalDistillationTrainer")
     objective = Objective.of(section)
     if not objective.over_blocks:
         return Distiller(student, nn.ModuleDict(), layer_map={}, objective=objective)

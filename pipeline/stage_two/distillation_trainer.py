@@ -4,7 +4,6 @@ A checkpoint folder is the student as `save_pretrained` writes it, so that plain
 with `projectors.safetensors` and the Trainer's own state beside it.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,33 +11,36 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.pipeline.models import first_non_finite, load_model
 from coldstill.pipeline.models.labels import counts_of, weights_of
-from coldstill.pipeline.runtime.errors import ModelError, NonFiniteError, RecipeError
-from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
+from coldstill.pipeline.runtime.errors import NonFiniteError, RecipeError
 from coldstill.pipeline.runtime.whole import disk_errors
 from coldstill.pipeline.stage_two.assembly import LayerMap, Projectors, assemble
+from coldstill.pipeline.stage_two.balanced_trainer import BalancedTrainer
 from coldstill.pipeline.stage_two.batches import EpochOrder, RowSet, complete_batch
+from coldstill.pipeline.stage_two.checkpoint_parts import (
+    PROJECTORS_FILE,
+    as_it_was_saved,
+    of_projectors,
+    of_student,
+    read_projectors,
+)
 from coldstill.pipeline.stage_two.distiller import Distiller
 from coldstill.pipeline.stage_two.live_targets import LiveTargets
-from coldstill.pipeline.stage_two.resumable_trainer import ResumableTrainer
 from coldstill.pipeline.stage_two.warm_start import fit_projectors
 from coldstill.pipeline.students.adapters import has_adapters, load_adapters
 
-PROJECTORS_FILE = "projectors.safetensors"
+# The scale of the teacher is measured on no more.
+_SCALE_ROWS = 256
 
-_STUDENT, _PROJECTORS = "student.", "projectors."
 
-
-class UniversalDistillationTrainer(ResumableTrainer):
+class UniversalDistillationTrainer(BalancedTrainer):
     """Train a student and its projectors, from a teacher beside it or from stored targets.
 
     Takes what `transformers.Trainer` takes, ordinary data sets and collators among it, with labels as every causal
@@ -52,11 +54,11 @@ class UniversalDistillationTrainer(ResumableTrainer):
             unless it was loaded with a device map, and never trained, wrapped or saved.
         layer_map: Student block to teacher block, as `create_layer_map` gives it; or a list, the teacher block of each.
         projectors: As `create_projectors` gives them; fresh ones where there are none.
-        alpha: Weight of the cross entropy, 0.5 unless it is given.
-        beta: Weight of the divergence times temperature squared, 0.5.
-        gamma: Weight of the hidden loss, 0.1.
+        alpha: Weight of the cross entropy, 0 unless it is given.
+        beta: Weight of the divergence times temperature squared, 1.
+        gamma: Weight of the hidden loss, 0.1 where there is a layer map, else 0.
         delta: Weight of the loss of changes from each mapped block to the next, 0.
-        temperature: Of the divergence, 2.
+        temperature: Of the divergence, 1.
         projector_learning_rate: Of the projectors; the student's own where it is None.
 
     Raises:
@@ -87,7 +89,6 @@ class UniversalDistillationTrainer(ResumableTrainer):
         self._projector_learning_rate = projector_learning_rate
         weights = {"alpha": alpha, "beta": beta, "gamma": gamma, "delta": delta, "temperature": temperature}
         distiller = assemble(model, teacher=teacher_model, layer_map=layer_map, projectors=projectors, weights=weights)
-        self._distiller = distiller
         self._live: LiveTargets | None = None
         self._terms: dict[str, Tensor] = {}
         self._terms_since_step = 0
@@ -109,17 +110,12 @@ class UniversalDistillationTrainer(ResumableTrainer):
         The student's by its own names, the projectors' as `PROJECTORS_FILE` names them.
         """
         state = self.accelerator.get_state_dict(self.model)
-        return _of_student(state), _of_projectors(state)
+        return of_student(state), of_projectors(state)
 
     def fit_projectors(self, num_rows: int) -> None:
         """Let the projectors begin as least-squares maps over the first train rows."""
-        num_rows, size = min(num_rows, len(self.train_dataset)), self.args.per_device_train_batch_size
-        rows = Subset(self.train_dataset, range(num_rows))
-        indices = [list(range(start, min(start + size, num_rows))) for start in range(0, num_rows, size)]
-        batches = (self.data_collator(rows.__getitems__(chosen)) for chosen in indices)
-        device = next(self._distiller.parameters()).device
-        on_device = (send_to_device(complete_batch(batch), device) for batch in batches)
-        fit_projectors(self._distiller, map(self._with_targets, on_device))
+        self._require_scales()
+        fit_projectors(self._distiller, self._first_batches(num_rows))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -140,7 +136,7 @@ class UniversalDistillationTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | float | None = None,
     ) -> Any:
         """Compute the weighted sum of the terms, and note each of them for the next log."""
-        outputs = model(**self._with_targets(inputs), num_items_in_batch=num_items_in_batch)
+        outputs = model(**self.with_all_it_takes(inputs), num_items_in_batch=num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The count is over all processes, while DDP averages their gradients.
             outputs = {name: value * self.accelerator.num_processes for name, value in outputs.items()}
@@ -198,7 +194,7 @@ class UniversalDistillationTrainer(ResumableTrainer):
             if not all(math.isfinite(logs[name]) for name in self._terms):
                 self.require_finite()
             self._terms = {}
-            logs |= self._distiller.now.scheduled_values()
+            logs |= self._distiller.now.moving_values()
         super().log(logs, start_time)
 
     def require_finite(self) -> None:
@@ -250,8 +246,32 @@ class UniversalDistillationTrainer(ResumableTrainer):
         total, num_positions = sums.tolist()
         return total / num_positions if num_positions else 1.0
 
+    def with_all_it_takes(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch with the live teacher's targets; the first time, measure the scale of the teacher's blocks."""
+        self._require_scales()
+        return self._with_targets(batch)
+
     def _with_targets(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch if self._live is None else {**batch, **self._live(batch)}
+
+    def _first_batches(self, num_rows: int) -> Iterator[dict[str, Any]]:
+        """Return the first train rows in batches, with targets; every process has the same."""
+        if not hasattr(self.train_dataset, "__len__"):
+            raise RecipeError(
+                "train_dataset has no length: what is measured on its first rows, projectors and the scale of "
+                "standardised_mse, needs one that has"
+            )
+        num_rows, size = min(num_rows, len(self.train_dataset)), self.args.per_device_train_batch_size
+        rows = Subset(self.train_dataset, range(num_rows))
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        device = next(self._distiller.parameters()).device
+        for start in range(0, num_rows, size):
+            batch = collate(rows.__getitems__(list(range(start, min(start + size, num_rows)))))
+            yield self._with_targets(send_to_device(complete_batch(batch), device))
+
+    def _require_scales(self) -> None:
+        if self._distiller.lacks_scales:
+            self._distiller.measure_scales(self._first_batches(_SCALE_ROWS))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -263,7 +283,7 @@ class UniversalDistillationTrainer(ResumableTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         state = self._distiller.state_dict() if state_dict is None else state_dict
-        student, projectors = _of_student(state), _of_projectors(state)
+        student, projectors = of_student(state), of_projectors(state)
         with disk_errors(folder):
             self._distiller.student.save_pretrained(folder, state_dict=student, is_main_process=self.args.should_save)
             if projectors and self.args.should_save:
@@ -282,14 +302,14 @@ class UniversalDistillationTrainer(ResumableTrainer):
             return
         distiller = self._distiller
         folder = Path(resume_from_checkpoint)
-        with _as_it_was_saved(folder):
+        with as_it_was_saved(folder):
             if has_adapters(distiller.student):
                 load_adapters(distiller.student, folder)
             else:
                 dtype = str(next(distiller.student.parameters()).dtype).removeprefix("torch.")
                 distiller.student.load_state_dict(load_model(folder, dtype=dtype).state_dict())
-            if _of_projectors(distiller.state_dict()):
-                distiller.projectors.load_state_dict(_read_projectors(folder))
+            if of_projectors(distiller.state_dict()):
+                distiller.projectors.load_state_dict(read_projectors(folder))
 
 
 def _check_effects(trainer: Trainer) -> None:
@@ -309,40 +329,6 @@ class _LossOfStep(TrainerCallback):
 
     def on_step_begin(self, _args: TrainingArguments, state: TrainerState, _control: Any, **_: Any) -> None:
         self._distiller.set_step(state.global_step, state.max_steps)
-
-
-def _of_student(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the student's part of a distiller's state, by the student's own names."""
-    return {name.removeprefix(_STUDENT): value for name, value in state.items() if name.startswith(_STUDENT)}
-
-
-def _of_projectors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the projectors' part of a distiller's state; empty where all are the identity."""
-    return {name: value.contiguous() for name, value in state.items() if name.startswith(_PROJECTORS)}
-
-
-@contextlib.contextmanager
-def _as_it_was_saved(checkpoint: Path) -> Iterator[None]:
-    """Refuse a checkpoint that has not all that was saved in it."""
-    try:
-        yield
-    except (ModelError, SafetensorError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise CorruptError(
-            f"checkpoint {checkpoint} is not as it was saved: {' '.join(str(error).split())}; remove it to go on from "
-            "an earlier one, or begin anew: coldstill train --restart"
-        ) from None
-
-
-def _read_projectors(folder: Path) -> dict[str, Tensor]:
-    try:
-        state = load_file(folder / PROJECTORS_FILE)
-    except FileNotFoundError:
-        raise StoreNotFoundError(
-            f"checkpoint {folder} has no {PROJECTORS_FILE}; run: coldstill train --restart"
-        ) from None
-    return {name.removeprefix(_PROJECTORS): value for name, value in state.items()}
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, chosen: set[int], learning_rate: float) -> None:

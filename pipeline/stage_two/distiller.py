@@ -5,7 +5,7 @@ device.
 Shapes: B rows, T positions, N positions that count, C positions of a chunk, D width, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from coldstill.pipeline.losses.block_losses import MappedStates, block_losses
 from coldstill.pipeline.losses.objective import Objective
+from coldstill.pipeline.losses.state_losses import BlockScales
 from coldstill.pipeline.losses.term import Predictions, Term
 from coldstill.pipeline.losses.vocabulary_losses import vocabulary_loss
 from coldstill.pipeline.models.labels import counts_of, next_tokens, weights_of
@@ -22,9 +23,11 @@ from coldstill.pipeline.models.output_head import Head
 from coldstill.pipeline.models.selective_checkpointing import SELECTIVE, enable_of, selective_kwargs
 from coldstill.pipeline.models.student_forward import StudentForward
 from coldstill.pipeline.recipe.loss import TargetName
-from coldstill.pipeline.runtime.errors import RecipeError, TargetError
+from coldstill.pipeline.runtime.errors import DataError, RecipeError, TargetError
 from coldstill.pipeline.targets.forms import HiddenForm, LogitsForm, StoredLogits, StoredStates
 
+# Enough for the variance of a channel.
+_SCALE_POSITIONS = 4096
 # As errors name them.
 _TARGETS: Mapping[TargetName, str] = {
     "logits": "the teacher's logits",
@@ -60,6 +63,11 @@ class Distiller(nn.Module):
         forms: How targets are read; what they hold of the teacher is no parameter and is never saved. None yet where a
             trainer is to get them from a live teacher.
 
+    Attributes:
+        now: The objective with the weights and the temperature of this step.
+        factors: What the weights are multiplied by, by term; none unless they are balanced.
+        scales: Of the teacher's blocks, once they are measured.
+
     Raises:
         RecipeError: The layer map has too few pairs for a term, or one without a projector.
     """
@@ -83,6 +91,8 @@ class Distiller(nn.Module):
         self.layer_map = dict(layer_map)
         self.objective = objective
         self.now = objective
+        self.factors: Mapping[str, float] = {}
+        self.scales = BlockScales()
         self.forms = forms
         self._student = StudentForward(student)
 
@@ -96,8 +106,8 @@ class Distiller(nn.Module):
         return self.student.get_input_embeddings()
 
     def set_step(self, step: int, num_steps: int) -> None:
-        """Take the weights and the temperature of a step, counted from 0, of a run of so many."""
-        self.now = self.objective.at(step, num_steps)
+        """Take the weights, times their factors, and the temperature of a step, counted from 0, of a run of so many."""
+        self.now = self.objective.at(step, num_steps).times(self.factors)
 
     def check_targets(self) -> None:
         """Refuse an objective with a term whose target could not be read.
@@ -109,6 +119,32 @@ class Distiller(nn.Module):
             for target in term.targets:
                 if getattr(self.forms, target) is None:
                     raise _no_target(term, f"nothing gives {_TARGETS[target]}")
+
+    @property
+    def lacks_scales(self) -> bool:
+        """Whether a term is measured by the scales of the teacher's blocks, and they are not measured yet."""
+        return self.objective.needs_scales and not self.scales.states
+
+    @torch.no_grad()
+    def measure_scales(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Measure the scales of the teacher's mapped blocks over the first batches, some thousand positions.
+
+        Args:
+            batches: Arguments of `forward`; more than is needed is not asked for.
+
+        Raises:
+            DataError: At none of their positions anything counts.
+        """
+        seen, num_positions = [], 0
+        for batch in batches:
+            self._check_batch(batch)
+            seen.append((batch["hidden"], counts_of(batch)))
+            num_positions += int(counts_of(batch).sum())
+            if num_positions >= _SCALE_POSITIONS:
+                break
+        if not num_positions:
+            raise DataError("nothing counts in the first train rows, on which the scale of the teacher is measured")
+        self.scales = BlockScales.of((own, self._teacher_states(seen, of)) for own, of in self.layer_map.items())
 
     def state_pairs(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
         """Return, for each mapped pair, what `MappedStates.pairs` does, at the positions that count.
@@ -227,7 +263,16 @@ class Distiller(nn.Module):
         weights_BT: Tensor | None,
     ) -> MappedStates:
         assert self.forms.hidden is not None
-        return MappedStates(self.layer_map, outputs, batch["hidden"], self.forms.hidden, counts_BT, weights_BT)
+        if self.lacks_scales:
+            raise TargetError("the scale of the teacher's blocks is not known; call measure_scales with a few batches")
+        stored, form = batch["hidden"], self.forms.hidden
+        return MappedStates(self.layer_map, outputs, stored, form, counts_BT, weights_BT, self.scales)
+
+    def _teacher_states(self, seen: Sequence[tuple[StoredStates, Tensor]], block: int) -> Tensor:
+        """Return a teacher block's output at the stored positions that count of some batches, [N, Dt]."""
+        form = self.forms.hidden
+        assert form is not None
+        return torch.cat([form.decode(stored, block)[form.chosen(stored, block, counts)] for stored, counts in seen])
 
     def _check_batch(self, batch: Mapping[str, Any]) -> None:
         """Refuse a batch that lacks a term's target: none is ever left out without a word."""

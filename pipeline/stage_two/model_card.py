@@ -156,10 +156,12 @@ def _cell(estimate: Mapping[str, float | None] | None, form: str) -> str:
 def _loss(loss: LossConfig, logits: LogitsTargetConfig) -> str:
     """Name each term of the loss, with its weight."""
     to_logits = f" to {_target(logits)} at T = {_course(loss, 'temperature')}"
-    return " + ".join(
+    objective = Objective.of(loss)
+    terms = " + ".join(
         f"{_course(loss, term.weight_key)} · {term.summary}{to_logits if 'logits' in term.targets else ''}"
-        for term in Objective.of(loss).terms
+        for term in objective.terms
     )
+    return f"{terms}, weighed by gradient" if objective.is_balanced else terms
 
 
 def _course(loss: LossConfig, name: str) -> str:

@@ -26,7 +26,8 @@ from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.whole import whole_file, whole_folder, write_whole
-from coldstill.pipeline.stage_two.distillation_trainer import PROJECTORS_FILE, UniversalDistillationTrainer
+from coldstill.pipeline.stage_two.checkpoint_parts import PROJECTORS_FILE
+from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.model_card import CARD_FILE
 from coldstill.pipeline.stage_two.resumable_trainer import newest_checkpoint, planned_steps
 from coldstill.pipeline.students.adapters import has_adapters, merged

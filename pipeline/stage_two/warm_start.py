@@ -41,7 +41,8 @@ def fit_projectors(distiller: Distiller, batches: Iterable[Mapping[str, Any]]) -
             features_NF = projector.features(student_ND).double()
             weighted_NF = features_NF
             if hidden is not None:
-                weighted_NF = weighted_NF * hidden.position_weights(teacher_ND).double().unsqueeze(-1)
+                weight_N = hidden.position_weights(teacher_ND, distiller.scales.states.get(int(name)))
+                weighted_NF = weighted_NF * weight_N.double().unsqueeze(-1)
             if weights_N is not None:
                 weighted_NF = weighted_NF * weights_N.double().unsqueeze(-1)
             grams[name] = grams.get(name, 0) + weighted_NF.T @ features_NF

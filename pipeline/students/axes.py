@@ -1,4 +1,4 @@
-"""Which axes of a Llama-like model's weights are the residual stream's channels, and which the MLP's neurons.
+"""Which axes of a Llama-like model's weights are the residual stream's channels, the MLP's neurons, attention's heads.
 
 Only what is known by name is cut: a wrong guess would give a model that runs and is broken.
 """
@@ -11,25 +11,27 @@ from torch import Tensor, nn
 from coldstill.pipeline.models import ModelParts, text_config
 from coldstill.pipeline.runtime.errors import ModelError
 
-Axis = Literal["channels", "neurons"] | None
+# Along `queries` lie the heads that ask, along `keys` those that they read, each group of the former with one of these.
+Axis = Literal["channels", "neurons", "queries", "keys"] | None
 
 _READER: tuple[Axis, Axis] = (None, "channels")
 _OF_MODULES: dict[str, tuple[Axis, Axis]] = {
-    "self_attn.q_proj": _READER,
-    "self_attn.k_proj": _READER,
-    "self_attn.v_proj": _READER,
-    "self_attn.o_proj": ("channels", None),
+    "self_attn.q_proj": ("queries", "channels"),
+    "self_attn.k_proj": ("keys", "channels"),
+    "self_attn.v_proj": ("keys", "channels"),
+    "self_attn.o_proj": ("channels", "queries"),
     "mlp.gate_proj": ("neurons", "channels"),
     "mlp.up_proj": ("neurons", "channels"),
     "mlp.down_proj": ("channels", "neurons"),
 }
 # Norms over a head's width, or over all heads: neither is the residual stream.
-_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 # What reads the residual stream, through a norm or as it is.
 READERS = [name for name, axes in _OF_MODULES.items() if axes[1] == "channels"]
 # What writes to it, in the order of a block.
-WRITERS = ["self_attn.o_proj", "mlp.down_proj"]
+ATTENTION_OUTPUT = "self_attn.o_proj"
 MLP_OUTPUT = "mlp.down_proj"
+WRITERS = [ATTENTION_OUTPUT, MLP_OUTPUT]
 
 
 def parameter_axes(parts: ModelParts) -> dict[str, tuple[Axis, ...]]:
@@ -89,7 +91,7 @@ def _axes_of(
         _, _, within = module.removeprefix(prefix).partition(".")
         if within in _OF_MODULES and kind in ("weight", "bias"):
             return _OF_MODULES[within][: len(shape)]
-        if within in _HEAD_NORMS:
+        if within in HEAD_NORMS:
             return (None,) * len(shape)
         if "." not in within and shape == (parts.hidden_size,):
             return ("channels",)

@@ -44,7 +44,11 @@ def num_removed(layers: PruneLayersConfig) -> int:
 
 
 def choose_kept_blocks(
-    layers: PruneLayersConfig, *, num_blocks: int, importances: Sequence[float] | None = None
+    layers: PruneLayersConfig,
+    *,
+    num_blocks: int,
+    importances: Sequence[float] | None = None,
+    cheapest: Sequence[int] | None = None,
 ) -> list[int]:
     """Return the blocks that stay, in order.
 
@@ -52,6 +56,7 @@ def choose_kept_blocks(
         layers: What to remove.
         num_blocks: Of the teacher.
         importances: One a block, for method `importance`; the least important go, of equal ones the later.
+        cheapest: For method `kl`: the blocks that go (`coldstill.pipeline.students.cut_costs`).
     """
     if layers.method == "explicit":
         removed = set(layers.blocks or [])
@@ -59,6 +64,9 @@ def choose_kept_blocks(
         removed = set(range(layers.remove or 0))
     elif layers.method == "last":
         removed = set(range(num_blocks - (layers.remove or 0), num_blocks))
+    elif layers.method == "kl":
+        assert cheapest is not None
+        removed = set(cheapest)
     else:
         assert importances is not None
         by_importance = sorted(range(num_blocks), key=lambda block: (importances[block], -block))

@@ -104,7 +104,8 @@ def check_student_files(folder: Path) -> None:
 
 def _student_key(recipe: Recipe) -> dict[str, Any]:
     # What is trained of it decides nothing of what was cut.
-    return {**rows_key(recipe), "student": recipe.student.model_dump(exclude={"lora"})}
+    student = {key: value for key, value in recipe.student.identity().items() if key != "lora"}
+    return {**rows_key(recipe), "student": student}
 
 
 def _upload(objects: Objects, folder: Path) -> None:

@@ -60,13 +60,13 @@ def _between(state: dict[str, Tensor], prefix: str, name: str, position: float) 
 def _resized(value: Tensor, axes: tuple[Axis, ...], design: Design) -> Tensor:
     sizes: dict[Axis, int] = {"channels": design.hidden_size, "neurons": design.mlp_size}
     for dim, axis in enumerate(axes):
-        if axis is not None:
-            value = _stretched(value, dim, sizes[axis])
+        if axis in sizes:  # heads keep their number and width
+            value = stretched(value, dim, sizes[axis])
     return value
 
 
-def _stretched(value: Tensor, dim: int, size: int) -> Tensor:
-    """Interpolate linearly along an axis, ends on ends."""
+def stretched(value: Tensor, dim: int, size: int) -> Tensor:
+    """Interpolate linearly along an axis to another size, ends on ends."""
     positions = torch.linspace(0, value.shape[dim] - 1, size, device=value.device, dtype=torch.float64)
     lower = positions.floor().long().clamp(max=value.shape[dim] - 1)
     upper = (lower + 1).clamp(max=value.shape[dim] - 1)

@@ -1,4 +1,4 @@
-"""Make a student of a teacher: cut in depth, then its MLPs, then its residual stream, then reconstructed; or designed.
+"""Make a student of a teacher: cut in depth, in heads, MLPs and residual stream, then reconstructed; or designed.
 
 Each cut measures on the model that the one before it left. Knows models and rows, not where students are kept.
 """
@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from coldstill.pipeline.models import ModelParts, kept_blocks_of, take_apart, text_config
-from coldstill.pipeline.recipe.student import InitConfig, PruneConfig, PruneMlpConfig, Reconstruct
+from coldstill.pipeline.models import ModelParts, take_apart, text_config
+from coldstill.pipeline.recipe.student import (
+    MEASURED_METHODS,
+    InitConfig,
+    PruneConfig,
+    PruneHeadsConfig,
+    PruneLayersConfig,
+    PruneMlpConfig,
+    ReconstructMethod,
+)
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
 from coldstill.pipeline.students.axes import mlp_size
+from coldstill.pipeline.students.cut_costs import cheapest_cuts
 from coldstill.pipeline.students.depth import (
     block_importances,
     check_prune,
@@ -23,9 +32,11 @@ from coldstill.pipeline.students.depth import (
     num_removed,
 )
 from coldstill.pipeline.students.designs import Design, block_positions, design_student
+from coldstill.pipeline.students.heads import group_importances, groups_kept, narrow_heads, num_groups
 from coldstill.pipeline.students.interpolation import interpolate
 from coldstill.pipeline.students.pruning_report import JudgedRows, pruning_report
 from coldstill.pipeline.students.reconstruction import reconstruct, why_no_reconstruction
+from coldstill.pipeline.students.under_way import Channels, Span
 from coldstill.pipeline.students.width import (
     channel_importances,
     most_important,
@@ -35,7 +46,8 @@ from coldstill.pipeline.students.width import (
     neurons_kept,
 )
 
-_DIGITS = 6  # of importances, as a record keeps them
+_DIGITS = 6  # of importances and errors, as a record keeps them
+_MEASURED_ROWS = 16  # of the calibration rows, for importances: more say the same of what goes
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,9 @@ def check_student_section(section: PruneConfig | InitConfig, teacher: PreTrained
     config = text_config(teacher)
     if section.layers is not None:
         check_prune(section.layers, num_blocks=config.num_hidden_layers)
+    if section.heads is not None:
+        groups = num_groups(config)
+        _check_below(_groups_wanted(section.heads, groups), groups, "heads", "key-value heads")
     if section.mlp is not None:
         _check_below(
             _mlp_size_wanted(section.mlp, config.intermediate_size), config.intermediate_size, "mlp", "neurons"
@@ -108,13 +123,18 @@ def kept_blocks_before_measuring(section: PruneConfig | InitConfig, teacher: Pre
         return _design_blocks(section, _design_of(section, teacher), num_blocks)
     if section.layers is None:
         return list(range(num_blocks))
-    if section.layers.method == "importance":
+    if section.layers.method in MEASURED_METHODS:
         return None
     return choose_kept_blocks(section.layers, num_blocks=num_blocks)
 
 
 def make_student(
-    section: PruneConfig | InitConfig, teacher: ModelParts, rows: Sequence[Tensor], judged: JudgedRows
+    section: PruneConfig | InitConfig,
+    teacher: ModelParts,
+    rows: Sequence[Tensor],
+    judged: JudgedRows,
+    *,
+    show_progress: bool = True,
 ) -> MadeStudent:
     """Make a student; the teacher is left as it was.
 
@@ -123,82 +143,146 @@ def make_student(
         teacher: The teacher.
         rows: Calibration rows of token ids, [T] each.
         judged: What it is compared with the teacher on.
+        show_progress: Whether to show progress bars.
 
     Raises:
         ModelError: The teacher's architecture cannot be narrowed so, or its students not reconstructed.
     """
     facts: dict[str, Any] = {}
     if isinstance(section, PruneConfig):
-        cut = _prune(section, teacher, rows, facts)
+        cut = _prune(section, teacher, rows, facts, show_progress=show_progress)
     else:
-        cut = _initialise(section, teacher, rows, facts)
+        cut = _initialise(section, teacher, rows, facts, show_progress=show_progress)
     report = {"kind": _kind(section), **pruning_report(teacher, cut.model, judged), **facts}
     return MadeStudent(cut.model, report, cut.kept_channels)
 
 
-def _prune(section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]) -> _Cut:
-    facts["reconstructed"] = section.wants_reconstruction and _can_reconstruct(section.reconstruct, teacher, rows)
+def _prune(
+    section: PruneConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any], *, show_progress: bool
+) -> _Cut:
+    method = _reconstruct_method(section, teacher, rows)
+    measured = rows[:_MEASURED_ROWS]
     kept = list(range(len(teacher.blocks)))
     if section.layers is not None:
-        importances = block_importances(teacher, rows) if section.layers.method == "importance" else None
-        facts["block_importances"] = importances and [round(value, _DIGITS) for value in importances]
-        kept = choose_kept_blocks(section.layers, num_blocks=len(teacher.blocks), importances=importances)
+        kept = _choose_blocks(section.layers, teacher, measured, facts, show_progress=show_progress)
     parts = take_apart(cut_blocks(teacher, kept))
+    if section.heads is not None:
+        importances = group_importances(parts, rows)
+        wanted = _groups_wanted(section.heads, num_groups(parts.model.config))
+        parts = take_apart(narrow_heads(parts, [most_important(of_block, wanted) for of_block in importances]))
     if section.mlp is not None:
         wanted = _mlp_size_wanted(section.mlp, mlp_size(parts))
-        parts = take_apart(_narrow_mlps(parts, wanted, rows, method=section.mlp.method))
+        parts = take_apart(_narrow_mlps(parts, wanted, measured, method=section.mlp.method))
     channels_K = None
     if section.hidden is not None:
-        channels_K = most_important(channel_importances(parts, rows), section.hidden.size)
+        channels_K = most_important(channel_importances(parts, measured), section.hidden.size)
         parts = take_apart(narrow_stream(parts, channels_K, rows))
-    if facts["reconstructed"]:
-        _reconstruct(parts, teacher, rows, channels_K)
+    stands_for = Span.between(kept, len(teacher.blocks))
+    channels = Channels.kept(channels_K)
+    facts |= _reconstruct(method, parts, teacher, rows, stands_for, channels, show_progress=show_progress)
     return _Cut(parts.model, channels_K)
 
 
-def _can_reconstruct(wanted: Reconstruct, teacher: ModelParts, rows: Sequence[Tensor]) -> bool:
-    why = why_no_reconstruction(teacher, rows[0])
-    if why is not None and wanted is True:
-        raise ModelError(
-            f"student.prune.reconstruct is true, but students of {type(teacher.model).__name__} cannot be "
-            f"reconstructed: {why}; set it to auto or false"
-        )
-    return why is None
+def _choose_blocks(
+    layers: PruneLayersConfig,
+    teacher: ModelParts,
+    rows: Sequence[Tensor],
+    facts: dict[str, Any],
+    *,
+    show_progress: bool,
+) -> list[int]:
+    """Return the blocks that stay, and keep what they were chosen by."""
+    importances = cheapest = None
+    if layers.method == "importance":
+        importances = block_importances(teacher, rows)
+        facts["block_importances"] = [round(value, _DIGITS) for value in importances]
+    elif layers.method == "kl":
+        assert layers.remove is not None
+        rounds = cheapest_cuts(teacher, rows, remove=layers.remove, show_progress=show_progress)
+        facts["cut_costs"] = [cut.record() for cut in rounds]
+        cheapest = [cut.removed for cut in rounds]
+    return choose_kept_blocks(layers, num_blocks=len(teacher.blocks), importances=importances, cheapest=cheapest)
 
 
-def _reconstruct(student: ModelParts, teacher: ModelParts, rows: Sequence[Tensor], channels_K: Tensor | None) -> None:
-    blocks = kept_blocks_of(student.model.config)
-    assert blocks is not None
-    if channels_K is None:
-        channels_K = torch.arange(teacher.hidden_size)
-    reconstruct(student, teacher, rows, kept_blocks=blocks, channels_K=channels_K)
+def _reconstruct_method(
+    section: PruneConfig | InitConfig, teacher: ModelParts, rows: Sequence[Tensor]
+) -> ReconstructMethod | None:
+    """Return how a student is reconstructed; None where it is not."""
+    if section.reconstruct is False:
+        return None
+    methods: list[ReconstructMethod] = ["blocks", "linear"] if section.reconstruct == "auto" else [section.reconstruct]
+    reasons = [why_no_reconstruction(teacher, rows[0], method) for method in methods]
+    for method, why in zip(methods, reasons, strict=True):
+        if why is None:
+            return method
+    if section.reconstruct == "auto":
+        return None
+    key = f"student.{'init' if isinstance(section, InitConfig) else 'prune'}.reconstruct"
+    raise ModelError(
+        f"{key} is {section.reconstruct}, but students of {type(teacher.model).__name__} cannot be reconstructed so: "
+        f"{reasons[0]}; set it to auto or false"
+    )
 
 
-def _initialise(section: InitConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any]) -> _Cut:
+def _reconstruct(
+    method: ReconstructMethod | None,
+    student: ModelParts,
+    teacher: ModelParts,
+    rows: Sequence[Tensor],
+    stands_for: Sequence[Span],
+    channels: Channels,
+    *,
+    show_progress: bool,
+) -> dict[str, Any]:
+    """Reconstruct a student, where it is to be; return the facts for the report."""
+    if method is None:
+        return {"reconstructed": False}
+    errors = reconstruct(
+        student,
+        teacher,
+        rows,
+        stands_for=stands_for,
+        channels=channels,
+        method=method,
+        show_progress=show_progress,
+    )
+    return {"reconstructed": method, "stream_errors": [round(error, _DIGITS) for error in errors]}
+
+
+def _initialise(
+    section: InitConfig, teacher: ModelParts, rows: Sequence[Tensor], facts: dict[str, Any], *, show_progress: bool
+) -> _Cut:
     design = _design_of(section, teacher.model.config)
-    facts["reconstructed"] = False
+    method = _reconstruct_method(section, teacher, rows)
+    channels_K, channels = None, Channels.kept(None)
     if section.weights == "interpolate":
-        return _Cut(interpolate(teacher, design))
-    blocks = _design_blocks(section, design, len(teacher.blocks))
-    assert blocks is not None
-    parts = take_apart(cut_blocks(teacher, blocks))
-    copies = section.weights == "copy"
-    cuts_mlps, cuts_stream = design.mlp_size < mlp_size(parts), design.hidden_size < parts.hidden_size
-    if cuts_mlps:
+        parts = take_apart(interpolate(teacher, design))
+        channels = Channels.interpolated(design.hidden_size)
+    else:
+        parts, channels_K = _copy(section, design, teacher, rows)
+        channels = Channels.kept(channels_K)
+    stands_for = Span.between(_first_blocks(section, design, len(teacher.blocks)), len(teacher.blocks))
+    facts |= _reconstruct(method, parts, teacher, rows, stands_for, channels, show_progress=show_progress)
+    return _Cut(parts.model, channels_K)
+
+
+def _copy(
+    section: InitConfig, design: Design, teacher: ModelParts, rows: Sequence[Tensor]
+) -> tuple[ModelParts, Tensor | None]:
+    """Make a designed student of the teacher's own weights; return it and the channels that it has, if fewer."""
+    parts = take_apart(cut_blocks(teacher, _first_blocks(section, design, len(teacher.blocks))))
+    copies, measured = section.weights == "copy", rows[:_MEASURED_ROWS]
+    if design.mlp_size < mlp_size(parts):
         if copies:
-            parts = take_apart(_narrow_mlps(parts, design.mlp_size, rows, method="activations"))
+            parts = take_apart(_narrow_mlps(parts, design.mlp_size, measured, method="activations"))
         else:
             parts = take_apart(narrow_mlps(parts, [torch.arange(design.mlp_size)] * len(parts.blocks)))
-    channels_K = None
-    if cuts_stream:
-        channels_K = torch.arange(design.hidden_size)
-        if copies:
-            channels_K = most_important(channel_importances(parts, rows), design.hidden_size)
-        parts = take_apart(narrow_stream(parts, channels_K, rows if copies else []))
-    if copies and (cuts_mlps or cuts_stream) and _can_reconstruct("auto", teacher, rows):
-        facts["reconstructed"] = True
-        _reconstruct(parts, teacher, rows, channels_K)
-    return _Cut(parts.model, channels_K)
+    if design.hidden_size == parts.hidden_size:
+        return parts, None
+    channels_K = torch.arange(design.hidden_size)
+    if copies:
+        channels_K = most_important(channel_importances(parts, measured), design.hidden_size)
+    return take_apart(narrow_stream(parts, channels_K, rows if copies else [])), channels_K
 
 
 def _narrow_mlps(parts: ModelParts, size: int, rows: Sequence[Tensor], *, method: str) -> PreTrainedModel:
@@ -212,8 +296,11 @@ def _design_of(section: InitConfig, teacher: PreTrainedConfig) -> Design:
 
 def _design_blocks(section: InitConfig, design: Design, num_blocks: int) -> list[int] | None:
     """Return the teacher blocks that a designed student takes; None where its blocks lie between them."""
-    if section.weights == "interpolate":
-        return None
+    return None if section.weights == "interpolate" else _first_blocks(section, design, num_blocks)
+
+
+def _first_blocks(section: InitConfig, design: Design, num_blocks: int) -> list[int]:
+    """Return the first of the teacher blocks that each block of a designed student stands for."""
     if section.weights == "truncate":
         return list(range(design.num_blocks))
     return [round(position) for position in block_positions(num_blocks, design.num_blocks)]
@@ -221,6 +308,10 @@ def _design_blocks(section: InitConfig, design: Design, num_blocks: int) -> list
 
 def _mlp_size_wanted(section: PruneMlpConfig, size: int) -> int:
     return section.size if section.size is not None else neurons_kept(section.keep or 1.0, size)
+
+
+def _groups_wanted(section: PruneHeadsConfig, groups: int) -> int:
+    return section.size if section.size is not None else groups_kept(section.keep or 1.0, groups)
 
 
 def _check_below(wanted: int, size: int, section: str, what: str) -> None:

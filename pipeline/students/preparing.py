@@ -32,6 +32,8 @@ from coldstill.pipeline.students.pruning_report import JudgedRows
 
 # Part of a student's name: a change of how students are made makes those that are kept stale.
 _VERSION = 3
+# What a student is compared with its teacher on: enough to see what was lost.
+_JUDGED_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,21 @@ def prepare_student(recipe: Recipe, teacher: Teacher, train_rows: Rows) -> Prepa
 
 
 def calibration_rows(section: PruneConfig | InitConfig, train_rows: Rows) -> list[np.ndarray]:
-    """Return the rows that decide what goes, and that what stays is fitted to."""
-    return train_rows.tokens[: section.calibration_rows]
+    """Return the rows that decide what goes, and that what stays is fitted to.
+
+    Where a recipe does not say how many, some of few rows are left to judge the student on.
+    """
+    number = section.num_calibration_rows
+    if section.calibration_rows is None:
+        number = min(number, max(1, len(train_rows.tokens) - max(1, len(train_rows.tokens) // 5)))
+    return train_rows.tokens[:number]
 
 
 def student_name(section: PruneConfig | InitConfig, teacher: Teacher, calibration: Sequence[np.ndarray]) -> str:
     """Name a student by all that decides it."""
-    how = section.model_dump(exclude={"calibration_rows", "reconstruct"}, exclude_none=True)
-    if isinstance(section, PruneConfig):
-        how["reconstruct"] = section.wants_reconstruction
+    how = section.model_dump(exclude={"calibration_rows"}, exclude_none=True)
+    if how["reconstruct"] == "linear":
+        how["reconstruct"] = True  # as it was called when the first students were named
     rows = [row_id(tokens).hex() for tokens in calibration] if section.needs_calibration else []
     facts = {"version": _VERSION, "teacher": teacher.fingerprint, type(section).__name__: how, "calibration": rows}
     return digest_of(facts)[:FINGERPRINT_CHARS]
@@ -109,15 +117,15 @@ def _make(
     folder: Path,
 ) -> None:
     calibration = calibration_rows(section, train_rows)
-    # As many rows behind those that it is fitted to; where there are none, these.
-    judged = train_rows.tokens[len(calibration) : len(calibration) + section.calibration_rows] or calibration
+    # Rows behind those that it is fitted to; where there are none, these.
+    judged = train_rows.tokens[len(calibration) : len(calibration) + _JUDGED_ROWS] or calibration[:_JUDGED_ROWS]
     student = make_student(
         section,
         teacher.parts,
         [torch.from_numpy(tokens) for tokens in calibration],
         JudgedRows(
             [torch.from_numpy(tokens) for tokens in judged],
-            are_calibration=judged is calibration,
+            are_calibration=len(train_rows.tokens) <= len(calibration),
             teacher_loss=teacher.loss_on(judged),
         ),
     )

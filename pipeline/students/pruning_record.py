@@ -7,7 +7,7 @@ from typing import Any
 
 PRUNING_FILE = "pruning.json"
 _CHANNELS_FILE = "kept_channels.json"
-_SIZES = {"blocks": "blocks", "mlp": "MLP width", "hidden": "hidden width"}
+_SIZES = {"blocks": "blocks", "heads": "attention heads", "mlp": "MLP width", "hidden": "hidden width"}
 
 
 def read_pruning(folder: Path) -> dict[str, Any] | None:
@@ -28,8 +28,17 @@ def read_kept_channels(folder: Path) -> list[int] | None:
 
 
 def was_cut(pruning: Mapping[str, Any], size: str) -> bool:
-    """Whether a student has less than its teacher of `blocks`, `mlp` or `hidden`; a size that is not known is whole."""
-    return bool(pruning[size]["student"] != pruning[size]["teacher"])
+    """Whether a student has less than its teacher of `blocks`, `heads`, `mlp` or `hidden`.
+
+    A size that is not known, or that the record says nothing of, is whole.
+    """
+    sizes = pruning.get(size)
+    return sizes is not None and bool(sizes["student"] != sizes["teacher"])
+
+
+def is_narrower(pruning: Mapping[str, Any]) -> bool:
+    """Whether a student's blocks have less of anything than its teacher's."""
+    return any(was_cut(pruning, size) for size in _SIZES if size != "blocks")
 
 
 def describe_cut(pruning: Mapping[str, Any]) -> str:

@@ -34,7 +34,8 @@ def pruning_report(teacher: ModelParts, student: PreTrainedModel, judged: Judged
     """Compare a student with its teacher: parameters, sizes, and the loss of both.
 
     Returns:
-        JSON-able: `parameters`, `blocks`, `mlp` and `hidden`, each of teacher and student, and `judged` with
+        JSON-able: `parameters`, `blocks`, `heads` and `key_value_heads` of a block, `mlp` and `hidden`, each of teacher
+        and student, and `judged` with
         `are_calibration`, `num_tokens`, and `loss` in nats a token and `perplexity` of both.
     """
     configs = {"teacher": text_config(teacher.model.config), "student": text_config(student.config)}
@@ -48,6 +49,8 @@ def pruning_report(teacher: ModelParts, student: PreTrainedModel, judged: Judged
             "student": int(configs["student"].num_hidden_layers),
             "kept": kept_blocks_of(student.config),
         },
+        "heads": {name: getattr(config, "num_attention_heads", None) for name, config in configs.items()},
+        "key_value_heads": {name: getattr(config, "num_key_value_heads", None) for name, config in configs.items()},
         "mlp": {name: getattr(config, "intermediate_size", None) for name, config in configs.items()},
         "hidden": {name: int(config.hidden_size) for name, config in configs.items()},
         "judged": {

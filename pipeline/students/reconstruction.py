@@ -1,210 +1,117 @@
-"""Fit what a cut student writes to its residual stream to the stream of the model that it was cut from.
+"""Fit a cut student to the residual stream of the model that it was cut from, block by block.
 
-Blocks, neurons and channels that went leave an error in the stream, and the errors of all blocks add up. Here the
-matrices that write to the stream are fitted by least squares over calibration rows, one after the other from the first
-block on: each from what it reads in the student, whose earlier matrices are fitted already, to what the student's
-stream still lacks of the original's behind it. So each makes good what those before it could not (He et al., arXiv
-1707.06168, section 3.2, for the channels of convolutions), and a block in front of removed
-ones does part of their work, as the linear map of ReplaceMe does (Shopkhoev et al., arXiv 2505.02819).
+Blocks, neurons and channels that went leave an error in the stream, and the errors of all blocks add up. Here each
+block of the student, from the first on, is fitted to give behind it the stream that the original has there, from what
+the student's own stream is in front of it: so each makes good what those before it could not (He et al., arXiv
+1707.06168, section 3.2, for the channels of convolutions), and a block in front of removed ones does part of their
+work.
 
-Shapes: B rows, T positions, N positions that count, D channels of the original, K of the student, H inputs of a matrix.
+`linear` fits the two matrices of a block that write to the stream, by least squares: the linear map of ReplaceMe does
+that for a block in front of removed ones (Shopkhoev et al., arXiv 2505.02819). `blocks` then trains all of the block's
+weights by gradient, a local reconstruction with the block's nonlinear parts in its window (arXiv 2510.14444).
+
+Shapes: T positions.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from coldstill.pipeline.models import ModelParts
-from coldstill.pipeline.models.forward import block_output, padded_batches
-from coldstill.pipeline.students.axes import WRITERS
-from coldstill.pipeline.students.ridge import solve_towards
-
-# Of the mean of the Gram matrix's diagonal: what few rows do not tell stays as the cut left it.
-RIDGE = 0.3
-# Of a block's output, by norm: how far its input plus what its matrices write may be from it, in bfloat16 too.
-_TOLERANCE = 0.02
+from coldstill.pipeline.models.block_calls import why_not_alone
+from coldstill.pipeline.recipe.student import ReconstructMethod
+from coldstill.pipeline.students.block_fit import BlockFit, fit_block
+from coldstill.pipeline.students.under_way import Channels, RowsUnderWay, Span
+from coldstill.pipeline.students.writer_fit import fit_writers, why_no_linear_fit
 
 
-@torch.inference_mode()
-def why_no_reconstruction(original: ModelParts, row: Tensor) -> str | None:
-    """Say why students of a model cannot be reconstructed; None where they can.
+def why_no_reconstruction(original: ModelParts, row: Tensor, method: ReconstructMethod) -> str | None:
+    """Say why students of a model cannot be reconstructed by a method; None where they can.
 
     Args:
         original: The model.
         row: Some token ids, [T].
+        method: `linear` or `blocks`.
     """
-    for index, block in enumerate(original.blocks):
-        names = dict(block.named_modules())
-        for writer in WRITERS:
-            if writer not in names:
-                return f"its block {index} has no {writer}"
-    ((ids_BT, mask_BT),) = padded_batches([row], original.model)
-    stream_BTD, calls = _calls(original, ids_BT, mask_BT)
-    for index, (block, call) in enumerate(zip(original.blocks, calls, strict=True)):
-        with _watching(block) as seen:
-            after_BTD = _run(block, call, stream_BTD)
-        written_BTD = stream_BTD + sum(seen.outputs[name] for name in WRITERS)
-        if (written_BTD - after_BTD).float().norm() > _TOLERANCE * after_BTD.float().norm():
-            return f"its block {index} does not add what {' and '.join(WRITERS)} write to its input as it is"
-        stream_BTD = after_BTD
-    return None
+    return why_not_alone(original, row) or (why_no_linear_fit(original, row) if method == "linear" else None)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reconstruct(
-    student: ModelParts, original: ModelParts, rows: Sequence[Tensor], *, kept_blocks: Sequence[int], channels_K: Tensor
-) -> None:
-    """Fit, in place, each matrix of the student that writes to its residual stream.
+    student: ModelParts,
+    original: ModelParts,
+    rows: Sequence[Tensor],
+    *,
+    stands_for: Sequence[Span],
+    channels: Channels,
+    method: ReconstructMethod,
+    show_progress: bool = True,
+) -> list[float]:
+    """Fit the student's blocks in place, one after the other.
 
-    A student block is fitted to the original's stream in front of the block that the student's next one was cut from.
-    Holds the streams of all rows, and H times (H + K) float32 and float64, while it runs.
+    Holds the streams of all rows in both models, float32, and of one block at a time a copy in float32, and what its
+    fit needs: its optimizer, or H times (H + K) float32 and float64 for H inputs of a matrix.
 
     Args:
-        student: A model with some of the original's blocks and channels, and all its heads.
+        student: A model with some of the original's blocks and channels.
         original: What it was cut from, of which `why_no_reconstruction` has nothing to say.
         rows: Calibration rows of token ids, [T] each.
-        kept_blocks: The original block of each of the student's, ascending.
-        channels_K: The original channel of each of the student's.
+        stands_for: The original's blocks that each of the student's stands for, one behind the other.
+        channels: How the original's stream is said in the student's channels.
+        method: `linear` or `blocks`, which begins with the linear fit where the architecture allows it.
+        show_progress: Whether to show a progress bar.
+
+    Returns:
+        By block, the squared error of the stream behind it relative to the original's, a mean over positions.
     """
-    device = next(student.model.parameters()).device
-    channels_K = channels_K.to(device)
-    batches = [_Batch.begin(student, original, *batch) for batch in padded_batches(rows, original.model)]
+    has_writers = why_no_linear_fit(original, rows[0]) is None
+    batches = RowsUnderWay.begin(student, original, rows)
     for batch in batches:
-        batch.advance_original(original, 0, kept_blocks[0])
-    ends = [*kept_blocks[1:], len(original.blocks)]
-    for index, (kept, end) in enumerate(zip(kept_blocks, ends, strict=True)):
+        batch.advance_original(original, 0, stands_for[0].start)
+    errors: list[float] = []
+    is_exact = True
+    bar = tqdm(stands_for, unit="block", desc=f"reconstruct ({method})", disable=not show_progress)
+    for index, span in enumerate(bar):
         for batch in batches:
-            batch.set_targets(original, kept, end, channels_K)
-        for writer in range(len(WRITERS)):
-            _fit(student.blocks[index], index, writer, batches)
-        for batch in batches:
-            batch.student_BTK = _run(student.blocks[index], batch.student_calls[index], batch.student_BTK)
+            batch.aim_behind(original, span, channels, has_writers=has_writers)
+        block = student.blocks[index]
+        # In front of the first cut there is nothing to make good, and a fit would only disturb.
+        is_exact = is_exact and _is_untouched(block, original.blocks[span.start], span)
+        if not is_exact:
+            _fit(block, index, batches, method, has_writers=has_writers)
+        errors.append(_advance(block, index, batches))
+        bar.set_postfix(error=f"{errors[-1]:.3g}")
+    return errors
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What a block is called with beside its input."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass
-class _Batch:
-    """A few rows on their way through both models.
-
-    Attributes:
-        mask_BT: Which positions are real.
-        original_BTD: The original's stream in front of its next block.
-        student_BTK: The student's.
-        original_calls: Of each of the original's blocks.
-        student_calls: Of each of the student's.
-        targets_NK: By writer of the block at hand, the original's stream behind it, in the student's channels.
-        weights_N: By writer, one over that stream's mean square over all its channels: positions count alike.
-    """
-
-    mask_BT: Tensor
-    original_BTD: Tensor
-    student_BTK: Tensor
-    original_calls: list[_Call]
-    student_calls: list[_Call]
-    targets_NK: list[Tensor] = field(default_factory=list)
-    weights_N: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def begin(cls, student: ModelParts, original: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> "_Batch":
-        """Put rows in front of the first blocks."""
-        original_BTD, original_calls = _calls(original, ids_BT, mask_BT)
-        student_BTK, student_calls = _calls(student, ids_BT, mask_BT)
-        return cls(mask_BT, original_BTD, student_BTK, original_calls, student_calls)
-
-    def advance_original(self, original: ModelParts, start: int, end: int) -> None:
-        """Run the original's blocks from start to before end."""
-        for block in range(start, end):
-            self.original_BTD = _run(original.blocks[block], self.original_calls[block], self.original_BTD)
-
-    def set_targets(self, original: ModelParts, block: int, end: int, channels_K: Tensor) -> None:
-        """Run the original's block and those up to the end, and keep the stream behind its first writer and there."""
-        before_BTD = self.original_BTD
-        with _watching(original.blocks[block]) as seen:
-            self.advance_original(original, block, block + 1)
-        self.advance_original(original, block + 1, end)
-        streams = [before_BTD + seen.outputs[WRITERS[0]], self.original_BTD]
-        counted = [stream_BTD[self.mask_BT].float() for stream_BTD in streams]
-        self.targets_NK = [stream_ND[:, channels_K] for stream_ND in counted]
-        self.weights_N = [1.0 / stream_ND.square().mean(dim=-1).clamp(min=1e-12) for stream_ND in counted]
+def _fit(
+    block: nn.Module, index: int, batches: Sequence[RowsUnderWay], method: ReconstructMethod, *, has_writers: bool
+) -> None:
+    """Fit a student block in float32."""
+    dtype = next(block.parameters()).dtype
+    block.float()
+    if has_writers:
+        fit_writers(block, index, batches)
+    if method == "blocks":
+        fit_block(block, index, batches, BlockFit())
+    block.to(dtype)
 
 
-@dataclass
-class _Seen:
-    """What the writers of a block read and wrote in its last run."""
-
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-
-
-def _fit(block: nn.Module, index: int, writer: int, batches: Sequence[_Batch]) -> None:
-    """Fit one of a student block's writers to what the stream lacks behind it."""
-    module = cast("nn.Linear", block.get_submodule(WRITERS[writer]))
-    inputs, device = module.weight.shape[1], module.weight.device
-    gram_HH = torch.zeros(inputs, inputs, device=device)
-    cross_HK = torch.zeros(inputs, module.weight.shape[0], device=device)
+def _advance(block: nn.Module, index: int, batches: Sequence[RowsUnderWay]) -> float:
+    """Put the student's streams behind a block as it is kept, and return their mean error there."""
+    dtype = next(block.parameters()).dtype
+    block.float()
+    errors: list[Tensor] = []
     for batch in batches:
-        with _watching(block) as seen:
-            _run(block, batch.student_calls[index], batch.student_BTK)
-        lacking_NK = batch.targets_NK[writer].clone()
-        for part_BTK in (batch.student_BTK, *(seen.outputs[name] for name in WRITERS[:writer])):
-            lacking_NK -= part_BTK[batch.mask_BT].float()
-        if module.bias is not None:
-            lacking_NK -= module.bias.float()
-        read_NH = seen.inputs[WRITERS[writer]][batch.mask_BT].float()
-        weighted_NH = read_NH * batch.weights_N[writer].unsqueeze(1)
-        gram_HH += weighted_NH.T @ read_NH
-        cross_HK += weighted_NH.T @ lacking_NK
-    fitted_HK = solve_towards(module.weight.double().T, gram_HH.double(), cross_HK.double(), share=RIDGE)
-    module.weight.copy_(fitted_HK.T)
+        batch.student_BTK = batch.run_student(block, index)
+        errors.append(batch.aims[-1].error_of(batch.student_BTK[batch.mask_BT]))
+    block.to(dtype)
+    return float(torch.cat(errors).mean())
 
 
-def _calls(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, list[_Call]]:
-    """Return the stream in front of the first block, and what each block is called with beside it."""
-    entered: list[Tensor] = []
-    calls: list[_Call] = []
-
-    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not entered:
-            entered.append(args[0])
-        calls.append(_Call(args[1:], kwargs))
-
-    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in parts.blocks]
-    try:
-        parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return entered[0], calls
-
-
-def _run(block: nn.Module, call: _Call, stream: Tensor) -> Tensor:
-    return block_output(block(stream, *call.args, **call.kwargs))
-
-
-@contextmanager
-def _watching(block: nn.Module) -> Iterator[_Seen]:
-    seen = _Seen()
-
-    def hook_of(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.inputs[name], seen.outputs[name] = args[0], output
-
-        return hook
-
-    handles = [block.get_submodule(name).register_forward_hook(hook_of(name)) for name in WRITERS]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+def _is_untouched(block: nn.Module, original: nn.Module, span: Span) -> bool:
+    """Whether a student's block is the original's, and stands for it alone."""
+    own, theirs = block.state_dict(), original.state_dict()
+    return span.end == span.start + 1 and all(torch.equal(value, theirs[name]) for name, value in own.items())

@@ -4,8 +4,9 @@ A key is a digest of what changes a result: teacher, data, student, targets, map
 the seed. Not of where things are or how they are carried out: output, cache, batch size of the teacher, devices,
 workers, logging, saving; nor of how models are judged, which a trained student can be again. What has no effect does
 not count either: without hidden terms the mapping, the projectors and the stored blocks, without a divergence the
-stored logits and the temperature. It is known before stage one, so local files count by where they lie, however that
-is written: a model or text that was replaced in its place is noticed by stage two.
+stored logits and the temperature, with one term its balance with others. It is known before stage one, so local files
+count by where they lie, however that is written: a model or text that was replaced in its place is noticed by stage
+two.
 """
 
 import os
@@ -33,6 +34,8 @@ def canonical(recipe: Recipe) -> Recipe:
     loss, targets = recipe.loss, recipe.targets
     without_effect = [key for term, keys in TERM_KEYS.items() if term not in loss.terms for key in keys.options]
     idle = {key: LossConfig.model_fields[key].default for key in without_effect}
+    if len(loss.terms) == 1:
+        idle["balance"] = LossConfig.model_fields["balance"].default
     if not loss.needs_logits:
         idle["schedule"] = loss.schedule.model_copy(update={"temperature": None})
         targets = targets.model_copy(update={"logits": LogitsTargetConfig(kind="none")})

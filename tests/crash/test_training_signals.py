@@ -41,7 +41,7 @@ def write_recipe(
             corpus[:30],
             student={"path": str(model_folders["narrow"])},
             targets={"logits": {"kind": "topk", "k": 4, "temperatures": [1]}},
-            loss={"temperature": 1},
+            loss={"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 1, "hidden": "mse"},
             train={**common, **training},
         )
         data["output"] = str(folder / name)

@@ -53,11 +53,11 @@ def small_recipe(
         "cache": str(folder / "caches"),
         "teacher": {"path": str(teacher), "dtype": "float32", "batch_size": batch_size},
         "data": text_data(folder, text, train_rows=train_rows, eval_rows=eval_rows),
-        "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
+        "student": {"prune": {"layers": {"remove": 1, "method": "last"}, "reconstruct": False}},
         "targets": {
             "logits": {"kind": "topk", "k": 4, "temperatures": [1]},
             "hidden": {"blocks": [1], "encoding": "coded"},
         },
-        "loss": {"gamma": 0, "temperature": 1},
+        "loss": {"alpha": 0.5, "beta": 0.5, "gamma": 0, "temperature": 1},
         **sections,
     }

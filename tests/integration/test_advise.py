@@ -52,8 +52,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, 
         "cache": str(root / "caches"),
         "teacher": {"path": str(model_folders["teacher"]), "dtype": "float32"},
         "data": text_data(root, corpus),
-        "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
-        "preset": "auto",
+        "student": {"prune": {"layers": {"remove": 1, "method": "last"}, "reconstruct": False}},
+        "preset": "book",
         "train": {"max_steps": 5, "per_device_train_batch_size": 4},
     }
     path = root / "recipe.yaml"
@@ -127,7 +127,7 @@ def test_the_preset_goes_by_what_is_cut(
         student = {"path": str(workplace / student["path"])}
     given = advised(write_recipe(student=student, loss={"gamma": 0.3}))
     assert given["changes"] == {"preset": name}
-    assert any("loss.gamma=0.3 (preset: 0." in note for note in given["notes"])
+    assert any("loss.gamma=0.3 (preset: 0)" in note for note in given["notes"])
 
 
 def test_a_student_whose_record_says_what_was_cut_needs_no_teacher(
@@ -141,7 +141,7 @@ def test_a_student_whose_record_says_what_was_cut_needs_no_teacher(
     }
     (workplace / "narrow/pruning.json").write_text(json.dumps(record))
     given = advised(write_recipe(student={"path": str(workplace / "narrow")}, teacher__path=str(workplace / "gone")))
-    assert given["changes"] == {"preset": "width_aggressive"}
+    assert given["changes"] == {"preset": "width"}
     assert given["read"]["student"] == "MLP width 48 to 24, hidden width 32 to 16, parameters 1,000 to 590 (59.0%)"
 
 
@@ -219,31 +219,6 @@ def test_results_of_another_recipe_are_refused_in_one_line(coldstill: Callable[.
     assert "holds a run of another recipe (loss differ; see " in line
 
 
-@pytest.mark.parametrize(
-    ("prune", "is_noted"),
-    [
-        ({"layers": {"remove": 1}}, True),
-        ({"layers": {"remove": 1}, "reconstruct": False}, False),
-        ({"layers": {"remove": 1}, "reconstruct": True}, False),
-        ({"mlp": {"keep": 0.5}}, False),
-    ],
-)
-def test_a_better_start_is_noted_where_a_recipe_neither_takes_nor_refuses_it(
-    write_recipe: Callable[..., Path], advised: Callable[..., dict[str, Any]], prune: dict[str, Any], is_noted: bool
-):
-    notes = advised(write_recipe(student={"prune": prune}))["notes"]
-    assert any("student.prune.reconstruct=true" in note for note in notes) == is_noted
-
-
-def test_a_better_start_is_noted_after_training_until_the_target_is_reached(
-    recovered: Run, advised: Callable[..., dict[str, Any]]
-):
-    for retention, is_noted in ((0.8, True), (0.99, False)):
-        recovered.rewrite(lambda found, share=retention: found.update(with_tasks(0.5, share, 0.001)))
-        notes = advised(*recovered.words, "--target=0.95")["notes"]
-        assert any("student.prune.reconstruct=true" in note for note in notes) == is_noted
-
-
 def test_an_eval_loss_that_rises_at_the_end_asks_for_rows(recovered: Run, advised: Callable[..., dict[str, Any]]):
     for losses, is_noted in (((3.0, 2.5, 2.6), True), ((3.0, 2.6, 2.5), False)):
         log = [{"step": 10 * step, "eval_loss": loss} for step, loss in enumerate(losses)]
@@ -306,7 +281,7 @@ def test_a_run_of_a_preset_is_that_of_the_values_it_stands_for(
     coldstill: Callable[..., Any], recovered: Run, tmp_path: Path
 ):
     written = yaml.safe_load(recovered.recipe.read_text()) | {"preset": None}
-    written["loss"] = {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2}
+    written["loss"] = {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2, "hidden": "mse"}
     written["train"] |= {"learning_rate": 1e-5, "num_train_epochs": 3}
     (tmp_path / "written.yaml").write_text(yaml.safe_dump(written))
     same = coldstill("train", tmp_path / "written.yaml", f"output={recovered.output}")

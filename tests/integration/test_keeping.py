@@ -21,7 +21,14 @@ from coldstill.pipeline.stage_two.run_folder import decisive_sections
 from coldstill.pipeline.train import train
 
 # One row, read over and over at a high rate: the student learns it by heart.
-OVERFIT = {"per_device_train_batch_size": 1, "max_steps": 22, "learning_rate": 0.01, "logging_steps": 1}
+OVERFIT = {
+    "per_device_train_batch_size": 1,
+    "max_steps": 22,
+    "learning_rate": 0.01,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+    "logging_steps": 1,
+}
 
 Recipes = Callable[..., Recipe]
 

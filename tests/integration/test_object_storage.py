@@ -253,6 +253,7 @@ class Place:
             "data": self.data,
             "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
             "targets": {"logits": {"kind": "topk", "k": 16, "temperatures": [2]}, "hidden": {"blocks": [2]}},
+            "loss": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2, "hidden": "mse"},
             "mapping": {"strategy": "pairs", "pairs": {2: 2}},
             "train": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.001, "logging_steps": 2},
         }

@@ -29,7 +29,7 @@ ALWAYS = [
     (["train.optim=sgd", "train.optim_args=momentum=x"], "train: could not convert string to float: 'x'"),
     (["train.lr_scheduler_type=foo"], "train: foo is not a valid SchedulerType"),
     (["train.lr_scheduler_type=cosine_with_min_lr"], "train: One of min_lr or min_lr_rate should be set"),
-    (["train.lr_scheduler_kwargs={a: 1}"], "train: get_linear_schedule_with_warmup() got an unexpected keyword "),
+    (["train.lr_scheduler_kwargs={a: 1}"], "train: get_cosine_schedule_with_warmup() got an unexpected keyword "),
     (["train.lr_scheduler_type=reduce_lr_on_plateau"], "train: lr_scheduler_type reduce_lr_on_plateau requires an "),
     (["train.report_to=foo"], "train: foo is not supported, only"),
     (["train.report_to=[mlflow, tensorboard]"], "train.report_to names mlflow, which is not installed; run: pip "),
@@ -83,8 +83,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pat
         "cache": str(root / "caches"),
         "teacher": {"path": str(root / "teacher"), "dtype": "float32"},
         "data": text_data(root, corpus, train_rows=12, eval_rows=4),
-        "student": {"prune": {"layers": {"remove": 1, "method": "last"}}},
+        "student": {"prune": {"layers": {"remove": 1, "method": "last"}, "reconstruct": False}},
         "mapping": {"strategy": "last"},
+        "loss": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2.0, "hidden": "mse"},
         "train": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.001, "logging_steps": 1},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))

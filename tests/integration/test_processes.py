@@ -61,6 +61,14 @@ def test_a_sharded_distiller_has_the_gradients_of_the_whole(forks: Forks, heads:
     assert torchrun(forks, 2, "sharded_gradients", heads).startswith("equal: ")
 
 
+def test_processes_that_see_different_rows_balance_the_loss_alike(forks: Forks, tmp_path: Path):
+    torchrun(forks, 2, "balanced_processes", tmp_path)
+    one, other = (json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2))
+    assert one == other
+    assert one["factors"]["loss_task"] == 1.0
+    assert one["factors"]["loss_hidden"] != 1.0
+
+
 def test_two_processes_fill_one_store_each_shard_once(
     forks: Forks,
     coldstill: Callable[..., Any],

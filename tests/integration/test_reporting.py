@@ -31,7 +31,7 @@ UNEVEN = {
     "data__eval__max_rows": 5,
     "train__per_device_eval_batch_size": 4,
 }
-LOSS = {"alpha": 0.4, "beta": 0.5, "gamma": 0.3, "delta": 0.2, "temperature": 2.0, "dynamics": "mse"}
+LOSS = {"alpha": 0.4, "beta": 0.5, "gamma": 0.3, "delta": 0.2, "temperature": 2.0, "hidden": "mse", "dynamics": "mse"}
 
 
 def eval_terms(workplace: Path) -> list[dict[str, float]]:

@@ -196,7 +196,7 @@ def test_a_dry_run_counts_the_blocks_that_only_pruning_decides(
     recipe = write_recipe(student__prune__layers__method="importance")
     text = coldstill("precompute", recipe, "--dry-run").stdout
     assert "hidden/(3 blocks)/int8" in text
-    assert "3 mapped blocks: which ones is known when the student was pruned by importance" in text
+    assert "3 mapped blocks: which ones is known when the student's blocks are chosen" in text
 
 
 def test_the_student_says_which_store_and_rows_it_learned_from(

@@ -15,9 +15,12 @@ from coldstill.pipeline.recipe.file import load_recipe
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "depth": {"prune": {"layers": {"remove": 1, "method": "importance"}}},
+    "depth-by-kl": {"prune": {"layers": {"remove": 2, "method": "kl"}}},
     "depth-reconstructed": {"prune": {"layers": {"remove": 1, "method": "importance"}, "reconstruct": True}},
     "mlp": {"prune": {"mlp": {"keep": 0.6}}},
     "mlp-by-weights": {"prune": {"mlp": {"size": 32, "method": "weights"}}},
+    "heads": {"prune": {"heads": {"keep": 0.5}}},
+    "heads-and-hidden": {"prune": {"heads": {"size": 1}, "hidden": {"size": 22}}},
     "hidden": {"prune": {"hidden": {"size": 22}}},
     "depth-and-width": {
         "prune": {"layers": {"remove": 1, "method": "last"}, "mlp": {"keep": 0.6}, "hidden": {"size": 24}}
@@ -50,8 +53,24 @@ def test_prune_says_what_was_cut_and_what_it_cost(coldstill: Callable[..., Any],
     assert "hidden     24 of 32 channels" in lines
     assert lines[-1].startswith("perplexity ")
     assert lines[-1].endswith("on 92 tokens of train rows behind the calibration rows")
-    assert "fitted     what blocks write, to the teacher's residual stream (student.prune.reconstruct)" in lines
+    assert "fitted     each block, by gradient, to the teacher's residual stream (reconstruct: blocks)" in lines
     assert coldstill("prune", recipe).stdout.splitlines()[0].endswith("(there already)")
+
+
+def test_prune_by_kl_says_what_each_cut_costs_and_what_the_next_ones_would_have(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path]
+):
+    recipe = write_recipe(student=STUDENTS["depth-by-kl"])
+    lines = coldstill("prune", recipe).stdout.splitlines()
+    report = json.loads(coldstill("prune", recipe, "--json").stdout)["report"]
+    first, second = report["cut_costs"]
+    assert set(first["kl"]) == {"0", "1", "2", "3"}
+    assert sorted({0, 1, 2, 3} - {first["removed"], second["removed"]}) == report["blocks"]["kept"]
+    cost = first["kl"][str(first["removed"])]
+    assert cost == min(first["kl"].values())
+    (line,) = [line for line in lines if line.startswith("cut 1 ")]
+    assert f"block {first['removed']}, for KL {cost:.3f} to the teacher; next " in line
+    assert len([line for line in lines if line.startswith("cut ")]) == 2
 
 
 def test_a_student_is_judged_on_rows_that_it_was_not_fitted_to_where_there_are_some(
@@ -68,7 +87,7 @@ def test_a_student_is_judged_on_rows_that_it_was_not_fitted_to_where_there_are_s
     assert judged["loss"]["student"] == pytest.approx(loss, abs=2e-4)
     assert (judged["num_tokens"], judged["are_calibration"]) == (6 * 23, False)
     line = coldstill("prune", write_recipe(student__prune__calibration_rows=20)).stdout.splitlines()[-1]
-    assert line.endswith("on 460 tokens of the calibration rows")
+    assert line.endswith("on 368 tokens of the calibration rows")
 
 
 def train_rows(coldstill: Callable[..., Any], recipe: Path) -> tuple[Any, Any]:
@@ -85,8 +104,10 @@ def test_students_that_differ_in_any_cut_are_kept_apart_and_a_dry_run_knows_them
         {"student": {"prune": {"mlp": {"keep": 0.5}}}},
         {"student": {"prune": {"mlp": {"keep": 0.6, "method": "weights"}, "reconstruct": False}}},
         {"student": {"prune": {"mlp": {"keep": 0.6, "method": "weights"}}}},
+        {"student": {"prune": {"heads": {"size": 1}}}},
         {"student": {"prune": {"layers": {"remove": 1, "method": "last"}}}},
         {"student": {"prune": {"layers": {"remove": 1, "method": "last"}, "reconstruct": True}}},
+        {"student": {"prune": {"layers": {"remove": 1, "method": "last"}, "reconstruct": False}}},
         {"student": {"prune": {"mlp": {"keep": 0.6}, "calibration_rows": 4}}},
     ]
     for change in changes:
@@ -96,26 +117,31 @@ def test_students_that_differ_in_any_cut_are_kept_apart_and_a_dry_run_knows_them
     assert len(list((workplace / "caches" / "students").glob("[!.]*"))) == len(changes)
     recipe = write_recipe(**changes[2], student__prune__calibration_rows=4)
     coldstill("prune", recipe)  # weights read no rows, so other rows make no other student
-    coldstill("prune", write_recipe(**changes[4], student__prune__reconstruct=False))  # which is what auto means here
+    coldstill("prune", write_recipe(**changes[6], student__prune__reconstruct="linear"))  # which is what true means
     assert len(list((workplace / "caches" / "students").glob("[!.]*"))) == len(changes)
 
 
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        ({"prune": {}}, "student.prune in {recipe}: prune needs layers, mlp or hidden: what is to be cut"),
+        ({"prune": {}}, "student.prune in {recipe}: prune needs layers, heads, mlp or hidden: what is to be cut"),
         (
             {"prune": {"mlp": {"keep": 0.5, "size": 8}}},
             "mlp takes either keep, the share of neurons that stay, or size",
         ),
         ({"prune": {"mlp": {"size": 48}}}, "student.prune.mlp keeps 48 neurons, but the teacher has 48: nothing would"),
         (
+            {"prune": {"heads": {"keep": 0.8}}},
+            "student.prune.heads keeps 2 key-value heads, but the teacher has 2: nothing would be cut",
+        ),
+        ({"prune": {"heads": {}}}, "heads takes either keep, the share of key-value heads that stay, or size, their"),
+        (
             {"prune": {"hidden": {"size": 64}}},
             "student.prune.hidden keeps 64 channels, but the teacher has 32: nothing",
         ),
         (
             {"prune": {"layers": {"remove": 1}, "reconstruct": "maybe"}},
-            "student.prune.reconstruct in {recipe}: takes auto, true or false, got 'maybe'",
+            "student.prune.reconstruct in {recipe}: takes auto, linear, blocks or false, got 'maybe'",
         ),
         ({"init": {"shape": "width"}}, "init takes either parameters, how many the student has, or compression"),
         ({"init": {"parameters": 9}}, "student.init wants 9 parameters, but the smallest student of this teacher has"),

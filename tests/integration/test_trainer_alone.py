@@ -157,6 +157,9 @@ def test_accumulated_rows_of_several_lengths_train_as_the_whole_batch(
             model,
             teacher_model=build_model(),
             layer_map=LAYER_MAP,
+            alpha=0.5,
+            beta=0.5,
+            gamma=0.1,
             projectors=create_projectors(LAYER_MAP, student_dim=16, teacher_dim=32, seed=1),
             delta=0.2,
             args=arguments(
@@ -226,6 +229,8 @@ def test_data_sets_of_every_kind_train_and_are_evaluated(student: Any, teacher: 
         arguments(tmp_path, max_steps=2, per_device_train_batch_size=4, eval_strategy="steps", eval_steps=1),
         teacher_model=teacher,
         layer_map=LAYER_MAP,
+        alpha=0.5,
+        beta=0.5,
         train_dataset=dataset,
         eval_dataset=dataset,
     )

@@ -54,7 +54,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, P
             "data": data_section,
             "student": {"path": str(model_folders["narrow"]), **(student or {})},
             "targets": {"logits": {"kind": "topk", "k": 4, "temperatures": [1]}, "hidden": {"blocks": [0, 1, 2, 3]}},
-            "loss": {"temperature": 1},
+            "loss": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 1, "hidden": "mse"},
             "train": {"per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 1, **training},
         }
         file = folder / "recipe.yaml"

@@ -201,9 +201,10 @@ def test_an_adapted_output_head_is_not_taken_apart(write_recipe: Callable[..., P
     assert any(value.abs().max() > 0 for name, value in found.items() if "lm_head" in name)
 
 
-def test_projectors_begin_where_least_squares_puts_them(write_recipe: Callable[..., Path], workplace: Path):
+@pytest.mark.parametrize("kind", ["normalised_mse", "standardised_mse"])
+def test_projectors_begin_where_least_squares_puts_them(write_recipe: Callable[..., Path], workplace: Path, kind: str):
     narrow = {"student": {"path": str(workplace / "narrow")}, "mapping": {"strategy": "uniform"}}
-    common = {**narrow, "loss__hidden": "normalised_mse", "train__logging_steps": 1}
+    common = {**narrow, "loss__hidden": kind, "train__logging_steps": 1}
     cold = load_recipe(write_recipe(output=str(workplace / "cold"), **common))
     precompute(cold, show_progress=False)
     train(cold)

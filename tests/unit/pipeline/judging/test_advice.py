@@ -257,3 +257,10 @@ def test_agreement_is_called_a_stand_in():
 )
 def test_a_change_is_written_as_the_command_line_takes_it(value: Any, text: str):
     assert as_override("k", value) == text
+
+
+@pytest.mark.parametrize("cut", ["depth", "width", "both"])
+def test_beside_the_teachers_whole_distribution_hidden_terms_are_not_advised(cut: Any):
+    given = advice(0.7, replace(DEPTH, cut=cut, gamma=0.0, hidden="standardised_mse"))
+    assert (given.step, given.changes) == ("epochs", {"train.num_train_epochs": 5.0})
+    assert given.reason.startswith("retention 70.0% is below 90%: more text helped")

@@ -49,7 +49,7 @@ def test_each_term_is_over_the_vocabulary_or_over_blocks():
 
 
 def test_a_term_whose_weight_comes_later_is_there_from_the_first_step():
-    objective = objective_of(alpha=1.0, schedule={"gamma": {"end": 0.5}})
+    objective = objective_of(alpha=1.0, beta=0.0, hidden="mse", schedule={"gamma": {"end": 0.5}})
     assert objective.terms == (Task(1.0), Hidden(0.0, "mse", schedule=Schedule("linear", 0.0, 0.5)))
     assert objective.terms[1].weight_text == "gamma = 0, and 0.5 at the last step"
 
@@ -62,8 +62,8 @@ def test_weights_and_temperature_are_those_of_the_step():
     assert [term.weight for term in later.terms] == pytest.approx([0.4, 0.5, 0.1])
     assert [term.weight for term in last.terms] == pytest.approx([0.0, 0.5, 0.1])
     assert [step.temperature for step in (first, later, last)] == pytest.approx([2.0, 2.0 + 2.0 / 3, 4.0])
-    assert later.scheduled_values() == pytest.approx({"alpha": 0.4, "gamma": 0.1, "temperature": 2.0 + 2.0 / 3})
-    assert objective_of(alpha=1.0).scheduled_values() == {}
+    assert later.moving_values() == pytest.approx({"alpha": 0.4, "gamma": 0.1, "temperature": 2.0 + 2.0 / 3})
+    assert objective_of(alpha=1.0).moving_values() == {}
 
 
 def test_no_terms_over_the_vocabulary_are_a_loss_of_zero():

@@ -17,6 +17,11 @@ def test_each_strategy_maps_four_blocks_onto_eight(strategy, expected):
     assert create_layer_map(4, 8, strategy) == expected
 
 
+def test_covered_maps_each_block_to_the_last_one_that_it_stands_for():
+    assert create_layer_map(3, 6, "covered", kept_blocks=[0, 2, 4]) == {0: 1, 1: 3, 2: 5}
+    assert create_layer_map(3, 3, "covered", kept_blocks=[0, 1, 2]) == {0: 0, 1: 1, 2: 2}
+
+
 def test_kept_maps_each_block_to_the_one_it_was_cut_from():
     assert create_layer_map(3, 6, "kept", kept_blocks=[0, 2, 5]) == {0: 0, 1: 2, 2: 5}
 
@@ -45,7 +50,8 @@ def test_equal_depths_map_each_block_to_itself():
     [
         ((9, 8, "uniform"), "mapping needs 1 to 8 student blocks, as many as the teacher has, got 9"),
         ((4, 8, "nearest"), "mapping.strategy 'nearest' is unknown; one of uniform, last"),
-        ((4, 8, "kept"), "its config names no kept_blocks"),
+        ((4, 8, "kept"), "mapping.strategy kept needs a student .* its config names no kept_blocks"),
+        ((4, 8, "covered"), "mapping.strategy covered needs a student .* its config names no kept_blocks"),
     ],
 )
 def test_what_cannot_be_mapped_is_refused(arguments, message):

@@ -11,7 +11,9 @@ from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import RecipeError
 
 LAYERS, MLP, HIDDEN = {"layers": {"remove": 2}}, {"mlp": {"keep": 0.7}}, {"hidden": {"size": 448}}
-DEPTH, WIDTH = (0.5, 0.5, 0.1), (0.4, 0.4, 0.2)
+BOOK_DEPTH, BOOK_WIDTH = (0.5, 0.5, 0.1), (0.4, 0.4, 0.2)
+LEARNED = (0.0, 1.0, 0.0)  # from the teacher's distribution alone
+CUTS = ["depth", "width", "both"]
 
 
 @pytest.fixture
@@ -38,14 +40,26 @@ def weights(recipe: Recipe) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize(
-    ("preset", "want"), [("depth", DEPTH), ("width", WIDTH), ("both", WIDTH)], ids=["depth", "width", "both"]
+    ("preset", "want"), [("depth", BOOK_DEPTH), ("width", BOOK_WIDTH), ("both", BOOK_WIDTH)], ids=CUTS
 )
-def test_a_preset_gives_weights_temperature_rate_and_epochs(load: Any, preset: str, want: tuple[float, float, float]):
-    mild, aggressive = (load({"path": "there"}, preset=name) for name in (preset, f"{preset}_aggressive"))
+def test_the_books_presets_give_its_weights_temperature_rate_and_epochs(
+    load: Any, preset: str, want: tuple[float, float, float]
+):
+    mild, aggressive = (load({"path": "there"}, preset=f"book_{preset}{end}") for end in ("", "_aggressive"))
     assert weights(mild) == weights(aggressive) == want
+    assert {mild.loss.hidden, aggressive.loss.hidden} == {"mse"}
     assert (mild.loss.temperature, aggressive.loss.temperature) == (2.0, 3.0)
     assert mild.train == {"learning_rate": 1e-5, "num_train_epochs": 3.0}
     assert aggressive.train == {"learning_rate": 1e-5, "num_train_epochs": 5.0}
+
+
+@pytest.mark.parametrize(("preset", "rate"), [("depth", 2e-4), ("width", 5e-4), ("both", 5e-4)], ids=CUTS)
+def test_what_was_measured_is_the_teachers_distribution_alone_and_a_rate_for_each_cut(
+    load: Any, preset: str, rate: float
+):
+    recipe = load({"path": "there"}, preset=preset)
+    assert (weights(recipe), recipe.loss.temperature) == (LEARNED, 1.0)
+    assert recipe.train == {"learning_rate": rate}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +68,7 @@ def test_a_preset_gives_weights_temperature_rate_and_epochs(load: Any, preset: s
         (LAYERS, "depth"),
         (MLP, "width"),
         (HIDDEN, "width"),
+        ({"heads": {"keep": 0.5}}, "width"),
         ({**MLP, **HIDDEN}, "width"),
         ({**LAYERS, **MLP}, "both"),
         ({**LAYERS, **HIDDEN}, "both"),
@@ -61,19 +76,22 @@ def test_a_preset_gives_weights_temperature_rate_and_epochs(load: Any, preset: s
     ],
     ids=str,
 )
-@pytest.mark.parametrize("suffix", ["", "_aggressive"])
-def test_auto_goes_by_what_is_pruned(load: Any, cuts: dict[str, Any], same_as: str, suffix: str):
-    auto, named = (load({"prune": cuts}, preset=name + suffix) for name in ("auto", same_as))
-    assert auto.loss == named.loss
-    assert auto.train == named.train
+def test_auto_and_the_book_go_by_what_is_pruned(load: Any, cuts: dict[str, Any], same_as: str):
+    pairs = {"auto": same_as, "book": f"book_{same_as}", "book_aggressive": f"book_{same_as}_aggressive"}
+    for going_by, name in pairs.items():
+        auto, named = (load({"prune": cuts}, preset=preset) for preset in (going_by, name))
+        assert auto.loss == named.loss
+        assert auto.train == named.train
 
 
 @pytest.mark.parametrize("student", [{"path": "there"}, {"init": {"compression": 0.5}}], ids=["path", "init"])
 def test_auto_without_a_cut_to_go_by_is_one_line_that_says_to_name_one(load: Any, student: dict[str, Any]):
     with pytest.raises(RecipeError, match=r"preset auto goes by student.prune.*name one of depth, width, both$"):
         load(student, preset="auto")
-    with pytest.raises(RecipeError, match="name one of depth_aggressive, width_aggressive, both_aggressive"):
-        load(student, preset="auto_aggressive")
+    with pytest.raises(RecipeError, match="name one of book_depth, book_width, book_both$"):
+        load(student, preset="book")
+    with pytest.raises(RecipeError, match="name one of book_depth_aggressive, book_width_aggressive, book_both_"):
+        load(student, preset="book_aggressive")
 
 
 def test_what_the_recipe_or_the_command_line_says_wins(load: Any):
@@ -81,7 +99,7 @@ def test_what_the_recipe_or_the_command_line_says_wins(load: Any):
         {"path": "there"},
         "loss.alpha=0.7",
         "train.num_train_epochs=1",
-        preset="width_aggressive",
+        preset="book_width_aggressive",
         loss={"gamma": 0.0, "hidden": "cosine"},
         train={"learning_rate": 1e-3, "bf16": True},
     )
@@ -91,17 +109,17 @@ def test_what_the_recipe_or_the_command_line_says_wins(load: Any):
 
 
 def test_the_preset_itself_may_come_from_the_command_line(load: Any):
-    assert weights(load({"prune": LAYERS}, "preset=both", preset="depth")) == WIDTH
+    assert weights(load({"prune": LAYERS}, "preset=book_both", preset="depth")) == BOOK_WIDTH
 
 
 def test_without_a_preset_the_defaults_stay(load: Any):
     recipe = load({"prune": MLP})
-    assert weights(recipe) == DEPTH
+    assert weights(recipe) == LEARNED
     assert recipe.train == {}
 
 
 def test_the_resolved_recipe_says_every_value_and_loads_to_the_same(load: Any, tmp_path: Path):
-    recipe = load({"prune": {**LAYERS, **MLP}}, preset="auto_aggressive", loss={"alpha": 0.45})
+    recipe = load({"prune": {**LAYERS, **MLP}}, preset="book_aggressive", loss={"alpha": 0.45})
     resolved = yaml.safe_load(dump_recipe(recipe))
     assert {name: resolved["loss"][name] for name in ("alpha", "beta", "gamma", "temperature")} == {
         "alpha": 0.45,
@@ -123,7 +141,7 @@ def test_the_resolved_recipe_says_every_value_and_loads_to_the_same(load: Any, t
         ({"path": "there"}, {"preset": "depth", "loss": 3}, "loss in .*: Input should be a valid dictionary"),
         ({"path": "there"}, {"preset": "depth", "loss": {"gama": 1}}, "unknown key 'loss.gama'"),
         ({}, {"preset": "auto"}, "student takes exactly one of"),
-        ({"prune": {}}, {"preset": "auto"}, "prune needs layers, mlp or hidden"),
+        ({"prune": {}}, {"preset": "auto"}, "prune needs layers, heads, mlp or hidden"),
         ({"path": "there"}, {"presett": "auto"}, "unknown key 'presett' in .*; did you mean 'preset'?"),
     ],
     ids=lambda value: str(value)[:40],

@@ -23,7 +23,10 @@ from coldstill.pipeline.stage_two.live_targets import LiveTargets
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({}, "loss_logits has the weight beta = 0.5, but nothing gives the teacher's logits; give the trainer a"),
+        (
+            {"beta": 0.5},
+            "loss_logits has the weight beta = 0.5, but nothing gives the teacher's logits; give the trainer a",
+        ),
         (
             {"beta": 0.0},
             "loss_hidden has the weight gamma = 0.1, but nothing gives the outputs of the teacher's blocks",
@@ -149,7 +152,7 @@ REFUSED: dict[str, tuple[Callable[..., dict[str, Any]], type[ColdstillError], st
         "layer_map names student block 2; the student has blocks 0 to 1",
     ),
     "no layer map": (
-        lambda s, t, b: {"model": s, "teacher_model": t},
+        lambda s, t, b: {"model": s, "teacher_model": t, "gamma": 0.1},
         RecipeError,
         "gamma = 0.1 needs a layer_map of at least 1 pairs of student and teacher block, got 0; map more",
     ),

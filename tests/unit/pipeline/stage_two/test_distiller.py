@@ -44,7 +44,7 @@ def batch() -> dict[str, Any]:
 
 
 def distiller_of(student: Any, *, layer_map: dict[int, int] = LAYER_MAP, **section: Any) -> Distiller:
-    objective = Objective.of(LossConfig.model_validate({"temperature": 2.0, **section}))
+    objective = Objective.of(LossConfig.model_validate({"temperature": 2.0, "hidden": "mse", **section}))
     projectors = create_projectors(layer_map, student_dim=16, teacher_dim=TEACHER_WIDTH, seed=1)
     return Distiller(student, projectors, layer_map=layer_map, objective=objective, forms=FORMS)
 
@@ -236,6 +236,18 @@ def test_weights_are_shifted_as_the_tokens_are_and_are_0_where_nothing_counts():
 def test_weights_of_another_shape_are_refused(student: Any, batch: dict[str, Any]):
     with pytest.raises(DataError, match=r"weights of shape \[3, 9\] for input_ids of shape \[3, 10\]; expected one"):
         distiller_of(student, **ALL)(**batch, weights=torch.ones(B, T - 1))
+
+
+def test_the_scale_of_the_teacher_is_measured_before_a_term_is_measured_by_it(student: Any, batch: dict[str, Any]):
+    distiller = distiller_of(student, **{**NOTHING, "gamma": 1.0, "hidden": "standardised_mse"})
+    with pytest.raises(TargetError, match=r"^the scale of the teacher's blocks is not known; call measure_scales with"):
+        distiller(**batch)
+    ignored = {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+    with pytest.raises(DataError, match=r"^nothing counts in the first train rows, on which the scale of the teacher"):
+        distiller.measure_scales([ignored])
+    distiller.measure_scales([ignored, batch])
+    assert 0 < distiller(**batch)["loss"].item() < 10
+    assert not any("scale" in name for name in distiller.state_dict())
 
 
 def test_what_holds_the_teacher_is_no_parameter(student: Any):

@@ -81,7 +81,7 @@ def test_an_architecture_that_is_not_known_is_refused_before_any_work(build_mode
 
 def test_copied_weights_are_those_of_evenly_spaced_blocks(build_model):
     teacher = build_model(num_hidden_layers=7, vocab_size=64)
-    section = InitConfig(compression=0.6, shape="depth", weights="copy")
+    section = InitConfig(compression=0.6, shape="depth", weights="copy", reconstruct=False)
     made = make_student(section, take_apart(teacher), ROWS)
     kept = made.model.config.kept_blocks
     assert kept == [0, 2, 4, 6]
@@ -93,7 +93,9 @@ def test_copied_weights_are_those_of_evenly_spaced_blocks(build_model):
 
 def test_truncated_weights_are_the_leading_ones(build_model):
     teacher = build_model(tie_word_embeddings=False)
-    made = make_student(InitConfig(compression=0.6, shape="balanced", weights="truncate"), take_apart(teacher), ROWS)
+    made = make_student(
+        InitConfig(compression=0.6, shape="balanced", weights="truncate", reconstruct=False), take_apart(teacher), ROWS
+    )
     config = made.model.config
     channels, neurons = config.hidden_size, config.intermediate_size
     ours, theirs = made.model.model.layers[0].mlp, teacher.model.layers[0].mlp
@@ -103,7 +105,7 @@ def test_truncated_weights_are_the_leading_ones(build_model):
 
 def test_interpolated_weights_lie_between_the_teachers(build_model):
     teacher = build_model(num_hidden_layers=6, vocab_size=64)
-    section = InitConfig(compression=0.68, shape="depth", weights="interpolate")
+    section = InitConfig(compression=0.68, shape="depth", weights="interpolate", reconstruct=False)
     made = make_student(section, take_apart(teacher), ROWS)
     assert made.model.config.num_hidden_layers == 4
     assert not hasattr(made.model.config, "kept_blocks")
@@ -111,7 +113,9 @@ def test_interpolated_weights_lie_between_the_teachers(build_model):
     # Blocks 0 to 3 lie at 0, 5/3, 10/3 and 5.
     torch.testing.assert_close(ours[3].mlp.up_proj.weight, theirs[5])
     torch.testing.assert_close(ours[1].mlp.up_proj.weight, torch.lerp(theirs[1], theirs[2], 2 / 3))
-    narrow = make_student(InitConfig(compression=0.6, shape="width", weights="interpolate"), take_apart(teacher), ROWS)
+    narrow = make_student(
+        InitConfig(compression=0.6, shape="width", weights="interpolate", reconstruct=False), take_apart(teacher), ROWS
+    )
     ours, theirs = narrow.model.model.embed_tokens.weight, teacher.model.embed_tokens.weight
     torch.testing.assert_close(ours[:, 0], theirs[:, 0])
     torch.testing.assert_close(ours[:, -1], theirs[:, -1])

@@ -37,7 +37,9 @@ def test_each_cut_has_a_name_of_its_own_and_the_same_cut_the_same_one(located: T
         {"layers": {"remove": 1}},
         {"mlp": {"keep": 0.5}},
         {"mlp": {"keep": 0.5}, "reconstruct": False},
-        {**LAST, "reconstruct": True},
+        {**LAST, "reconstruct": "linear"},
+        {**LAST, "reconstruct": "blocks"},
+        {**LAST, "reconstruct": False},
     ]
     names = [name(located, section) for section in sections]
     assert len(set(names)) == len(names)
@@ -47,14 +49,13 @@ def test_each_cut_has_a_name_of_its_own_and_the_same_cut_the_same_one(located: T
 
 
 def test_rows_decide_a_student_where_they_are_read_and_only_there(located: Teacher):
-    by_rows, by_place = {"mlp": {"keep": 0.5}}, LAST
+    by_rows, by_place = {"mlp": {"keep": 0.5}}, {**LAST, "reconstruct": False}
     assert name(located, by_rows, ROWS[:2]) != name(located, by_rows, ROWS[2:])
     assert name(located, by_place, ROWS[:2]) == name(located, by_place, ROWS[2:])
 
 
-def test_what_auto_means_is_no_other_student(located: Teacher):
-    assert name(located, {**LAST, "reconstruct": False}) == name(located, LAST)
-    assert name(located, {"mlp": {"keep": 0.5}, "reconstruct": True}) == name(located, {"mlp": {"keep": 0.5}})
+def test_what_true_means_is_no_other_student(located: Teacher):
+    assert name(located, {**LAST, "reconstruct": True}) == name(located, {**LAST, "reconstruct": "linear"})
 
 
 def test_another_teacher_makes_another_student(located: Teacher, workplace: Path, write_recipe: Callable[..., Path]):
@@ -88,8 +89,8 @@ def test_a_student_that_was_altered_is_refused_and_not_made_again(write_recipe: 
         prepared(recipe)
 
 
-@pytest.mark.parametrize(("calibration", "judged", "are_calibration"), [(14, 6, False), (20, 20, True), (4, 4, False)])
-def test_it_is_judged_on_as_many_rows_behind_those_that_it_was_fitted_to_where_there_are_some(
+@pytest.mark.parametrize(("calibration", "judged", "are_calibration"), [(14, 6, False), (20, 16, True), (1, 16, False)])
+def test_it_is_judged_on_sixteen_rows_behind_those_that_it_was_fitted_to_where_there_are_so_many(
     write_recipe: Callable[..., Path], calibration: int, judged: int, are_calibration: bool
 ):
     recipe = load_recipe(write_recipe(student__prune={"mlp": {"keep": 0.5}, "calibration_rows": calibration}))

@@ -32,6 +32,7 @@ BASE = {
     "teacher": {"path": "models/teacher"},
     "data": {"train": {"path": "text", "data_files": "a.txt"}, "eval": {"path": "text", "data_files": "b.txt"}},
     "student": {"prune": {"layers": {"remove": 2, "method": "last"}}},
+    "loss": {"alpha": 0.5, "beta": 0.5, "gamma": 0.1, "temperature": 2.0},
     "train": {"learning_rate": 0.001},
 }
 
@@ -230,8 +231,16 @@ def test_without_a_divergence_temperature_and_stored_logits_make_no_other_run():
     assert key_of(loss__beta=0, **rising, loss__temperature=3) != key_of(loss__beta=0, **rising)
 
 
+def test_one_term_has_nothing_to_be_balanced_with():
+    balance = {"loss__balance": "gradient"}
+    assert key_of(loss__beta=0, loss__gamma=0, **balance) == key_of(loss__beta=0, loss__gamma=0)
+    assert key_of(loss__gamma=0, **balance) != key_of(loss__gamma=0)
+    assert key_of(loss__balance="none") == key_of()
+
+
 def test_recipes_with_one_key_have_one_canonical_form_that_stores_nothing_in_vain():
-    data = {**BASE, "student": {"path": "./narrow/"}, "loss": {"beta": 0, "gamma": 0}, "mapping": {"strategy": "last"}}
+    loss = {"alpha": 1, "beta": 0, "gamma": 0}
+    data = {**BASE, "student": {"path": "./narrow/"}, "loss": loss, "mapping": {"strategy": "last"}}
     recipe = parse_recipe(data, name="test")
     other = parse_recipe({**data, "student": {"path": "narrow"}, "mapping": {"strategy": "stride"}}, name="test")
     assert canonical(recipe) == canonical(other)
@@ -554,13 +563,15 @@ def test_the_shipped_sweeps_compare_what_they_say():
     }
     assert ever == {
         "task": [True, False, False],
+        "logits": [False, True, False],
         "task+logits": [True, True, False],
-        "task+hidden": [True, False, True],
+        "hidden": [False, False, True],
+        "logits+hidden": [False, True, True],
         "all": [True, True, True],
     }
     mapping = recipes_of("mapping")
-    assert {recipe.mapping.strategy for recipe in mapping.values()} == {"uniform", "last", "kept"}
-    assert len({sweep_key(recipe) for recipe in mapping.values()}) == 4, "three with features, one without"
+    assert {recipe.mapping.strategy for recipe in mapping.values()} == {"uniform", "last", "kept", "covered"}
+    assert len({sweep_key(recipe) for recipe in mapping.values()}) == 5, "four with features, one without"
     projectors = recipes_of("projectors")
     assert projectors["none"].projector.kind == "none"
     assert [recipe.projector.learnable for recipe in projectors.values()] == [True, False, False, True, True]
@@ -587,7 +598,7 @@ def test_the_shipped_recipes_of_classic_set_ups_say_what_they_are_known_for():
         assert recipe.data.train.path == "HuggingFaceTB/cosmopedia"
         assert recipe.train["num_train_epochs"] == 3
         assert recipe.train["per_device_train_batch_size"] * recipe.train["gradient_accumulation_steps"] == 32
-        assert recipe.train["learning_rate"] == 1e-5
+        assert recipe.train["learning_rate"] == 1e-4
     gemma = load_recipe(CONFIGS / "gemma-3-270m-depth.yaml")
     assert gemma.student.prune.layers.remove == 18 - 14
     assert gemma.data.train.max_rows == 40_000
