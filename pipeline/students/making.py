@@ -167,7 +167,7 @@ def _prune(
         kept = _choose_blocks(section.layers, teacher, measured, facts, show_progress=show_progress)
     parts = take_apart(cut_blocks(teacher, kept))
     if section.heads is not None:
-        importances = group_importances(parts, rows)
+        importances = group_importances(parts, measured)
         wanted = _groups_wanted(section.heads, num_groups(parts.model.config))
         parts = take_apart(narrow_heads(parts, [most_important(of_block, wanted) for of_block in importances]))
     if section.mlp is not None:
