@@ -12,7 +12,9 @@ from coldstill.pipeline.students.reconstruction import reconstruct
 from coldstill.pipeline.students.under_way import Channels, Span
 from coldstill.pipeline.students.width import narrow_stream
 
-HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
+# Of these the config says how wide a head is; of the others it follows from the width, and must not when heads go.
+OWN_WIDTH = {"qwen3": {"head_dim": 8}, "gemma2": {"head_dim": 8}, "gemma3_text": {"head_dim": 8}}
 WITH_HEADS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3"]
 ROWS = [torch.randint(1, 384, (length,), generator=torch.Generator().manual_seed(length)) for length in (24, 17, 30)]
 MANY_ROWS = [torch.randint(1, 384, (40,), generator=torch.Generator().manual_seed(row)) for row in range(24)]
@@ -26,12 +28,12 @@ def logits(model, row=ROWS[0]):
 def silence(model, block, group):
     """Let the two query heads of a key-value head write nothing to the stream."""
     with torch.no_grad():
-        model.model.layers[block].self_attn.o_proj.weight[:, 16 * group : 16 * (group + 1)] = 0.0
+        model.model.layers[block].self_attn.o_proj.weight.chunk(4, dim=1)[group].zero_()
 
 
 @pytest.mark.parametrize("architecture", WITH_HEADS)
 def test_groups_that_write_nothing_go_without_a_trace(build_model, architecture, tmp_path):
-    model = build_model(architecture, attention_bias=True, **HEADS)
+    model = build_model(architecture, attention_bias=True, **HEADS, **OWN_WIDTH.get(architecture, {}))
     with torch.no_grad():
         for name, value in model.named_parameters():
             if name.endswith("bias"):
@@ -47,8 +49,9 @@ def test_groups_that_write_nothing_go_without_a_trace(build_model, architecture,
     student = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(student), expected, atol=2e-4, rtol=1e-4)
     config = student.config
-    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 8)
-    assert student.model.layers[0].self_attn.k_proj.weight.shape == (16, 32)
+    head_dim = 8 if architecture in OWN_WIDTH else 4
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, head_dim)
+    assert student.model.layers[0].self_attn.k_proj.weight.shape == (2 * head_dim, 32)
     assert student.generate(ROWS[0].unsqueeze(0), max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 27)
 
 
@@ -68,9 +71,9 @@ def test_a_group_weighs_what_it_writes_not_what_its_heads_hold(build_model):
     attention = model.model.layers[1].self_attn
     with torch.no_grad():
         # What the second head of group 2 adds is what the first one took: large values that write nothing.
-        attention.o_proj.weight[:, 32:40] *= 30.0
-        attention.o_proj.weight[:, 40:48] = -attention.o_proj.weight[:, 32:40]
-        attention.q_proj.weight[40:48] = attention.q_proj.weight[32:40]
+        attention.o_proj.weight[:, 16:20] *= 30.0
+        attention.o_proj.weight[:, 20:24] = -attention.o_proj.weight[:, 16:20]
+        attention.q_proj.weight[20:24] = attention.q_proj.weight[16:20]
     assert group_importances(take_apart(model), ROWS)[1].argmin() == 2
     assert not has_hooks(model)
 
@@ -85,7 +88,7 @@ def test_padding_does_not_count(build_model):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_what_the_heads_that_stay_write_is_fitted_to_what_all_wrote(build_model, architecture):
-    original = take_apart(build_model(architecture, **HEADS))
+    original = take_apart(build_model(architecture, **HEADS, **OWN_WIDTH.get(architecture, {})))
     teacher = {name: value.clone() for name, value in original.model.state_dict().items()}
     groups = [of_block.argsort()[1:].sort().values for of_block in group_importances(original, MANY_ROWS)]
     student = take_apart(narrow_heads(original, groups))
