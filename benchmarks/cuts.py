@@ -1,10 +1,11 @@
 """Which blocks to cut: the ways to choose them, by what is left of the teacher before and after reconstruction.
 
-    python benchmarks/cuts.py --teacher FOLDER --text FILE [--methods importance kl] [--remove 4] [--reconstruct linear]
+    python benchmarks/cuts.py --teacher FOLDER --text FILE [--methods importance kl] [--reconstruct linear]
 
-For each way of choosing, `coldstill prune` makes the student plainly cut and reconstructed, in a process of its own, and
-KL(teacher || student) over held-out rows of the same text judges both. Prints one JSON object a student: the blocks that
-went, what choosing and cutting took, and the KL in nats a token, row by row too, so that ways can be compared in pairs.
+For each way of choosing, `coldstill prune` makes the student plainly cut and reconstructed, in a process of its own,
+and KL(teacher || student) over held-out rows of the same text judges both. Prints one JSON object a student: the blocks
+that went, what choosing and cutting took, and the KL in nats a token, row by row too, so that ways can be compared in
+pairs.
 
 Without --teacher, or the variable SMOLLM2, the teacher of `coldstill demo` and the built-in corpus stand in.
 """

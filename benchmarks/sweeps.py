@@ -1,15 +1,16 @@
-"""What each kind of cut costs and what comes back, and what each part of the loss contributes: sweeps and reports.
+"""What each part contributes: students by cut, losses, layer maps and projectors, in sweeps with reports.
 
-    python benchmarks/sweeps.py --teacher FOLDER --text FILE [--arc-easy FILE] [--sweeps students losses terms]
+    python benchmarks/sweeps.py --teacher FOLDER --text FILE [--sweeps losses mapping projectors] [--seeds 1 2 3]
+    python benchmarks/sweeps.py --teacher FOLDER --text FILE --sweeps students --arc-easy FILE
 
-`students` cuts the teacher in depth (30 to 26 blocks of SmolLM2-135M), in the width of its MLPs (70%), in that of its
-residual stream (576 to 448 channels) and in depth and both widths, each with the weights of its preset; in depth also
-with what its blocks write fitted to the teacher's stream, as it is of itself where width is cut. `losses` learns
-from the task alone, with logits, with hidden states and with all of them, three seeds each, on the student cut in
-depth. `terms` gives the student cut in its residual stream no hidden term, the preset's and a normalised one. All learn
-from packed rows of the text and are judged on other rows of it; with --arc-easy, a JSON lines file of `query`,
-`choices` and `gold`, `students` answers the first 200 of its questions too. Each sweep is `coldstill ablate`, on one
-store, and then `coldstill report`; what is complete is not run again. Prints the sweeps' tables.
+All begin from the defaults. `students` cuts the teacher in depth (30 to 26 blocks of SmolLM2-135M), in the width of its
+MLPs (70%), in that of its residual stream (576 to 448 channels) and in all of these. On the student cut in depth,
+`losses` learns from the task, from logits, from hidden states and from what can be had of these together; `mapping`
+maps blocks in each way, with hidden states and without. `projectors` brings the states of the student cut in its stream
+to the teacher's width in each way. All learn from packed rows of the text and are judged on other rows of it; with
+--arc-easy, a JSON lines file of `query`, `choices` and `gold`, `students` answers the first 200 of its questions too.
+Each sweep is `coldstill ablate`, on one store, and then `coldstill report`; what is complete is not run again. Prints
+the sweeps' tables.
 
 Without --teacher, or the variable SMOLLM2, the teacher of `coldstill demo` and the built-in corpus stand in.
 """
@@ -22,15 +23,24 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from recovery import build_recipe, teacher_and_source
+from defaults import default_recipe
+from recovery import teacher_and_source
 
-DEPTH = {"loss.alpha": 0.5, "loss.beta": 0.5, "loss.gamma": 0.1}
-WIDTH = {"loss.alpha": 0.4, "loss.beta": 0.4, "loss.gamma": 0.2}
+PAIRS = {"mapping.num_pairs": 6}
+HIDDEN = {"loss.gamma": 1.0}
 LOSSES = {
-    "task": {"loss.alpha": 1.0, "loss.beta": 0.0, "loss.gamma": 0.0},
-    "task+logits": {"loss.gamma": 0.0},
-    "task+hidden": {"loss.beta": 0.0},
-    "all": {},
+    "task": {"loss.alpha": 1.0, "loss.beta": 0.0},
+    "hidden": {"loss.beta": 0.0, **HIDDEN},
+    "logits": {},
+    "task+logits": {"loss.alpha": 0.5, "loss.beta": 0.5},
+    "logits+hidden": HIDDEN,
+    "all": {"loss.alpha": 0.5, "loss.beta": 0.5, **HIDDEN},
+}
+PROJECTORS = {
+    "fixed": {"projector.learnable": False},
+    "fixed, fitted": {"projector.learnable": False, "projector.init": "least_squares"},
+    "learnable": {},
+    "learnable, fitted": {"projector.init": "least_squares"},
 }
 QUESTIONS = 200
 
@@ -39,10 +49,9 @@ def main() -> None:
     options = parse()
     options.workdir.mkdir(parents=True, exist_ok=True)
     teacher, source = teacher_and_source(options)
-    recipe = build_recipe(options, teacher, source)
+    recipe = default_recipe(options, teacher, source)
     recipe["output"] = str(options.workdir / "unused")
-    recipe["targets"] = {}
-    recipe["train"]["bf16"] = options.bf16
+    recipe["student"] = {"prune": {"layers": {"remove": options.remove}}}
     for name in options.sweeps:
         sweep = SWEEPS[name](options, recipe)
         path = options.workdir / f"{name}.yaml"
@@ -58,55 +67,52 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arc-easy", type=Path, help="a JSON lines file of query, choices and gold")
     parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
     parser.add_argument("--workdir", type=Path, default=Path("runs/sweeps"))
-    parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--remove", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=448)
     parser.add_argument("--train-rows", type=int, default=96)
     parser.add_argument("--eval-rows", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 
 
 def students(options: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
-    layers, mlp = {"remove": options.remove, "method": "importance"}, {"keep": 0.7}
-    hidden = {"size": options.hidden}
-    narrow = {**WIDTH, "projector.init": "least_squares"}
+    layers, mlp = {"layers": {"remove": options.remove}}, {"mlp": {"keep": 0.7}}
+    hidden = {"hidden": {"size": options.hidden}}
+    prunes = {"depth": layers, "mlp": mlp, "stream": hidden, "all": layers | mlp | hidden}
     sweep: dict[str, Any] = {
         "recipe": recipe,
-        "seeds": [1],
-        "variants": {
-            "depth": {"student.prune": {"layers": layers}, **DEPTH},
-            "depth, reconstructed": {"student.prune": {"layers": layers, "reconstruct": True}, **DEPTH},
-            "mlp": {"student.prune": {"mlp": mlp}, **WIDTH},
-            "hidden": {"student.prune": {"hidden": hidden}, **narrow},
-            "depth and width": {"student.prune": {"layers": layers, "mlp": mlp, "hidden": hidden}, **narrow},
-        },
+        "seeds": options.seeds,
+        "variants": {name: {"student.prune": prune} for name, prune in prunes.items()},
     }
     if options.arc_easy:
         sweep["overrides"] = {"evaluate.tasks": [str(task_file(options))], "evaluate.limit": QUESTIONS}
     return sweep
 
 
-def losses(_options: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
-    return {"recipe": recipe, "seeds": [1, 2, 3], "variants": LOSSES}
+def losses(options: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
+    return {"recipe": recipe, "seeds": options.seeds, "overrides": PAIRS, "variants": LOSSES}
 
 
-def terms(options: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
-    narrow = {"student.prune": {"hidden": {"size": options.hidden}}, "projector.init": "least_squares"}
+def mapping(options: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
     return {
         "recipe": recipe,
-        "seeds": [1],
-        "overrides": {**narrow, **WIDTH},
-        "variants": {
-            "no hidden term": {"loss.gamma": 0.0},
-            "mse, 0.2": {},
-            "normalised_mse, 5": {"loss.hidden": "normalised_mse", "loss.gamma": 5.0},
-        },
+        "seeds": options.seeds,
+        "overrides": PAIRS | HIDDEN,
+        "grid": {"mapping.strategy": ["uniform", "last", "kept", "covered"]},
     }
 
 
-SWEEPS = {"students": students, "losses": losses, "terms": terms}
+def projectors(options: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
+    narrow = {"student.prune": {"hidden": {"size": options.hidden}}, "mapping.strategy": "uniform"}
+    return {
+        "recipe": recipe,
+        "seeds": options.seeds,
+        "overrides": narrow | PAIRS | HIDDEN,
+        "variants": PROJECTORS,
+    }
+
+
+SWEEPS = {"students": students, "losses": losses, "mapping": mapping, "projectors": projectors}
 
 
 def task_file(options: argparse.Namespace) -> Path:
