@@ -108,7 +108,7 @@ def _start(recipe: Recipe, cut: Cut, read: dict[str, str], arguments: Sequence[s
     if has_preset or recipe.preset is None:
         loss = {key: getattr(recipe.loss, key) for key in recipe.loss.model_fields_set}
         own = _flat({"loss": loss, "train": recipe.train})
-        wanted = _flat(preset_values(cut, cut))
+        wanted = _flat(preset_values(cut, cut, has_adapters=recipe.student.lora is not None))
         other = [
             f"{key}={own[key]:g} (preset: {wanted[key]:g})"
             for key in wanted

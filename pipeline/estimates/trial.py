@@ -21,7 +21,6 @@ from coldstill.pipeline.precompute import PrecomputeSummary, precompute
 from coldstill.pipeline.recipe.data import SourceConfig
 from coldstill.pipeline.recipe.file import dump_recipe, parse_recipe
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.recipe.training_keys import TRAINING_DEFAULTS
 from coldstill.pipeline.runtime import program
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.interruptions import what_stays
@@ -103,7 +102,7 @@ def trial_of(recipe: Recipe, *, num_rows: int, show_progress: bool) -> Iterator[
         tempfile.TemporaryDirectory(prefix="coldstill-plan-") as folder,
     ):
         steps = _STEPS * int(recipe.train.get("gradient_accumulation_steps", 1))
-        rows_of_steps = steps * int({**TRAINING_DEFAULTS, **recipe.train}["per_device_train_batch_size"])
+        rows_of_steps = steps * int(recipe.training["per_device_train_batch_size"])
         data = recipe.data
         changes = {
             "output": str(Path(folder) / "run"),

@@ -17,8 +17,7 @@ def what_was_cut(recipe: Recipe, folder: Path | None, pruning: Mapping[str, Any]
         cut = cut_of(is_deep=was_cut(pruning, "blocks"), is_wide=is_narrower(pruning))
         return cut, describe_cut(pruning)
     if recipe.student.prune is not None:
-        cut = cut_of(is_deep=recipe.student.prune.is_deep, is_wide=recipe.student.prune.is_wide)
-        return cut, f"{in_words(cut)} is cut, by student.prune"
+        return recipe.student.cut, f"{in_words(recipe.student.cut)} is cut, by student.prune"
     try:
         teacher = resolve_folder(recipe.teacher.path, revision=recipe.teacher.revision, local_only=True)
         configs = [text_config(load_config(path)) for path in (teacher, folder) if path is not None]

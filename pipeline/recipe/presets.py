@@ -26,11 +26,8 @@ Sections = dict[str, dict[str, Any]]
 
 # By measured recovery: docs/results.md.
 _LOSS = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0, "temperature": 1.0}
-_TRAIN: Mapping[Cut, Mapping[str, float]] = {
-    "depth": {"learning_rate": 2e-4},
-    "width": {"learning_rate": 5e-4},
-    "both": {"learning_rate": 5e-4},
-}
+_LEARNING_RATES: Mapping[Cut, float] = {"depth": 2e-4, "width": 5e-4, "both": 5e-4}
+_LEARNING_RATE_OF_ADAPTERS = 1e-3  # of LoRA, whatever was cut
 # Martra, Rearchitecting LLMs: for whoever wants to follow it.
 _BOOK = "book"
 _AGGRESSIVE = "_aggressive"
@@ -55,21 +52,27 @@ def with_preset(data: Mapping[str, Any]) -> dict[str, Any]:
     cut = _cut_of_name(name) or _cut_of_section(data.get("student"), name)
     if cut is None:
         return dict(data)
-    sections = preset_values(name, cut)
+    student = data.get("student")
+    sections = preset_values(name, cut, has_adapters=isinstance(student, Mapping) and bool(student.get("lora")))
     given = {section: data.get(section, {}) for section in sections}
     filled = {section: {**sections[section], **own} for section, own in given.items() if isinstance(own, Mapping)}
     return {**data, **filled}
 
 
-def preset_values(name: PresetName | str, cut: Cut) -> Sections:
+def preset_values(name: PresetName | str, cut: Cut, *, has_adapters: bool) -> Sections:
     """Return what a preset says of a student that was cut so, section by section."""
     if not name.startswith(_BOOK):
-        return {"loss": dict(_LOSS), "train": dict(_TRAIN[cut])}
+        return {"loss": dict(_LOSS), "train": {"learning_rate": learning_rate_of(cut, has_adapters=has_adapters)}}
     is_aggressive = name.endswith(_AGGRESSIVE)
     return {
         "loss": {**_BOOK_WEIGHTS[cut], "hidden": "mse", "temperature": 3.0 if is_aggressive else 2.0},
         "train": {"learning_rate": 1e-5, "num_train_epochs": 5.0 if is_aggressive else 3.0},
     }
+
+
+def learning_rate_of(cut: Cut, *, has_adapters: bool) -> float:
+    """Return the learning rate, at its highest, of a student that was cut so: of adapters alone, or of all weights."""
+    return _LEARNING_RATE_OF_ADAPTERS if has_adapters else _LEARNING_RATES[cut]
 
 
 def cut_of(*, is_deep: bool, is_wide: bool) -> Cut:
@@ -81,7 +84,7 @@ def cut_of(*, is_deep: bool, is_wide: bool) -> Cut:
 
 def _cut_of_name(name: str) -> Cut | None:
     """Return the cut that a preset names; None where it goes by the student."""
-    named = [cut for cut in _TRAIN if cut == name.removeprefix(f"{_BOOK}_").removesuffix(_AGGRESSIVE)]
+    named = [cut for cut in _LEARNING_RATES if cut == name.removeprefix(f"{_BOOK}_").removesuffix(_AGGRESSIVE)]
     return named[0] if named else None
 
 

@@ -10,11 +10,12 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from coldstill.pipeline.recipe.data import DataConfig
 from coldstill.pipeline.recipe.fields import BlockIndex, Count, Nameable, Place, Positive, Section, later
 from coldstill.pipeline.recipe.loss import LossConfig
-from coldstill.pipeline.recipe.presets import PresetName, with_preset
+from coldstill.pipeline.recipe.presets import PresetName, learning_rate_of, with_preset
 from coldstill.pipeline.recipe.student import StudentConfig
 from coldstill.pipeline.recipe.training_keys import (
     OTHERS_METRIC,
     OWN_METRIC,
+    TRAINING_DEFAULTS,
     check_best_metric,
     check_keep,
     check_training_keys,
@@ -212,6 +213,12 @@ class Recipe(Section):
         if not self.targets.is_live:
             self._check_what_is_stored()
         return self
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What `train` says, and the defaults behind it; the learning rate goes by the student."""
+        rate = learning_rate_of(self.student.cut, has_adapters=self.student.lora is not None)
+        return {**TRAINING_DEFAULTS, "learning_rate": rate, **self.train}
 
     def _check_what_is_stored(self) -> None:
         """Refuse a loss that learns from what is not stored."""

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, field_validator, model_validator
 
 from coldstill.pipeline.recipe.fields import BlockIndex, Count, Fraction, Section, later
+from coldstill.pipeline.recipe.presets import Cut, cut_of
 from coldstill.pipeline.recipe.training_keys import check_lora_keys
 
 PruneMethod = Literal["last", "first", "importance", "kl", "explicit"]
@@ -170,6 +171,11 @@ class StudentConfig(Section):
     def made_from_teacher(self) -> PruneConfig | InitConfig | None:
         """How the student is made of the teacher; None where it is there already."""
         return self.prune or self.init
+
+    @property
+    def cut(self) -> Cut:
+        """What the section cuts; depth where it does not say, which changes a student least."""
+        return "depth" if self.prune is None else cut_of(is_deep=self.prune.is_deep, is_wide=self.prune.is_wide)
 
     @field_validator("lora")
     @classmethod

@@ -83,9 +83,9 @@ EARLIER_NAMES: Mapping[str, str] = {
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 
-# Where transformers' own recovers less, by measurement: docs/results.md.
+# Where transformers' own recovers less, by measurement: docs/results.md. The learning rate goes by the student:
+# `coldstill.pipeline.recipe.presets.learning_rate_of`.
 TRAINING_DEFAULTS: Mapping[str, Any] = {
-    "learning_rate": 2e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,  # below 1 it is a share of the steps
     "per_device_train_batch_size": 4,

@@ -27,7 +27,7 @@ from coldstill.pipeline.models.compiled_blocks import Compilation
 from coldstill.pipeline.models.machine import training_problem
 from coldstill.pipeline.models.selective_checkpointing import SELECTIVE, enable_of
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.recipe.training_keys import EARLIER_NAMES, OWN_KEYS, TRAINING_DEFAULTS
+from coldstill.pipeline.recipe.training_keys import EARLIER_NAMES, OWN_KEYS
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from coldstill.pipeline.stage_two.run_folder import checkpoints_folder
@@ -131,7 +131,7 @@ def check_row_count(recipe: Recipe, num_rows: int, *, num_processes: int = 1) ->
     Raises:
         RecipeError: They do not fill one batch.
     """
-    batch_size = recipe.train.get("per_device_train_batch_size", TRAINING_DEFAULTS["per_device_train_batch_size"])
+    batch_size = recipe.training["per_device_train_batch_size"]
     if recipe.train.get("dataloader_drop_last") and num_rows < batch_size * num_processes:
         raise RecipeError(
             f"train.dataloader_drop_last drops the only batch: there are {num_rows} train rows, and "
@@ -143,7 +143,6 @@ def check_row_count(recipe: Recipe, num_rows: int, *, num_processes: int = 1) ->
 def _values(recipe: Recipe, has_accelerator: bool) -> dict[str, Any]:
     # Without an accelerator there is no memory to pin, and bf16 has to be asked of the CPU.
     defaults = {
-        **TRAINING_DEFAULTS,
         "logging_steps": 10,
         "run_name": recipe.output,
         "dataloader_pin_memory": has_accelerator,
@@ -164,7 +163,7 @@ def _values(recipe: Recipe, has_accelerator: bool) -> dict[str, Any]:
     }
     # A copy: TrainingArguments changes the maps that it is given.
     not_its_own = {*compiled_blocks.KEYS, *OWN_KEYS}
-    given = {key: value for key, value in copy.deepcopy(recipe.train).items() if key not in not_its_own}
+    given = {key: value for key, value in copy.deepcopy(recipe.training).items() if key not in not_its_own}
     if recipe.kept_by is not None:
         defaults |= _KEEPING
         # How the best is kept is the trainer's own: `ResumableTrainer.keep_best`.

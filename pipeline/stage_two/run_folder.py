@@ -78,7 +78,7 @@ def decisive_sections(recipe: Recipe) -> dict[str, Any]:
     """Return what of a recipe decides the trained student, but for its teacher and its rows."""
     said = recipe.identity()
     sections = {name: said[name] for name in _DECISIVE_SECTIONS}
-    sections["train"] = {key: value for key, value in recipe.train.items() if not _is_idle(key, recipe.train)}
+    sections["train"] = {key: value for key, value in recipe.training.items() if not _is_idle(key, recipe.train)}
     return sections
 
 
