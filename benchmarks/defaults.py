@@ -3,11 +3,11 @@
     python benchmarks/defaults.py --teacher FOLDER --text FILE --other-text FILE [--cuts depth mlp stream all]
     python benchmarks/defaults.py ... --cuts depth --set student.prune.reconstruct=linear loss.alpha=1 loss.beta=0
 
-A recipe says the paths and what to cut, and leaves all else to the defaults: 30 to 26 blocks of SmolLM2-135M, MLPs of
-70%, 448 of 576 channels of the residual stream, or all of these. The student learns from packed rows of the text; other
-rows of the same text, and rows of the other text, judge it. Every stage is a process of its own, `coldstill prune`,
-`precompute`, `train` and `evaluate`, whose time and peak memory are those of the whole process. Keys behind --set say
-something else than the defaults do, of all cuts. Prints one JSON object a cut.
+A recipe says the paths, what to cut and that each row is learned once, and leaves all else to the defaults: 30 to 26
+blocks of SmolLM2-135M, MLPs of 70%, 448 of 576 channels of the residual stream, or all of these. The student learns
+from packed rows of the text; other rows of the same text, and rows of the other text, judge it. Every stage is a
+process of its own, `coldstill prune`, `precompute`, `train` and `evaluate`, whose time and peak memory are those of the
+whole process. Keys behind --set say something else than the defaults do, of all cuts. Prints one JSON object a cut.
 
 Without --teacher, or the variable SMOLLM2, the teacher of `coldstill demo` and the built-in corpus stand in.
 """
@@ -105,7 +105,7 @@ def default_recipe(options: argparse.Namespace, teacher: str, source: dict[str, 
             "train": {**source, "max_rows": options.train_rows},
             "eval": {**source, "max_rows": options.eval_rows},
         },
-        "train": {"save_strategy": "no"},
+        "train": {"num_train_epochs": 1, "save_strategy": "no"},
     }
 
 

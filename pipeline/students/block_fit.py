@@ -24,7 +24,7 @@ class BlockFit:
         warmup: A share of the steps.
     """
 
-    learning_rate: float = 6e-4
+    learning_rate: float = 1e-3
     num_epochs: int = 1
     warmup: float = 0.1
 
