@@ -108,7 +108,8 @@ def build_recipe(options: argparse.Namespace, teacher: str, source: dict[str, An
             "train": {**source, "max_rows": options.train_rows},
             "eval": {**source, "max_rows": options.eval_rows},
         },
-        "student": {"prune": {"layers": {"remove": options.remove, "method": "importance"}}},
+        # Only cut: what a loss brings back is what is compared here.
+        "student": {"prune": {"layers": {"remove": options.remove, "method": "importance"}, "reconstruct": False}},
         "targets": {"logits": {"kind": "topk", "k": 64, "temperatures": [1, 2, 3, 4]}},
         "mapping": {"strategy": "kept", "num_pairs": 6 if options.teacher else 3},
         "loss": {"temperature": options.temperature},

@@ -111,7 +111,8 @@ def parse_model(model: type[_Model], data: Mapping[str, Any], *, name: str) -> _
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe, every default written out, as YAML that `load_recipe` reads back."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    resolved = {**recipe.model_dump(), "train": recipe.training}
+    return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -14,6 +14,8 @@ LAYERS, MLP, HIDDEN = {"layers": {"remove": 2}}, {"mlp": {"keep": 0.7}}, {"hidde
 BOOK_DEPTH, BOOK_WIDTH = (0.5, 0.5, 0.1), (0.4, 0.4, 0.2)
 LEARNED = (0.0, 1.0, 0.0)  # from the teacher's distribution alone
 CUTS = ["depth", "width", "both"]
+# What training does where a recipe says nothing, but for the learning rate.
+SILENT = {"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "per_device_train_batch_size": 4}
 
 
 @pytest.fixture
@@ -118,6 +120,27 @@ def test_without_a_preset_the_defaults_stay(load: Any):
     assert recipe.train == {}
 
 
+@pytest.mark.parametrize(
+    ("student", "rate"),
+    [
+        ({"path": "there"}, 2e-4),
+        ({"init": {"compression": 0.5}}, 2e-4),
+        ({"prune": LAYERS}, 2e-4),
+        ({"prune": MLP}, 5e-4),
+        ({"prune": {**LAYERS, **HIDDEN}}, 5e-4),
+        ({"prune": MLP, "lora": {"r": 8}}, 1e-3),
+    ],
+    ids=str,
+)
+def test_without_a_learning_rate_it_goes_by_the_student(load: Any, student: dict[str, Any], rate: float):
+    assert load(student).training == {**SILENT, "learning_rate": rate}
+    assert yaml.safe_load(dump_recipe(load(student)))["train"] == load(student).training
+    said = load(student, train={"learning_rate": 0.5, "per_device_train_batch_size": 8})
+    assert said.training == {**SILENT, "learning_rate": 0.5, "per_device_train_batch_size": 8}
+    if "prune" in student:
+        assert load(student, preset="auto").training == load(student).training
+
+
 def test_the_resolved_recipe_says_every_value_and_loads_to_the_same(load: Any, tmp_path: Path):
     recipe = load({"prune": {**LAYERS, **MLP}}, preset="book_aggressive", loss={"alpha": 0.45})
     resolved = yaml.safe_load(dump_recipe(recipe))
@@ -127,9 +150,9 @@ def test_the_resolved_recipe_says_every_value_and_loads_to_the_same(load: Any, t
         "gamma": 0.2,
         "temperature": 3.0,
     }
-    assert resolved["train"] == {"learning_rate": 1e-5, "num_train_epochs": 5.0}
+    assert resolved["train"] == {**SILENT, "learning_rate": 1e-5, "num_train_epochs": 5.0}
     (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe))
-    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe.model_copy(update={"train": recipe.training})
     # What was resolved stays, whatever the preset is changed to.
     assert load_recipe(tmp_path / "resolved.yaml", ["preset=depth"]).loss == recipe.loss
 
