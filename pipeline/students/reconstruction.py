@@ -72,6 +72,7 @@ def reconstruct(
         batch.advance_original(original, 0, stands_for[0].start)
     errors: list[float] = []
     is_exact = True
+    is_float32 = next(original.model.parameters()).dtype == torch.float32
     bar = tqdm(stands_for, unit="block", desc=f"reconstruct ({method})", disable=not show_progress)
     for index, span in enumerate(bar):
         for batch in batches:
@@ -81,7 +82,7 @@ def reconstruct(
         is_exact = is_exact and _is_untouched(block, original.blocks[span.start], span)
         if not is_exact:
             _fit(block, index, batches, method, has_writers=has_writers)
-        errors.append(_advance(block, index, batches))
+        errors.append(_follow(batches) if is_exact and is_float32 else _advance(block, index, batches))
         bar.set_postfix(error=f"{errors[-1]:.3g}")
     return errors
 
@@ -109,6 +110,13 @@ def _advance(block: nn.Module, index: int, batches: Sequence[RowsUnderWay]) -> f
         errors.append(batch.aims[-1].error_of(batch.student_BTK[batch.mask_BT]))
     block.to(dtype)
     return float(torch.cat(errors).mean())
+
+
+def _follow(batches: Sequence[RowsUnderWay]) -> float:
+    """Put the student's streams behind a block that is the original's own, in the original's dtype: where its are."""
+    for batch in batches:
+        batch.student_BTK = batch.original_BTD
+    return 0.0
 
 
 def _is_untouched(block: nn.Module, original: nn.Module, span: Span) -> bool:
