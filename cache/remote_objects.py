@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import tenacity
 
@@ -17,6 +17,7 @@ _ATTEMPTS = 7
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 _CONCURRENT_WRITES = 8
+_LARGE_BYTES = 64 << 20
 
 # Who makes requests again is decided here: attempts of several layers would multiply to minutes.
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}}
@@ -71,6 +72,16 @@ class RemoteObjects:
 
     def write(self, name: str, data: bytes) -> None:
         self._try("write", name, lambda: self._filesystem.pipe_file(self._path(name), data))
+
+    def write_file(self, name: str, file: IO[bytes]) -> None:
+        data = file.read(_LARGE_BYTES)
+        if len(data) < _LARGE_BYTES:
+            self.write(name, data)
+            return
+        # What is too large to hold has outgrown memory already, and so lies in a file. It goes over in parts, and is
+        # there once the last one is.
+        path = f"/dev/fd/{file.fileno()}"
+        self._try("write", name, lambda: self._filesystem.put_file(path, self._path(name)))
 
     def write_all(self, objects: Mapping[str, bytes]) -> None:
         with ThreadPoolExecutor(_CONCURRENT_WRITES) as pool:

@@ -13,6 +13,7 @@ from coldstill.pipeline.models import ModelParts
 from coldstill.pipeline.models.float32_blocks import float32_blocks
 from coldstill.pipeline.models.machine import is_slow_on_cpu
 from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.rows.kept_rows import Rows
 from coldstill.pipeline.runtime.errors import DataError
 from coldstill.pipeline.stage_one.capture import capture
 from coldstill.pipeline.targets.calibrations import write_calibration
@@ -35,7 +36,7 @@ def calibrate(
     manifest: Manifest,
     teacher: Teacher,
     missing: Mapping[str, TeacherTarget],
-    rows: Sequence[np.ndarray],
+    rows: Rows,
     *,
     show_progress: bool,
 ) -> None:
@@ -47,7 +48,9 @@ def calibrate(
     parts = teacher.parts
     request = union_of(target.needs for target in missing.values())
     batch_size = teacher.section.batch_size
-    captured = capture_sample(parts, rows, request, batch_size=batch_size, show_progress=show_progress)
+    captured = capture_sample(
+        parts, rows.tokens, request, num_tokens=rows.num_tokens, batch_size=batch_size, show_progress=show_progress
+    )
     num_words = sum(target.calibration_words(parts.output_head) for target in missing.values())
     is_shown = show_progress and num_words > 0
     with tqdm(total=num_words, unit="word", unit_scale=True, desc="calibrate, fit", disable=not is_shown) as bar:
@@ -62,7 +65,13 @@ def calibrate(
 
 
 def capture_sample(
-    parts: ModelParts, rows: Sequence[np.ndarray], request: CaptureRequest, *, batch_size: int, show_progress: bool
+    parts: ModelParts,
+    rows: Sequence[np.ndarray],
+    request: CaptureRequest,
+    *,
+    num_tokens: int,
+    batch_size: int,
+    show_progress: bool,
 ) -> Captured:
     """Run the teacher over some of the rows, and keep what is asked.
 
@@ -70,7 +79,7 @@ def capture_sample(
     the states are rounded, and what is stored in it later is rounded as the teacher rounds it.
     """
     wanted = max(_FEWEST_POSITIONS, _POSITIONS_PER_CHANNEL * parts.hidden_size)
-    chosen = spread_rows(rows, wanted)
+    chosen = spread_rows(rows, num_tokens, wanted)
     weight = next(parts.model.parameters())
     is_slow = weight.device.type == "cpu" and is_slow_on_cpu(str(weight.dtype).removeprefix("torch."))
     kept: list[Captured] = []
@@ -87,9 +96,9 @@ def capture_sample(
     return joined(kept)
 
 
-def spread_rows(rows: Sequence[np.ndarray], num_positions: int) -> list[np.ndarray]:
-    """Return rows spread evenly over all, with about so many positions in all."""
-    mean_length = max(sum(map(len, rows)) / len(rows), 1.0)
+def spread_rows(rows: Sequence[np.ndarray], num_tokens: int, num_positions: int) -> list[np.ndarray]:
+    """Return rows spread evenly over all, which have so many tokens, with about so many positions."""
+    mean_length = max(num_tokens / len(rows), 1.0)
     count = min(len(rows), max(1, round(num_positions / mean_length)))
     return [rows[index * len(rows) // count] for index in range(count)]
 

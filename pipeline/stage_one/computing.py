@@ -86,7 +86,7 @@ class StoreWork:
     def missing(self, demands: Sequence[Demand]) -> list[ShardJob]:
         """List what is missing, shard by shard."""
         assert self._registry is not None, "rows are registered first"
-        return missing_jobs(self.manifest, self._registry.known, demands)
+        return missing_jobs(self.manifest, self._registry.num_tokens, demands)
 
     def calibrate(self, demands: Sequence[Demand], *, show_progress: bool) -> None:
         """Fit the transform codes that targets need and the store lacks: one process does, the others wait for it."""
@@ -97,7 +97,7 @@ class StoreWork:
         with hold(self._store.objects, [LAYOUT], wait=True):
             self.manifest.reload()
             if missing := missing_calibrations(self.manifest, targets):
-                rows = demands[0].request.of.rows["train"].tokens
+                rows = demands[0].request.of.rows["train"]
                 calibrate(self._store, self.manifest, self._teacher, missing, rows, show_progress=show_progress)
 
     def compute(self, demands: Sequence[Demand], share: Share, *, show_progress: bool) -> Computed:
@@ -152,7 +152,7 @@ class StoreWork:
             self.manifest,
             self._teacher.parts,
             batch_size=self._teacher.section.batch_size,
-            row_names=row_names(demands),
+            row_names=lambda row_ids: row_names(demands, row_ids),
         )
         computed = Computed(num_tokens=sum(job.num_tokens for job in jobs))
         started = time.monotonic()

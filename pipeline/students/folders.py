@@ -5,18 +5,17 @@ has a copy in a local folder, which is what transformers reads. `checksums.json`
 was never finished.
 """
 
-import hashlib
-import json
-import os
 from pathlib import Path
 from typing import Any
 
+from coldstill.cache import kept_folders
 from coldstill.cache.array_object import REPAIR_HINT
 from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.cache.index import read_entry, write_entry
 from coldstill.cache.kept_folders import CHECKSUMS, find_damage
 from coldstill.cache.objects import Objects, full_path, open_objects
 from coldstill.pipeline.models import resolve_folder
+from coldstill.pipeline.outputs.places import beside_stores
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, RECIPE_FILE
 from coldstill.pipeline.outputs.run_index import PRUNED_STUDENTS, STUDENT, rows_key
 from coldstill.pipeline.recipe.sections import Recipe
@@ -27,12 +26,7 @@ _RECORD = (PROVENANCE_FILE, RECIPE_FILE)
 
 def students_folder(recipe: Recipe) -> Path:
     """Return the local folder that pruned students are in: beside the stores, or a copy where those are remote."""
-    if "://" not in recipe.cache:
-        return Path(recipe.cache) / PRUNED_STUDENTS
-    if recipe.local_copy is not None:
-        return Path(recipe.local_copy) / PRUNED_STUDENTS
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_home) / "coldstill" / PRUNED_STUDENTS
+    return beside_stores(recipe) / PRUNED_STUDENTS
 
 
 def publish_student(recipe: Recipe, folder: Path) -> None:
@@ -87,9 +81,7 @@ def write_checksums(folder: Path) -> None:
 
     The record of how it was made is left out: two machines that make the same student make the same checksums.
     """
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in _RECORD]
-    sums = {file.name: _sha256(file) for file in files}
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+    kept_folders.write_checksums(folder, without=_RECORD)
 
 
 def check_student_files(folder: Path) -> None:
@@ -114,8 +106,3 @@ def _upload(objects: Objects, folder: Path) -> None:
         return
     for file in sorted(folder.iterdir(), key=lambda file: file.name == CHECKSUMS):
         objects.write(f"{remote}/{file.name}", file.read_bytes())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.outputs.provenance import write_record
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.recipe.student import InitConfig, PruneConfig
-from coldstill.pipeline.rows.building import Rows
+from coldstill.pipeline.rows.kept_rows import Rows
 from coldstill.pipeline.runtime.whole import whole_folder, write_whole
 from coldstill.pipeline.students.folders import (
     check_student_files,

@@ -151,7 +151,7 @@ def _small_and_fast() -> Iterator[None]:
     """Make shards small; leave out syncs, as no test here outlives its machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
-        patch.setattr("coldstill.cache.rows.SHARD_TOKENS", 96)
+        patch.setattr("coldstill.cache.laying.SHARD_TOKENS", 96)
         yield
 
 

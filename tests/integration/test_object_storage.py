@@ -266,7 +266,7 @@ class Place:
 
 @pytest.fixture(autouse=True)
 def _short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", SHARD_TOKENS)
+    monkeypatch.setattr("coldstill.cache.laying.SHARD_TOKENS", SHARD_TOKENS)
 
 
 def local_tree(cache: Path) -> dict[str, bytes]:
@@ -283,7 +283,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pat
     cache = folder / "local/caches"
     recipe = made.recipe(folder / "local/recipe.yaml", str(cache))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coldstill.cache.rows.SHARD_TOKENS", SHARD_TOKENS)
+        patch.setattr("coldstill.cache.laying.SHARD_TOKENS", SHARD_TOKENS)
         run_command("precompute", recipe)
         made.tree = local_tree(cache)
         run_command("train", recipe)
