@@ -68,8 +68,9 @@ def write_recipe(folder: Path, num_rows: int) -> Path:
             "eval": {**source, "max_rows": 8},
         },
         "student": {"path": str(folder / "student")},
-        "targets": {"logits": {"kind": "topk", "k": 4, "temperatures": [1]}, "hidden": {"blocks": "none"}},
-        "loss": {"alpha": 0.5, "beta": 0.5, "gamma": 0.0, "temperature": 1.0},
+        "mapping": {"strategy": "last"},
+        "targets": {"logits": {"kind": "none"}, "hidden": {"blocks": [0], "encoding": "int8"}},
+        "loss": {"alpha": 0.5, "beta": 0.0, "gamma": 0.5, "hidden": "mse"},
         "train": {
             "max_steps": STEPS,
             "per_device_train_batch_size": 32,

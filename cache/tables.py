@@ -177,7 +177,7 @@ def _name_of(file: IO[bytes]) -> str:
 
 
 def _scratch_file() -> IO[bytes]:
-    return tempfile.SpooledTemporaryFile(_READ_AT_ONCE_BYTES, dir=scratch_folder())  # type: ignore[return-value]
+    return tempfile.SpooledTemporaryFile(_READ_AT_ONCE_BYTES, dir=scratch_folder())
 
 
 def _arrow_file(file: IO[bytes]) -> pa.NativeFile:

@@ -5,7 +5,6 @@ nothing is imported or run. A few megabytes of technical English, a little diffe
 """
 
 import ast
-import importlib.util
 import random
 import sysconfig
 import warnings
@@ -37,7 +36,8 @@ def documents(library: Path | None = None) -> list[str]:
 
 def files() -> list[Path]:
     """Name what the corpus is read from."""
-    return [Path(importlib.util.find_spec("pydoc_data.topics").origin), *_modules(_standard_library())]
+    library = _standard_library()
+    return [library / "pydoc_data/topics.py", *_modules(library)]
 
 
 def _standard_library() -> Path:

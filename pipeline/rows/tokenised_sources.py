@@ -271,7 +271,8 @@ def _quiet_workers() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    process, before = os.getpid(), {}
+    process = os.getpid()
+    before: dict[int, Any] = {}
 
     def end(number: int, frame: Any) -> None:
         handler = before[number]

@@ -22,7 +22,8 @@ from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.outputs.places import beside_stores
 from coldstill.pipeline.outputs.run_index import DOMAINS, KEPT_ROWS
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.rows.building import Rows, build_rows, tokenizer_digest
+from coldstill.pipeline.rows.building import build_rows, tokenizer_digest
+from coldstill.pipeline.rows.kept_rows import Rows
 from coldstill.pipeline.runtime.errors import DataError, RecipeError
 from coldstill.pipeline.stage_one.preflight import check_before_teacher
 from coldstill.pipeline.stage_one.shard_jobs import ShardJob
