@@ -6,11 +6,13 @@ without it was never finished.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from coldstill.cache.local_objects import LocalObjects
 from coldstill.cache.objects import Objects
+from coldstill.cache.tables import fetch
 
 CHECKSUMS = "checksums.json"
 
@@ -23,6 +25,23 @@ def write_checksums(folder: Path, *, without: Collection[str] = ()) -> None:
     objects = LocalObjects(str(folder))
     sums = {file.name: _sha256(objects, file.name) for file in files}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def publish_folder(objects: Objects, name: str, folder: Path) -> None:
+    """Copy a folder to where others find it, its checksums last; nothing happens where it is there."""
+    if objects.exists(f"{name}/{CHECKSUMS}"):
+        return
+    for file in sorted(folder.iterdir(), key=lambda file: (file.name == CHECKSUMS, file.name)):
+        with file.open("rb") as stream:
+            objects.write_file(f"{name}/{file.name}", stream)
+
+
+def fetch_folder(objects: Objects, name: str, folder: Path) -> str | None:
+    """Copy the files of a kept folder into a local one, and say what is wrong with them; None where nothing is."""
+    for file in objects.files(name):
+        with fetch(objects, f"{name}/{file}") as source, (folder / file).open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+    return find_damage(LocalObjects(str(folder.parent)), folder.name)
 
 
 def find_damage(objects: Objects, folder: str) -> str | None:

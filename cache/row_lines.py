@@ -73,10 +73,9 @@ class RowLines:
     def tables(self, num_lines: int = SLICE_RECORDS) -> Iterator[pa.Table]:
         """Yield the lines as tables of `ROW_SCHEMA`, so many a table, and an empty one where there are none."""
         names = pa.array(self.names, pa.string())
-        for lines in self.lines.slices(num_lines) if len(self) else [np.empty(0, LINE)]:
-            columns = {name: np.ascontiguousarray(lines[name]) for name in _NUMBERS}
-            shards = pa.DictionaryArray.from_arrays(pa.array(np.ascontiguousarray(lines["shard"])), names)
-            yield pa.table({"row": id_array(lines["row"]), "shard": shards, **columns}, schema=ROW_SCHEMA)
+        for start in range(0, max(len(self), 1), num_lines):
+            # Nothing of the last table is kept while the next one is made.
+            yield _table_of(self.lines.read(start, start + num_lines), names)
 
     def table(self) -> pa.Table:
         """Return all lines as one table; for lines that are few."""
@@ -101,6 +100,12 @@ class RowLines:
         for lines in self.lines.slices():
             np.add.at(sums, lines["shard"], lines["length"])
         return dict(zip(self.names, sums.tolist(), strict=True))
+
+
+def _table_of(lines: np.ndarray, names: pa.Array) -> pa.Table:
+    columns = {name: np.ascontiguousarray(lines[name]) for name in _NUMBERS}
+    shards = pa.DictionaryArray.from_arrays(pa.array(np.ascontiguousarray(lines["shard"])), names)
+    return pa.table({"row": id_array(lines["row"]), "shard": shards, **columns}, schema=ROW_SCHEMA)
 
 
 def sorted_lines(parts: Sequence[RowLines]) -> RowLines:

@@ -204,19 +204,22 @@ def _in_order(
 def _tables(selection: Selection, found: RowLines) -> Iterator[pa.Table]:
     """Yield a selection as the tables of a Parquet file's row groups."""
     metadata = {_PROVENANCE: _json(selection.provenance)}
-    said = zip(selection.spans.slices(GROUP_LINES), selection.labels.slices(GROUP_LINES), strict=True)
-    nothing = (
-        SpanSlice(*(np.empty(0, values) for values in ("<i4", "<i4", "<i4", "<f4"))),
-        selection.labels.read(0, 0),
-    )
+    start = 0
     for table in found.tables(GROUP_LINES):
-        spans, labels = next(said, nothing)
-        if _is_older(selection.spans, selection.labels):
-            table = table.append_column(_PROMPTS.field("loss_start"), pa.array(spans.prompt_lengths()))
-        else:
-            table = table.append_column(_SPANS.field("spans"), _span_lists(spans))
-            table = table.append_column(_SPANS.field("labels"), pa.array(list(labels), _SPANS.field("labels").type))
-        yield table.replace_schema_metadata(metadata)
+        stop = start + len(table)
+        yield _with_said(table, selection, start, stop).replace_schema_metadata(metadata)
+        start = stop
+        del table  # while the next one is made
+
+
+def _with_said(table: pa.Table, selection: Selection, start: int, stop: int) -> pa.Table:
+    spans, labels = selection.spans, selection.labels
+    if _is_older(spans, labels):
+        return table.append_column(_PROMPTS.field("loss_start"), pa.array(spans.prompt_lengths(start, stop)))
+    of_rows = pa.array(list(labels.read(start, stop)), _SPANS.field("labels").type)
+    return table.append_column(_SPANS.field("spans"), _span_lists(spans.part(start, stop))).append_column(
+        _SPANS.field("labels"), of_rows
+    )
 
 
 def _unknown_columns(names: Sequence[str]) -> list[str]:

@@ -94,12 +94,24 @@ class RowSpans(Sequence[tuple[Span, ...]]):
 
     def slices(self, size: int = SLICE_RECORDS) -> Iterator["SpanSlice"]:
         """Yield the spans of all rows, so many rows at a time."""
-        first = 0
-        for ends in self._ends.slices(size):
-            last = int(ends[-1])
-            values = (values.read(first, last) for values in (self.starts, self.stops, self.weights))
-            yield SpanSlice(np.diff(ends, prepend=first).astype(np.int32), *values)
-            first = last
+        for start in range(0, len(self), size):
+            yield self.part(start, start + size)
+
+    def part(self, start: int, stop: int) -> "SpanSlice":
+        """Return the spans of the rows from `start` to before `stop`; fewer where there are no more."""
+        first = int(self._ends[start - 1]) if start else 0
+        ends = self._ends.read(start, stop)
+        last = int(ends[-1]) if len(ends) else first
+        values = (values.read(first, last) for values in (self.starts, self.stops, self.weights))
+        return SpanSlice(np.diff(ends, prepend=first).astype(np.int32), *values)
+
+    def prompt_lengths(self, start: int, stop: int) -> np.ndarray:
+        """Return the length of each row's prompt, int32 [rows], where spans are nothing but prompts."""
+        lengths = np.empty(min(stop, len(self)) - start, np.int32)
+        for place in range(0, len(lengths), SLICE_RECORDS):
+            part = self.part(start + place, min(start + place + SLICE_RECORDS, stop))
+            lengths[place : place + SLICE_RECORDS] = part.prompt_lengths()
+        return lengths
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -115,8 +127,8 @@ class RowSpans(Sequence[tuple[Span, ...]]):
             return [self[row] for row in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        first, last = (0, self._ends[0]) if index == 0 else self._ends.read(index - 1, index + 1).tolist()
-        columns = (values.read(first, last).tolist() for values in (self.starts, self.stops, self.weights))
+        _, *of_row = self.part(index, index + 1)
+        columns = (values.tolist() for values in of_row)
         return tuple(Span(*span) for span in zip(*columns, strict=True))
 
 

@@ -51,6 +51,7 @@ def parquet_of(groups: Iterable[pa.Table]) -> Iterator[IO[bytes]]:
         for group in groups:
             writer = writer or stack.enter_context(pq.ParquetWriter(file, group.schema, compression="zstd"))
             writer.write_table(group, row_group_size=GROUP_LINES)
+            del group  # while the next one is made
         stack.close()
         file.seek(0)
         yield file

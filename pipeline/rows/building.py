@@ -21,7 +21,7 @@ from coldstill.cache.row_lines import id_array
 from coldstill.cache.spans import Span
 from coldstill.pipeline.recipe.data import DataConfig, SourceConfig
 from coldstill.pipeline.rows.faults import source_name
-from coldstill.pipeline.rows.kept_rows import EVAL_FILE, TRAIN_FILE, RowCounts, Rows, make_once
+from coldstill.pipeline.rows.kept_rows import EVAL_FILE, TRAIN_FILE, RowCounts, Rows, RowsPlace, make_once
 from coldstill.pipeline.rows.row_files import Row, RowFile, RowWriter, batch_rows
 from coldstill.pipeline.rows.tokenised_sources import tokenised_documents
 from coldstill.pipeline.rows.tokenising import DocumentTokenizer, TokenisedDocument
@@ -36,7 +36,7 @@ def build_rows(
     data: DataConfig,
     tokenizer: Any,
     *,
-    keep_in: Path | None = None,
+    keep_in: RowsPlace | None = None,
     is_dry: bool = False,
     show_progress: bool = False,
 ) -> tuple[Rows, Rows]:
@@ -45,8 +45,8 @@ def build_rows(
     Args:
         data: The data section.
         tokenizer: Its tokenizer.
-        keep_in: The folder that rows are kept in by content, where those that were made before are found; None to make
-            them for this process alone.
+        keep_in: Where rows are kept by content, so that those that were made before are found; None to make them for
+            this process alone.
         is_dry: Whether to keep nothing that is not kept yet.
         show_progress: Whether to show progress bars, where it takes a while.
 

@@ -12,17 +12,20 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from coldstill.cache.identity import FINGERPRINT_CHARS, digest_of
-from coldstill.cache.kept_folders import find_damage, write_checksums
+from coldstill.cache.kept_folders import CHECKSUMS, fetch_folder, find_damage, publish_folder, write_checksums
 from coldstill.cache.labels import RowLabels
 from coldstill.cache.objects import open_objects
 from coldstill.cache.records import scratch_folder
 from coldstill.cache.spans import RowSpans
+from coldstill.pipeline.outputs.places import beside_stores
+from coldstill.pipeline.outputs.run_index import KEPT_ROWS
 from coldstill.pipeline.recipe.data import DataConfig
+from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.rows.contents import contents_of
 from coldstill.pipeline.rows.row_files import Row, RowFile, RowView, batch_rows
 from coldstill.pipeline.rows.tokenising import DocumentTokenizer
@@ -153,8 +156,41 @@ class _MadeByAnotherError(Exception):
 Build = Callable[[Path], tuple[RowCounts, list[RowCounts]]]
 
 
+@dataclass(frozen=True)
+class RowsPlace:
+    """Where folders of rows are kept.
+
+    Attributes:
+        folder: The local folder that they are in.
+        root: The root on object storage that it holds copies of; None where it is a place of its own.
+    """
+
+    folder: Path
+    root: str | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """Return where a recipe's rows are kept: beside the stores, and in a copy where these are remote."""
+        return cls(beside_stores(recipe) / KEPT_ROWS, recipe.cache if "://" in recipe.cache else None)
+
+    def publish(self, folder: Path) -> None:
+        """Let other machines find rows."""
+        if self.root is not None:
+            publish_folder(open_objects(self.root), f"{KEPT_ROWS}/{folder.name}", folder)
+
+    def fetch(self, key: str, folder: Path) -> bool:
+        """Copy rows from object storage into a folder, and say whether they are there, and whole."""
+        if self.root is None or not open_objects(self.root).exists(f"{KEPT_ROWS}/{key}/{CHECKSUMS}"):
+            return False
+        if fetch_folder(open_objects(self.root), f"{KEPT_ROWS}/{key}", folder) is None:
+            return True
+        for file in folder.iterdir():
+            file.unlink()
+        return False
+
+
 def make_once(
-    data: DataConfig, tokenizer: Any, digest: str, build: Build, *, keep_in: Path | None, is_dry: bool
+    data: DataConfig, tokenizer: Any, digest: str, build: Build, *, keep_in: RowsPlace | None, is_dry: bool
 ) -> MadeRows:
     """Find the rows of a data section where they are kept, or make and keep them.
 
@@ -163,29 +199,40 @@ def make_once(
         tokenizer: Its tokenizer.
         digest: Of what the tokenizer does.
         build: Makes the rows in a folder, and gives what it counted of train and of each source of eval rows.
-        keep_in: The folder that holds folders of rows; None to make rows for this process alone.
+        keep_in: Where rows are kept; None to make them for this process alone.
         is_dry: Whether to keep nothing that is not kept yet.
 
     Raises:
         DataError: A source is missing or empty, has no such column, or gives no row.
     """
     key = None if keep_in is None else _key(data, tokenizer, digest)
-    folder = None if keep_in is None or key is None else keep_in / key
-    if folder is not None and _is_whole(folder):
-        return _read(folder, data, None)
-    if folder is None or is_dry:
+    if keep_in is None or key is None:
         temporary = _TemporaryFolder()
         _build_into(temporary.path, build)
         return _read(temporary.path, data, temporary)
+    folder = keep_in.folder / key
+    if not _is_whole(folder):
+        if is_dry:
+            temporary = _TemporaryFolder()
+            if not keep_in.fetch(key, temporary.path):
+                _build_into(temporary.path, build)
+            return _read(temporary.path, data, temporary)
+        _keep(folder, build, keep_in)
+    if not is_dry:
+        keep_in.publish(folder)
+    return _read(folder, data, None)
+
+
+def _keep(folder: Path, build: Build, keep_in: RowsPlace) -> None:
     for left in folder.parent.glob(".*"):
         # Also of rows that nobody asks for any more.
         sweep_siblings(folder.with_name(left.name.split(".")[1]))
     with contextlib.suppress(_MadeByAnotherError), whole_folder(folder) as partial:
-        _build_into(partial, build)
-        write_checksums(partial)
+        if not keep_in.fetch(folder.name, partial):
+            _build_into(partial, build)
+            write_checksums(partial)
         if _is_whole(folder):
             raise _MadeByAnotherError
-    return _read(folder, data, None)
 
 
 def _key(data: DataConfig, tokenizer: Any, digest: str) -> str | None:

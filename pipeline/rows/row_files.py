@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from coldstill.cache.identity import ROW_ID_BYTES, row_ids
 from coldstill.cache.laying import WANTED
+from coldstill.cache.records import SLICE_RECORDS
 from coldstill.cache.row_lines import id_array, ids_of
 from coldstill.cache.spans import RowSpans, Span, SpanSlice
 
@@ -188,10 +189,16 @@ class RowFile:
 
     def places(self) -> Iterator[np.ndarray]:
         """Yield the ids and lengths of all rows, as `coldstill.cache.laying` takes them."""
+        waiting: list[np.ndarray] = []
         for batch in self._read("row", "length"):
             wanted = np.empty(len(batch), WANTED)
             wanted["row"], wanted["length"] = ids_of(batch["row"]), batch["length"].to_numpy()
-            yield wanted
+            waiting.append(wanted)
+            if len(waiting) * self._num_batch_rows >= SLICE_RECORDS:
+                yield np.concatenate(waiting)
+                waiting = []
+        if waiting:
+            yield np.concatenate(waiting)
 
     def spans(self) -> Iterator[SpanSlice]:
         """Yield the spans of all rows."""

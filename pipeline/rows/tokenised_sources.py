@@ -31,6 +31,8 @@ _FIRST_SPAN = 64
 _SPAN_BYTES = 256 << 20
 # Of a source that is no table a span lies in memory.
 _STREAM_SPAN_CHARACTERS = 16 << 20
+# What a document takes there beside its text.
+_DOCUMENT_CHARACTERS = 256
 # So many are worth that processes are started for them.
 PARALLEL_DOCUMENTS = 4096
 _TOKENISED_AT_ONCE = 64
@@ -130,7 +132,7 @@ def _next_span(documents: Iterator[Document], size: int) -> tuple[list[Document]
     try:
         for document in itertools.islice(documents, size):
             span.append(document)
-            num_characters += len(document.text) + len(document.prompt)
+            num_characters += len(document.text) + len(document.prompt) + _DOCUMENT_CHARACTERS
             if num_characters >= _STREAM_SPAN_CHARACTERS:
                 break
     except DataError as error:

@@ -19,11 +19,10 @@ from coldstill.pipeline.models import check_length, load_config
 from coldstill.pipeline.models.pairing import check_layer_map, layer_map_of
 from coldstill.pipeline.models.sizes import ModelSizes
 from coldstill.pipeline.models.teacher import Teacher
-from coldstill.pipeline.outputs.places import beside_stores
-from coldstill.pipeline.outputs.run_index import DOMAINS, KEPT_ROWS
+from coldstill.pipeline.outputs.run_index import DOMAINS
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.rows.building import build_rows, tokenizer_digest
-from coldstill.pipeline.rows.kept_rows import Rows
+from coldstill.pipeline.rows.kept_rows import Rows, RowsPlace
 from coldstill.pipeline.runtime.errors import DataError, RecipeError
 from coldstill.pipeline.stage_one.preflight import check_before_teacher
 from coldstill.pipeline.stage_one.shard_jobs import ShardJob
@@ -148,7 +147,7 @@ def recipe_rows(
     train, held_out = build_rows(
         recipe.data,
         teacher.tokenizer,
-        keep_in=beside_stores(recipe) / KEPT_ROWS,
+        keep_in=RowsPlace.of(recipe),
         is_dry=is_dry,
         show_progress=show_progress,
     )

@@ -13,7 +13,7 @@ from coldstill.cache.array_object import REPAIR_HINT
 from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.cache.index import read_entry, write_entry
 from coldstill.cache.kept_folders import CHECKSUMS, find_damage
-from coldstill.cache.objects import Objects, full_path, open_objects
+from coldstill.cache.objects import full_path, open_objects
 from coldstill.pipeline.models import resolve_folder
 from coldstill.pipeline.outputs.places import beside_stores
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, RECIPE_FILE
@@ -32,7 +32,7 @@ def students_folder(recipe: Recipe) -> Path:
 def publish_student(recipe: Recipe, folder: Path) -> None:
     """Let the recipe's teacher, data and student sections lead to a pruned student."""
     if "://" in recipe.cache:
-        _upload(open_objects(recipe.cache), folder)
+        kept_folders.publish_folder(open_objects(recipe.cache), f"{PRUNED_STUDENTS}/{folder.name}", folder)
     write_entry(recipe.cache, STUDENT, _student_key(recipe), {"folder": folder.name})
 
 
@@ -69,9 +69,7 @@ def has_student(recipe: Recipe, folder: Path) -> bool:
     if not objects.exists(f"{remote}/{CHECKSUMS}"):
         return False
     with whole_folder(folder) as partial:
-        for name in objects.files(remote):
-            (partial / name).write_bytes(objects.read(f"{remote}/{name}"))
-        if what := find_damage(open_objects(folder.parent), partial.name):
+        if what := kept_folders.fetch_folder(objects, remote, partial):
             raise CorruptError(f"the pruned student in {recipe.cache}/{remote} is corrupt: {what}; {REPAIR_HINT}")
     return True
 
@@ -98,11 +96,3 @@ def _student_key(recipe: Recipe) -> dict[str, Any]:
     # What is trained of it decides nothing of what was cut.
     student = {key: value for key, value in recipe.student.identity().items() if key != "lora"}
     return {**rows_key(recipe), "student": student}
-
-
-def _upload(objects: Objects, folder: Path) -> None:
-    remote = f"{PRUNED_STUDENTS}/{folder.name}"
-    if objects.exists(f"{remote}/{CHECKSUMS}"):
-        return
-    for file in sorted(folder.iterdir(), key=lambda file: file.name == CHECKSUMS):
-        objects.write(f"{remote}/{file.name}", file.read_bytes())

@@ -63,6 +63,8 @@ def kind_of(file: str) -> str:
         return f"index of {rest.partition('-')[0]}"
     if folder == "students":
         return f"student's {rest.partition('/')[2]}"
+    if folder == "rows":
+        return f"kept rows' {rest.partition('/')[2]}"
     parts = rest.split("/")[1:]
     if parts[0] != "arrays.zarr":
         return parts[0]

@@ -644,7 +644,7 @@ def test_training_with_processes_that_load_batches_gives_the_same_weights(
 ):
     use(endpoint.url)
     # This process has read the bucket before: nothing of that may cross into the others.
-    assert open_objects(f"s3://{kept}/caches").folders("") == ["index", "stores", "students"]
+    assert open_objects(f"s3://{kept}/caches").folders("") == ["index", "rows", "stores", "students"]
     loading = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": method}
     recipe = place.recipe(tmp_path / "recipe.yaml", f"s3://{kept}/caches", train=loading)
     run_command("train", recipe)

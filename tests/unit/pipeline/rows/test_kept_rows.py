@@ -6,17 +6,19 @@ import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import datasets
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from coldstill.cache.objects import open_objects
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.data import DataConfig
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.rows.building import build_rows
-from coldstill.pipeline.rows.kept_rows import Rows
+from coldstill.pipeline.rows.kept_rows import Rows, RowsPlace
 from coldstill.pipeline.runtime.errors import DataError
 from coldstill.pipeline.stage_one.dry_run import dry_run
 
@@ -69,7 +71,9 @@ def make(tmp_path: Path, tokenizer: Any) -> Callable[..., tuple[Rows, Rows]]:
     """Make rows, and keep them."""
 
     def made(data: dict[str, Any], with_tokenizer: Any = tokenizer, **options: Any) -> tuple[Rows, Rows]:
-        return build_rows(DataConfig.model_validate(data), with_tokenizer, keep_in=tmp_path / "kept", **options)
+        return build_rows(
+            DataConfig.model_validate(data), with_tokenizer, keep_in=RowsPlace(tmp_path / "kept"), **options
+        )
 
     return made
 
@@ -264,3 +268,24 @@ def test_rows_are_read_in_any_order_and_by_other_processes(make, data):
     if not child:
         os._exit(0 if [row.tolist() for row in train.tokens] == tokens else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_rows_that_one_machine_made_for_a_root_on_object_storage_are_copied_by_the_others(
+    data, tmp_path: Path, tokenizer, loaded, tree: Files
+):
+    root = f"memory://{uuid4().hex}"
+    config = DataConfig.model_validate(data)
+    first, second, third = (RowsPlace(tmp_path / name, root) for name in ("first", "second", "third"))
+    made = tokens_of(build_rows(config, tokenizer, keep_in=first))
+    assert len(loaded) == 1
+    assert tokens_of(build_rows(config, tokenizer, keep_in=second)) == made
+    assert tokens_of(build_rows(config, tokenizer, keep_in=third, is_dry=True)) == made
+    assert len(loaded) == 1
+    assert tree(second.folder) == tree(first.folder)
+    assert not third.folder.exists()
+    # What is damaged there is made anew by who meets it.
+    objects = open_objects(root)
+    (name,) = [name for name in objects.sizes("rows") if name.endswith("train.arrow")]
+    objects.write(name, objects.read(name)[:-9])
+    assert tokens_of(build_rows(config, tokenizer, keep_in=third)) == made
+    assert len(loaded) == 2
