@@ -6,7 +6,7 @@ A few stay in memory; more go to a file that has no name, so that nothing of it 
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -78,13 +78,6 @@ class Records:
         """Yield all records, so many at a time."""
         for start in range(0, self._count, size):
             yield self.read(start, start + size)
-
-    def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return some records, in the order of their indices."""
-        taken = np.empty(len(indices), self.dtype)
-        for place, index in enumerate(indices):
-            taken[place] = self[int(index)]
-        return taken
 
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < self._count:

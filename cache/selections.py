@@ -216,10 +216,10 @@ def _with_said(table: pa.Table, selection: Selection, start: int, stop: int) -> 
     spans, labels = selection.spans, selection.labels
     if _is_older(spans, labels):
         return table.append_column(_PROMPTS.field("loss_start"), pa.array(spans.prompt_lengths(start, stop)))
-    of_rows = pa.array(list(labels.read(start, stop)), _SPANS.field("labels").type)
-    return table.append_column(_SPANS.field("spans"), _span_lists(spans.part(start, stop))).append_column(
-        _SPANS.field("labels"), of_rows
-    )
+    columns = {"spans": _span_lists(spans.part(start, stop)), "labels": _label_lists(labels.read(start, stop))}
+    for name, values in columns.items():
+        table = table.append_column(_SPANS.field(name), values)
+    return table
 
 
 def _unknown_columns(names: Sequence[str]) -> list[str]:
@@ -291,6 +291,12 @@ def _span_lists(spans: SpanSlice) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(fields, fields=list(_SPAN))).cast(
         _SPANS.field("spans").type
     )
+
+
+def _label_lists(labels: np.ndarray) -> pa.Array:
+    num_rows, num_labels = labels.shape
+    offsets = pa.array((np.arange(num_rows + 1) * num_labels).astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, pa.array(labels.reshape(-1))).cast(_SPANS.field("labels").type)
 
 
 def _row_ids(found: RowLines) -> Iterator[np.ndarray]:
