@@ -63,7 +63,8 @@ def build_rows(
     def build(folder: Path) -> tuple[RowCounts, list[RowCounts]]:
         return _Building(data, tokenizer, folder, show_progress=show_progress).build()
 
-    made = make_once(data, tokenizer, tokenizer_digest(tokenizer), build, keep_in=keep_in, is_dry=is_dry)
+    digest = tokenizer_digest(tokenizer)
+    made = make_once(data, tokenizer, digest, build, keep_in=keep_in, is_dry=is_dry, show_progress=show_progress)
     for name, _, counts in _named(data, made.train.counts, made.of_sources):
         if counts.num_filled:
             warnings.warn(

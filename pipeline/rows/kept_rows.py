@@ -69,13 +69,11 @@ class Rows:
         file: The file.
         counts: What was counted while they were made.
         domains: Where the rows are of several sources: the label of each, in the order of their rows, with how many.
-        folder: The folder, where it goes when nobody reads it any more.
     """
 
     file: RowFile
     counts: RowCounts
     domains: dict[str, int] = field(default_factory=dict)
-    folder: "_TemporaryFolder | None" = None
 
     def __len__(self) -> int:
         return len(self.file)
@@ -142,7 +140,7 @@ class MadeRows:
 
 
 class _TemporaryFolder:
-    """A folder that is there as long as this is."""
+    """A folder that is there as long as this object is."""
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="coldstill-rows-", dir=scratch_folder()))
@@ -190,7 +188,14 @@ class RowsPlace:
 
 
 def make_once(
-    data: DataConfig, tokenizer: Any, digest: str, build: Build, *, keep_in: RowsPlace | None, is_dry: bool
+    data: DataConfig,
+    tokenizer: Any,
+    digest: str,
+    build: Build,
+    *,
+    keep_in: RowsPlace | None,
+    is_dry: bool,
+    show_progress: bool,
 ) -> MadeRows:
     """Find the rows of a data section where they are kept, or make and keep them.
 
@@ -201,11 +206,12 @@ def make_once(
         build: Makes the rows in a folder, and gives what it counted of train and of each source of eval rows.
         keep_in: Where rows are kept; None to make them for this process alone.
         is_dry: Whether to keep nothing that is not kept yet.
+        show_progress: Whether to show a progress bar, where finding out what the text is takes a while.
 
     Raises:
         DataError: A source is missing or empty, has no such column, or gives no row.
     """
-    key = None if keep_in is None else _key(data, tokenizer, digest)
+    key = None if keep_in is None else _key(data, tokenizer, digest, show_progress=show_progress)
     if keep_in is None or key is None:
         temporary = _TemporaryFolder()
         _build_into(temporary.path, build)
@@ -235,14 +241,13 @@ def _keep(folder: Path, build: Build, keep_in: RowsPlace) -> None:
             raise _MadeByAnotherError
 
 
-def _key(data: DataConfig, tokenizer: Any, digest: str) -> str | None:
+def _key(data: DataConfig, tokenizer: Any, digest: str, *, show_progress: bool) -> str | None:
     """Name rows by all that decides them; None where it cannot be told what they would be made of."""
-    sources = [data.train, *data.eval_sources]
     try:
-        contents = [contents_of(source) for source in sources]
+        contents = contents_of([data.train, *data.eval_sources], show_progress=show_progress)
     except (DataError, OSError):  # what is wrong is said by who reads the documents
         return None
-    if None in contents:
+    if contents is None:
         return None
     facts = {
         "version": _VERSION,
@@ -272,8 +277,9 @@ def _read(folder: Path, data: DataConfig, temporary: "_TemporaryFolder | None") 
     domains = {label: counts.num_rows for label, counts in zip(data.eval_labels, of_sources, strict=False)}
 
     def rows(name: str, counts: RowCounts, domains: dict[str, int]) -> Rows:
-        file = RowFile(folder / name, num_rows=counts.num_rows, num_batch_rows=batch_rows(data.sequence_length))
-        return Rows(file, counts, domains, temporary)
+        num_batch_rows = batch_rows(data.sequence_length)
+        file = RowFile(folder / name, num_rows=counts.num_rows, num_batch_rows=num_batch_rows, folder=temporary)
+        return Rows(file, counts, domains)
 
     return MadeRows(rows(TRAIN_FILE, train, {}), rows(EVAL_FILE, held_out, domains), of_sources)
 

@@ -172,10 +172,12 @@ class RowFile:
         path: The file.
         num_rows: How many there are.
         num_batch_rows: Rows of a batch.
+        folder: What the file lies in, where that goes when nobody has it any more.
     """
 
-    def __init__(self, path: Path, *, num_rows: int, num_batch_rows: int) -> None:
+    def __init__(self, path: Path, *, num_rows: int, num_batch_rows: int, folder: object = None) -> None:
         self.path = path
+        self._folder = folder
         self._num_rows = num_rows
         self._num_batch_rows = num_batch_rows
         self._open: pa.ipc.RecordBatchFileReader | None = None
@@ -244,6 +246,7 @@ class RowFile:
             self._batches[number] = _Batch.of(self._open.get_batch(number))
             if len(self._batches) > _OPEN_BATCHES:
                 self._batches.popitem(last=False)
+        self._batches.move_to_end(number)
         return self._batches[number], place
 
     def _read(self, *names: str) -> Iterator[pa.RecordBatch]:
@@ -296,10 +299,6 @@ class RowView(Sequence[Item]):
         if not 0 <= place < self._num_rows:
             raise IndexError(f"row {index} of {self._num_rows}")
         return self._read(place)
-
-    def take(self, indices: Sequence[int] | np.ndarray) -> list[Item]:
-        """Return it of some rows, in the order of their indices."""
-        return [self[int(index)] for index in indices]
 
 
 def _offsets(counts: np.ndarray) -> pa.Array:

@@ -1,5 +1,6 @@
 """Rows are made once for the same data, kept whole or not at all, and read by slices."""
 
+import gc
 import json
 import os
 import pickle
@@ -133,6 +134,26 @@ def test_the_same_bytes_under_another_date_are_the_same_data_and_one_other_byte_
     assert tokens_of(other) != tokens_of(first)
 
 
+def test_a_stream_is_known_by_the_size_and_date_of_its_files(make, data, tmp_path: Path, loaded):
+    for source in (data["train"], data["eval"]):
+        source["streaming"] = True
+    first = tokens_of(make(data))
+    file = tmp_path / "text.txt"
+    date = file.stat().st_mtime_ns
+    file.write_bytes(file.read_bytes().replace(b"e", b"o", 1))
+    os.utime(file, ns=(date, date))
+    assert tokens_of(make(data)) == first, "it was read whole"
+    os.utime(file, (1, 1))
+    assert tokens_of(make(data)) != first
+    assert len(loaded) == 2
+
+
+def test_rows_that_nobody_keeps_are_there_as_long_as_something_of_them_is_read(data, tokenizer):
+    tokens = build_rows(DataConfig.model_validate(data), tokenizer)[0].tokens
+    gc.collect()
+    assert tokens[0].shape == tokens[-1].shape == (16,)
+
+
 def test_what_decides_rows_is_part_of_what_they_are_kept_by(make, data, tokenizer, tmp_path: Path):
     changes = [{}, {"sequence_length": 17}, {"packing": False}, {"append_eos": False}]
     without_end = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="the")
@@ -256,7 +277,9 @@ def test_rows_are_read_in_any_order_and_by_other_processes(make, data):
     assert len(tokens) == len(train) > 200
     assert train.num_tokens == 16 * len(tokens)
     chosen = np.random.default_rng(0).integers(0, len(tokens), 50)
-    assert [row.tolist() for row in train.tokens.take(chosen)] == [tokens[index] for index in chosen]
+    assert [row.tolist() for row in map(train.tokens.__getitem__, chosen.tolist())] == [
+        tokens[index] for index in chosen
+    ]
     assert [row.tolist() for row in train.tokens[-3:]] == tokens[-3:]
     assert train.tokens[-1].tolist() == tokens[-1]
     for beyond in (len(tokens), -len(tokens) - 1):
