@@ -31,7 +31,7 @@ class _Widened:
     """Widens a block's weights and inputs in front of it, and narrows its weights and outputs behind it."""
 
     def __init__(self, block: nn.Module) -> None:
-        self._weights = [weight for weight in (*block.parameters(), *block.buffers()) if weight.dtype in _HALF]
+        self._weights: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._handles = [
             block.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -44,7 +44,9 @@ class _Widened:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        # Looked for now: a block may get its weights only when it is called.
+        self._weights = [weight for weight in (*block.parameters(), *block.buffers()) if weight.dtype in _HALF]
         self._kept = [weight.data for weight in self._weights]
         for weight in self._weights:
             weight.data = weight.data.float()

@@ -78,7 +78,9 @@ def reconstruct(
             batch.aim_behind(original, span, channels, has_writers=has_writers)
         block = student.blocks[index]
         # In front of the first cut there is nothing to make good, and a fit would only disturb.
-        is_exact = is_exact and _is_untouched(block, original.blocks[span.start], span)
+        if is_exact:
+            original.bring(span.start)
+            is_exact = _is_untouched(block, original.blocks[span.start], span)
         if not is_exact:
             _fit(block, index, batches, method, has_writers=has_writers)
         errors.append(_advance(block, index, batches))
