@@ -17,7 +17,7 @@ from coldstill.pipeline.stage_one.capture import LaidBatch, capture, capture_end
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest
 
 # Of the memory that is free, what batches that wait for each other may take.
-_SHARE_OF_FREE = 0.5
+SHARE_OF_FREE = 0.5
 _HOST = torch.device("cpu")
 
 
@@ -49,11 +49,11 @@ class SuperBatch:
             self.bytes_per_token = passage.num_bytes / num_tokens
             needed = self.bytes_per_token * self._num_tokens
             device = self._parts.device
-            self._wait_at = device if needed <= _SHARE_OF_FREE * free_bytes(device) else _HOST
+            self._wait_at = device if needed <= SHARE_OF_FREE * free_bytes(device) else _HOST
 
     def affordable_tokens(self) -> int:
         """Return how many tokens may wait for each other, by what these hold and what memory is free now."""
-        return int(_SHARE_OF_FREE * free_bytes(_HOST) / self.bytes_per_token)
+        return int(SHARE_OF_FREE * free_bytes(_HOST) / self.bytes_per_token)
 
 
 class StreamedBatch:
