@@ -59,6 +59,13 @@ class BlockWeights:
             self._ahead = (following, self._thread.submit(self._read, following))
         self.waited_s += time.perf_counter() - started
 
+    def rest(self) -> None:
+        """Let no block have its weights, and none be read, until one is called."""
+        self._drop()
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead[1].result()
+
     def _drop(self) -> None:
         if self._there is not None:
             for name, value in self._empty.items():

@@ -45,6 +45,9 @@ class BlockLoader(Protocol):
     def bring(self, index: int) -> None:
         """Let a block have its weights; those of the block that had them go. A block that is called has them anyway."""
 
+    def rest(self) -> None:
+        """Let no block have its weights until one is called."""
+
 
 @dataclass(frozen=True)
 class ModelParts:
@@ -75,6 +78,11 @@ class ModelParts:
         """Let a block have its weights, before they are read otherwise than by calling it."""
         if self.loader is not None:
             self.loader.bring(index)
+
+    def rest(self) -> None:
+        """Let the blocks' memory go until one is called, where blocks get their weights then anyway."""
+        if self.loader is not None:
+            self.loader.rest()
 
     @property
     def blocks_name(self) -> str:

@@ -114,6 +114,7 @@ class StoreWork:
             jobs = [job for job in (job.without(self.manifest) for job in jobs) if job.targets]
             require_room(self._store, self.manifest, self._sizes, jobs)
             if share.index == 0 and not self._has_head:
+                self._teacher.parts.rest()  # a large head takes its own memory once more while it is encoded
                 write_head(self._store, self.manifest, self._teacher.parts.output_head)
             return self._run(jobs, demands, lease, show_progress=show_progress) if jobs else Computed()
 

@@ -88,6 +88,9 @@ def test_batches_that_pass_the_blocks_together_give_every_stream_of_each_alone(
     for index in range(4):
         for passage, streams in zip(passages, got, strict=True):
             streams |= passage.step(index, wait_at=CPU)
+        # What the blocks behind it are called with was found without their weights.
+        at_work = [number for number, block in enumerate(streamed.blocks) if not next(block.parameters()).is_meta]
+        assert at_work == [index]
     wanted = [*range(4), *map(InputOf, range(4))]
     for (inputs, mask_BT), passage, streams in zip(batches, passages, got, strict=True):
         with torch.inference_mode():
@@ -140,6 +143,16 @@ def test_two_blocks_at_most_are_in_memory_and_the_next_is_read_while_one_works()
     assert watched.read[:11] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
     assert watched.most == 2
     assert watched.threads == {"coldstill-weights"}
+
+
+def test_blocks_at_rest_take_no_memory_until_one_is_called():
+    watched = Watched(3)
+    weights = BlockWeights(watched.blocks, watched)
+    watched.blocks[1](torch.ones(1, 1))
+    weights.rest()
+    assert all(block.weight.is_meta for block in watched.blocks)
+    assert not len(watched.alive)
+    assert watched.blocks[2](torch.ones(1, 1)).item() == 2
 
 
 def test_a_block_that_is_called_out_of_order_has_its_own_weights():
