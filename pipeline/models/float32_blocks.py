@@ -13,6 +13,8 @@ import torch
 from accelerate.utils import convert_to_fp32, recursively_apply
 from torch import Tensor, nn
 
+from coldstill.pipeline.models.block_calls import stands_in
+
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -45,6 +47,9 @@ class _Widened:
             handle.remove()
 
     def _before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if stands_in(block):
+            self._weights = []  # nothing of this block is at work
+            return args, kwargs
         # Looked for now: a block may get its weights only when it is called.
         self._weights = [weight for weight in (*block.parameters(), *block.buffers()) if weight.dtype in _HALF]
         self._kept = [weight.data for weight in self._weights]

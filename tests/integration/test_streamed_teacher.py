@@ -55,7 +55,8 @@ def placed(write_recipe: Callable[..., Path], workplace: Path) -> Callable[..., 
 
     def recipe(placement: str, **changes: Any) -> Recipe:
         places = {"output": str(workplace / placement / "run"), "cache": str(workplace / placement / "caches")}
-        keys = {"teacher__placement": placement, **places, **changes}
+        # Two batches a shard, so that their order counts.
+        keys = {"teacher__placement": placement, "teacher__batch_size": 2, **places, **changes}
         return load_recipe(write_recipe(**keys))
 
     return recipe
