@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from coldstill.cache.manifest import Manifest
@@ -15,7 +16,7 @@ from coldstill.pipeline.models.machine import is_slow_on_cpu
 from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.rows.kept_rows import Rows
 from coldstill.pipeline.runtime.errors import DataError
-from coldstill.pipeline.stage_one.capture import capture
+from coldstill.pipeline.stage_one.streamed_capture import capture_all
 from coldstill.pipeline.targets.calibrations import write_calibration
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest, joined, union_of
 from coldstill.pipeline.targets.target import TeacherTarget
@@ -82,18 +83,13 @@ def capture_sample(
     chosen = spread_rows(rows, num_tokens, wanted)
     weight = next(parts.model.parameters())
     is_slow = weight.device.type == "cpu" and is_slow_on_cpu(str(weight.dtype).removeprefix("torch."))
-    kept: list[Captured] = []
+    batches = list(_batches(chosen, batch_size))
+    num_tokens = sum(map(len, chosen))
     with (
-        tqdm(
-            total=sum(map(len, chosen)), unit="tok", unit_scale=True, desc="calibrate", disable=not show_progress
-        ) as bar,
+        tqdm(total=num_tokens, unit="tok", unit_scale=True, desc="calibrate", disable=not show_progress) as bar,
         float32_blocks(parts.blocks) if is_slow else contextlib.nullcontext(),
     ):
-        for batch, names in _batches(chosen, batch_size):
-            ids = [torch.from_numpy(row.astype(np.int64)) for row in batch]
-            kept.append(capture(parts, ids, request, row_names=names))
-            bar.update(sum(map(len, batch)))
-    return joined(kept)
+        return joined(capture_all(parts, batches, request, on_tokens=bar.update))
 
 
 def spread_rows(rows: Sequence[np.ndarray], num_tokens: int, num_positions: int) -> list[np.ndarray]:
@@ -103,7 +99,7 @@ def spread_rows(rows: Sequence[np.ndarray], num_tokens: int, num_positions: int)
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def _batches(rows: Sequence[np.ndarray], size: int) -> Iterable[tuple[Sequence[np.ndarray], list[str]]]:
+def _batches(rows: Sequence[np.ndarray], size: int) -> Iterable[tuple[list[Tensor], list[str]]]:
     for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
+        batch = [torch.from_numpy(row.astype(np.int64)) for row in rows[start : start + size]]
         yield batch, [f"calibration row {start + index}" for index in range(len(batch))]

@@ -104,7 +104,7 @@ def test_targets_computed_one_by_one_are_those_computed_together(recipe: Any):
             for job in jobs:
                 alone = replace(job, targets=tuple(one for one in job.targets if one == target))
                 if alone.targets:
-                    computer.run(alone, writer, lambda _tokens: None)
+                    computer.run([alone], writer, lambda _tokens: None)
         alone, beside = arrays(store, target), together[target]
         if isinstance(target, Normaliser):
             # Temperatures that are computed together share their exponentials, which rounds the last bit otherwise.
