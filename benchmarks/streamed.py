@@ -161,13 +161,13 @@ def run_arm(options: argparse.Namespace) -> None:
 
 def one_shard(teacher: Any, gathered: Any, workdir: Path) -> Callable[[], float]:
     """Load a teacher, and return what runs it over the train rows as one shard of a new store: tokens a second."""
-    import coldstill.cache.rows
+    import coldstill.cache.laying
     from coldstill.pipeline.stage_one.computing import StoreWork
     from coldstill.pipeline.stage_one.requests import Request
     from coldstill.pipeline.stage_one.streamed_shards import shard_computer
     from coldstill.pipeline.stage_one.write_behind import WriteBehind
 
-    coldstill.cache.rows.SHARD_TOKENS = sum(map(len, gathered[0].rows["train"].tokens))
+    coldstill.cache.laying.SHARD_TOKENS = sum(map(len, gathered[0].rows["train"].tokens))
     blocks = [teacher.num_blocks * quarter // 4 for quarter in (1, 2, 3)]
     assert len(teacher.parts.blocks) == teacher.num_blocks  # loaded, before the clock runs
 
@@ -177,7 +177,7 @@ def one_shard(teacher: Any, gathered: Any, workdir: Path) -> Callable[[], float]
             demands = work.register([Request(item, blocks) for item in gathered])
             of_train = demands[0].selections["train"].shard_names
             jobs = [job for job in work.missing(demands) if job.shard in of_train]
-            computer = shard_computer(work.store, work.manifest, teacher, row_names={})
+            computer = shard_computer(work.store, work.manifest, teacher, row_names=lambda _row_ids: {})
             started = time.perf_counter()
             with WriteBehind(work.store, work.manifest, lambda _bytes: None) as writer:
                 computer.run(jobs, writer, lambda _tokens: None)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from crash.trees import difference, files_below, lasting_files_below
 
-import coldstill.cache.rows
 from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.outputs.run_index import rows_key
 from coldstill.pipeline.precompute import precompute
@@ -46,7 +45,7 @@ ALL_KINDS = {
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coldstill.cache.rows, "SHARD_TOKENS", 96)
+    monkeypatch.setattr("coldstill.cache.laying.SHARD_TOKENS", 96)
 
 
 @pytest.fixture
@@ -97,7 +96,7 @@ def test_shards_that_are_computed_together_have_the_bytes_of_each_alone(placed: 
     work.calibrate(demands, show_progress=False)
     jobs = work.missing(demands)
     assert len(jobs) == 7
-    computer = shard_computer(work.store, work.manifest, teacher, row_names={})
+    computer = shard_computer(work.store, work.manifest, teacher, row_names=lambda _row_ids: {})
     done: list[float] = []
     with WriteBehind(work.store, work.manifest, lambda _bytes: None) as writer:
         computer.run(jobs, writer, done.append)
@@ -119,7 +118,7 @@ def test_a_column_of_an_early_block_costs_no_later_block_and_no_head(placed: Cal
     ran: list[int] = []
     for index, block in enumerate(teacher.parts.blocks):
         block.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
-    computer = shard_computer(work.store, work.manifest, teacher, row_names={})
+    computer = shard_computer(work.store, work.manifest, teacher, row_names=lambda _row_ids: {})
     done: list[float] = []
     with WriteBehind(work.store, work.manifest, lambda _bytes: None) as writer:
         computer.run(jobs, writer, done.append)
