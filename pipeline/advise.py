@@ -108,7 +108,7 @@ def _start(recipe: Recipe, cut: Cut, read: dict[str, str], arguments: Sequence[s
     if has_preset or recipe.preset is None:
         loss = {key: getattr(recipe.loss, key) for key in recipe.loss.model_fields_set}
         own = _flat({"loss": loss, "train": recipe.train})
-        wanted = _flat(preset_values(cut, cut, has_adapters=recipe.student.lora is not None))
+        wanted = _flat(_preset_values(recipe, cut))
         other = [
             f"{key}={own[key]:g} (preset: {wanted[key]:g})"
             for key in wanted
@@ -117,6 +117,12 @@ def _start(recipe: Recipe, cut: Cut, read: dict[str, str], arguments: Sequence[s
         notes += [f"what the recipe says itself stays: {', '.join(other)}"] if other else []
     commands = [command_line(stage, arguments, changes) for stage in ("plan", "precompute", "train", "evaluate")]
     return NextStep(cut, read, None, "start", reason, changes, notes, commands)
+
+
+def _preset_values(recipe: Recipe, cut: Cut) -> Mapping[str, Mapping[str, Any]]:
+    student = recipe.student
+    narrows_stream = cut != "depth" and (student.prune is None or student.narrows_stream)
+    return preset_values(cut, cut, has_adapters=student.lora is not None, narrows_stream=narrows_stream)
 
 
 def _flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ Sections = dict[str, dict[str, Any]]
 
 # By measured recovery: docs/results.md.
 _LOSS = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0, "temperature": 1.0}
-_LEARNING_RATES: Mapping[Cut, float] = {"depth": 2e-4, "width": 5e-4, "both": 5e-4}
+_LEARNING_RATE = 2e-4
+_LEARNING_RATE_OF_NARROW_STREAMS = 5e-4  # they lose most
 _LEARNING_RATE_OF_ADAPTERS = 1e-3  # of LoRA, whatever was cut
 # Martra, Rearchitecting LLMs: for whoever wants to follow it.
 _BOOK = "book"
@@ -53,16 +54,20 @@ def with_preset(data: Mapping[str, Any]) -> dict[str, Any]:
     if cut is None:
         return dict(data)
     student = data.get("student")
-    sections = preset_values(name, cut, has_adapters=isinstance(student, Mapping) and bool(student.get("lora")))
+    said = student if isinstance(student, Mapping) else {}
+    sections = preset_values(
+        name, cut, has_adapters=bool(said.get("lora")), narrows_stream=_narrows_stream(cut, said.get("prune"))
+    )
     given = {section: data.get(section, {}) for section in sections}
     filled = {section: {**sections[section], **own} for section, own in given.items() if isinstance(own, Mapping)}
     return {**data, **filled}
 
 
-def preset_values(name: PresetName | str, cut: Cut, *, has_adapters: bool) -> Sections:
+def preset_values(name: PresetName | str, cut: Cut, *, has_adapters: bool, narrows_stream: bool) -> Sections:
     """Return what a preset says of a student that was cut so, section by section."""
     if not name.startswith(_BOOK):
-        return {"loss": dict(_LOSS), "train": {"learning_rate": learning_rate_of(cut, has_adapters=has_adapters)}}
+        rate = learning_rate_of(has_adapters=has_adapters, narrows_stream=narrows_stream)
+        return {"loss": dict(_LOSS), "train": {"learning_rate": rate}}
     is_aggressive = name.endswith(_AGGRESSIVE)
     return {
         "loss": {**_BOOK_WEIGHTS[cut], "hidden": "mse", "temperature": 3.0 if is_aggressive else 2.0},
@@ -70,9 +75,16 @@ def preset_values(name: PresetName | str, cut: Cut, *, has_adapters: bool) -> Se
     }
 
 
-def learning_rate_of(cut: Cut, *, has_adapters: bool) -> float:
-    """Return the learning rate, at its highest, of a student that was cut so: of adapters alone, or of all weights."""
-    return _LEARNING_RATE_OF_ADAPTERS if has_adapters else _LEARNING_RATES[cut]
+def learning_rate_of(*, has_adapters: bool, narrows_stream: bool) -> float:
+    """Return the learning rate, at its highest.
+
+    Args:
+        has_adapters: Whether the student learns by adapters alone.
+        narrows_stream: Whether its residual stream has fewer channels than the teacher's.
+    """
+    if has_adapters:
+        return _LEARNING_RATE_OF_ADAPTERS
+    return _LEARNING_RATE_OF_NARROW_STREAMS if narrows_stream else _LEARNING_RATE
 
 
 def cut_of(*, is_deep: bool, is_wide: bool) -> Cut:
@@ -84,8 +96,13 @@ def cut_of(*, is_deep: bool, is_wide: bool) -> Cut:
 
 def _cut_of_name(name: str) -> Cut | None:
     """Return the cut that a preset names; None where it goes by the student."""
-    named = [cut for cut in _LEARNING_RATES if cut == name.removeprefix(f"{_BOOK}_").removesuffix(_AGGRESSIVE)]
+    named = [cut for cut in _BOOK_WEIGHTS if cut == name.removeprefix(f"{_BOOK}_").removesuffix(_AGGRESSIVE)]
     return named[0] if named else None
+
+
+def _narrows_stream(cut: Cut, prune: Any) -> bool:
+    """Whether the stream is narrower: as `student.prune` says, else as the name of a cut lets one think."""
+    return cut != "depth" and (not isinstance(prune, Mapping) or bool(prune.get("hidden")))
 
 
 def _cut_of_section(student: Any, name: str) -> Cut | None:

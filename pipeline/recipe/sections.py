@@ -219,7 +219,8 @@ class Recipe(Section):
     @property
     def training(self) -> dict[str, Any]:
         """What `train` says, and the defaults behind it; the learning rate goes by the student."""
-        rate = learning_rate_of(self.student.cut, has_adapters=self.student.lora is not None)
+        student = self.student
+        rate = learning_rate_of(has_adapters=student.lora is not None, narrows_stream=student.narrows_stream)
         return {**TRAINING_DEFAULTS, "learning_rate": rate, **self.train}
 
     def _check_what_is_stored(self) -> None:

@@ -177,6 +177,11 @@ class StudentConfig(Section):
         """What the section cuts; depth where it does not say, which changes a student least."""
         return "depth" if self.prune is None else cut_of(is_deep=self.prune.is_deep, is_wide=self.prune.is_wide)
 
+    @property
+    def narrows_stream(self) -> bool:
+        """Whether the section says that the residual stream loses channels."""
+        return self.prune is not None and self.prune.hidden is not None
+
     @field_validator("lora")
     @classmethod
     def _lora_arguments(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
