@@ -126,11 +126,11 @@ def bare(recipe: Any, *, with_logits: bool) -> Any:
 
 
 def precomputed(recipe: Any) -> Any:
-    import coldstill.cache.rows
+    import coldstill.cache.laying
     from coldstill.pipeline.precompute import precompute
     from coldstill.pipeline.prune import prune
 
-    coldstill.cache.rows.SHARD_TOKENS = SHARD_TOKENS
+    coldstill.cache.laying.SHARD_TOKENS = SHARD_TOKENS
     prune(recipe)  # once, and not in every round, where it would only take long
 
     def run() -> float:

@@ -31,9 +31,10 @@ from tqdm import tqdm
 from coldstill.cache.array_object import ZSTD_LEVEL
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.identity import row_id
+from coldstill.cache.laying import lay_rows, places_of_rows, wanted_rows
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader
-from coldstill.cache.rows import find_rows, lay_rows, publish_rows, read_rows, split_shards
+from coldstill.cache.rows import publish_rows, read_lines, read_rows, split_shards
 from coldstill.cache.selections import Selection, read_selection, write_selection
 from coldstill.cache.store import Store, create_store, open_store
 from coldstill.cache.tokens import TOKENS, write_tokens
@@ -98,11 +99,13 @@ def make_shard(seed: int) -> Shard:
 def register(store: Store, rows: list[np.ndarray]) -> Selection:
     """Lay rows into shards, commit their tokens and select them."""
     manifest = Manifest(store)
-    ids = [row_id(row) for row in rows]
-    laid = lay_rows(read_rows(store), manifest.shards(TOKENS), ids, [len(row) for row in rows])
-    write_tokens(store, manifest, laid, dict(zip(ids, rows, strict=True)), vocab_size=VOCAB_SIZE)
-    publish_rows(store, laid)
-    return write_selection(store, find_rows(store, read_rows(store), manifest.shards(TOKENS), ids), [()] * len(ids), {})
+    wanted = wanted_rows([row_id(row) for row in rows], [len(row) for row in rows])
+    known = list(read_lines(store).values())
+    laid = lay_rows(known, manifest.shards(TOKENS), wanted)
+    write_tokens(store, manifest, laid, lambda indices: [rows[index] for index in indices], vocab_size=VOCAB_SIZE)
+    publish_rows(store, laid.rows)
+    found = places_of_rows(store, [*known, laid.rows], manifest.shards(TOKENS), wanted)
+    return write_selection(store, found, [()] * len(rows), {})
 
 
 class BareFile:
@@ -248,9 +251,9 @@ def make_short_rows(num_rows: int) -> Iterator[np.ndarray]:
 
 def write_large(root: Path, num_rows: int, num_shards: int) -> tuple[Store, str]:
     """Write a store of many short rows in many shards, every column really committed."""
-    import coldstill.cache.rows
+    import coldstill.cache.laying
 
-    coldstill.cache.rows.SHARD_TOKENS = 4 * -(-num_rows // num_shards)
+    coldstill.cache.laying.SHARD_TOKENS = 4 * -(-num_rows // num_shards)
     store = create_store(str(root), {"identity": {"weights": str(num_rows), "config": "c", "dtype": "float32"}})
     selection = register(store, list(make_short_rows(num_rows)))
     manifest = Manifest(store)

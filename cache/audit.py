@@ -169,7 +169,7 @@ def _check_rows(store: Store, audit: StoreAudit, manifest: Manifest) -> None:
             audit.problems.append(Problem("rows", ROWS, what, shard, TOKENS))
         elif shard not in broken:
             record = manifest.record(shard, TOKENS)
-            if not _plain(rows_of_tokens(record, read_column(store, record))).equals(_plain(table)):
+            if not _plain(rows_of_tokens(record, read_column(store, record)).table()).equals(_plain(table)):
                 what = f"column {TOKENS}, shard {shard}: its tokens are not those of the rows that are known"
                 audit.problems.append(Problem("rows", ROWS, what, shard, TOKENS))
     if not damaged:

@@ -13,6 +13,8 @@ import numpy as np
 ROW_ID_BYTES = 16
 FINGERPRINT_CHARS = 16
 
+_ROW = b"coldstill row 1\0"
+
 
 def digest_of(value: Any) -> str:
     """Sha256 of a JSON-able value in canonical form (sorted keys, no spaces), in hexadecimal."""
@@ -29,7 +31,22 @@ def row_id(token_ids_T: np.ndarray) -> bytes:
     ):
         raise ValueError(f"token ids are whole numbers from 0 to 2**32 - 1, got {token_ids_T.dtype}: {token_ids_T}")
     little_endian = np.ascontiguousarray(token_ids_T, dtype="<u4")
-    return hashlib.sha256(b"coldstill row 1\0" + little_endian.tobytes()).digest()[:ROW_ID_BYTES]
+    return hashlib.sha256(_ROW + little_endian.tobytes()).digest()[:ROW_ID_BYTES]
+
+
+def row_ids(token_ids: np.ndarray, lengths: Iterable[int]) -> np.ndarray:
+    """Identify many rows: `row_id` of each, one behind the other, `V16` [rows].
+
+    Args:
+        token_ids: Of all rows behind one another, uint32.
+        lengths: How many of them each row has.
+    """
+    data, start, found = np.ascontiguousarray(token_ids, "<u4").tobytes(), 0, []
+    for length in lengths:
+        stop = start + 4 * length
+        found.append(hashlib.sha256(_ROW + data[start:stop]).digest()[:ROW_ID_BYTES])
+        start = stop
+    return np.frombuffer(b"".join(found), f"V{ROW_ID_BYTES}")
 
 
 def shard_id(row_ids: Iterable[bytes]) -> str:

@@ -5,12 +5,14 @@ place whatever the size of the store.
 """
 
 import contextlib
+import functools
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 from uuid import uuid4
 
 from coldstill.cache.processes import is_dead, process_token
@@ -51,14 +53,20 @@ class LocalObjects:
     def write(self, name: str, data: bytes) -> None:
         self.write_all({name: data})
 
+    def write_file(self, name: str, file: IO[bytes]) -> None:
+        self._write_all({name: lambda partial: shutil.copyfileobj(file, partial)})
+
     def write_all(self, objects: Mapping[str, bytes]) -> None:
+        self._write_all({name: functools.partial(_write_bytes, data) for name, data in objects.items()})
+
+    def _write_all(self, objects: Mapping[str, Callable[[IO[bytes]], object]]) -> None:
         partials: dict[Path, Path] = {}
         folder = self._path(PARTIAL_FOLDER)
         try:
-            for name, data in objects.items():
+            for name, write in objects.items():
                 partial = folder / f"{process_token()}.{uuid4().hex}"
                 partials[partial] = self._path(name)
-                _write_new(partial, data)
+                _write_new(partial, write)
             _sync(partials)
             # A folder's name first: after a write that fails here, the next one finds the folder and trusts it.
             _sync({parent for path in partials.values() for parent in _make_folder(path.parent)})
@@ -142,14 +150,18 @@ class LocalObjects:
             return []
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def _write_bytes(data: bytes, file: IO[bytes]) -> None:
+    file.write(data)
+
+
+def _write_new(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     try:
         file = path.open("xb")
     except FileNotFoundError:
         _make_folder(path.parent)
         file = path.open("xb")
     with file:
-        file.write(data)
+        write(file)
 
 
 def _make_folder(folder: Path) -> list[Path]:

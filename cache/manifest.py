@@ -9,7 +9,7 @@ import functools
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -173,7 +173,7 @@ class Manifest:
         self.reload()
         names = [*self._folded, *self._loose]
         if self._loose or len(names) > 1:
-            self._folded = [fold(self._store.objects, COMMITS, _sorted(self._table), names)]
+            self._folded = [fold(self._store.objects, COMMITS, [_sorted(self._table)], names)]
             self._loose = []
 
     def drop(self, keys: Collection[tuple[str, str]]) -> None:
@@ -182,7 +182,7 @@ class Manifest:
         kept = [record for record in self.records() if (record.shard, record.column.name) not in keys]
         names = [*self._folded, *self._loose, *self._fresh]
         lines = pa.Table.from_pylist([record.to_line() for record in kept], schema=_SCHEMA)
-        fold(self._store.objects, COMMITS, _sorted(lines), names)
+        fold(self._store.objects, COMMITS, [_sorted(lines)], names)
         self.reload()
 
     def _require_all_columns(self) -> None:
@@ -196,7 +196,7 @@ class Manifest:
             shard, column = parse_record_name(name)
             lines.append(self.record(shard, column).to_line())
         table = _sorted(pa.Table.from_pylist(lines, schema=_SCHEMA))
-        self._folded.append(fold(self._store.objects, COMMITS, table, self._fresh))
+        self._folded.append(fold(self._store.objects, COMMITS, [table], self._fresh))
         self._fresh = []
 
 
@@ -229,10 +229,10 @@ def parse_line(data: bytes) -> Line:
     return line
 
 
-def _parse(name: str, data: bytes) -> pa.Table | Line:
+def _parse(name: str, file: IO[bytes]) -> pa.Table | Line:
     if name.endswith(SUFFIX):
-        return parse_table(name, data, _SCHEMA)
-    line = parse_line(data)
+        return parse_table(name, file, _SCHEMA)
+    line = parse_line(file.read())
     if record_name(line["shard"], line["column"]) != name:
         raise ValueError("it is the record of another column or shard")
     return line

@@ -6,7 +6,7 @@ An object appears whole or not at all, and has reached the disk when `write` ret
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from coldstill.cache.local_objects import LocalObjects
 from coldstill.cache.remote_objects import RemoteObjects
@@ -28,6 +28,9 @@ class Objects(Protocol):
 
     def write(self, name: str, data: bytes) -> None:
         """Publish one object: durable, and never seen half-written."""
+
+    def write_file(self, name: str, file: IO[bytes]) -> None:
+        """Publish one object as `write` does, from where a file stands to its end."""
 
     def write_all(self, objects: Mapping[str, bytes]) -> None:
         """Publish several objects, in no order that can be relied on; all are durable when this returns."""

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import tenacity
 
@@ -17,6 +17,8 @@ _ATTEMPTS = 7
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 _CONCURRENT_WRITES = 8
+# What is as large goes over in parts, from the file in which it lies.
+LARGE_BYTES = 64 << 20
 
 # Who makes requests again is decided here: attempts of several layers would multiply to minutes.
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}}
@@ -71,6 +73,19 @@ class RemoteObjects:
 
     def write(self, name: str, data: bytes) -> None:
         self._try("write", name, lambda: self._filesystem.pipe_file(self._path(name), data))
+
+    def write_file(self, name: str, file: IO[bytes]) -> None:
+        data = file.read(LARGE_BYTES)
+        if len(data) < LARGE_BYTES:
+            self.write(name, data)
+            return
+
+        def put() -> None:
+            file.seek(0)
+            self._filesystem.put_file(f"/dev/fd/{file.fileno()}", self._path(name))
+
+        # It is there once its last part is.
+        self._try("write", name, put)
 
     def write_all(self, objects: Mapping[str, bytes]) -> None:
         with ThreadPoolExecutor(_CONCURRENT_WRITES) as pool:

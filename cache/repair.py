@@ -15,7 +15,8 @@ from coldstill.cache.identity import digest_of
 from coldstill.cache.leases import LAYOUT, hold, living_writers
 from coldstill.cache.manifest import CommitRecord, Manifest
 from coldstill.cache.processes import describe_process
-from coldstill.cache.rows import ROWS, publish_rows, read_rows, sorted_rows, split_shards
+from coldstill.cache.row_lines import RowLines
+from coldstill.cache.rows import ROWS, publish_rows, read_rows, split_shards
 from coldstill.cache.store import (
     CONSTANTS,
     NAMESPACE,
@@ -194,9 +195,9 @@ def _restore_rows(store: Store, manifest: Manifest, problems: Iterable[Problem])
     tables = []
     for shard in sorted(lost):
         record = manifest.record(shard, TOKENS)
-        tables.append(rows_of_tokens(record, read_column(store, record)))
+        tables.append(rows_of_tokens(record, read_column(store, record)).table())
     if contradicted:
         store.objects.remove_folder(ROWS)
         tables += [table for shard, table in known.items() if shard not in contradicted]
     if tables:
-        publish_rows(store, sorted_rows(tables))
+        publish_rows(store, RowLines.of_tables(tables))

@@ -7,20 +7,23 @@ have columns of their own.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from coldstill.cache.array_object import REPAIR_HINT
 from coldstill.cache.errors import CorruptError, FormatError, StoreNotFoundError
 from coldstill.cache.identity import FINGERPRINT_CHARS
-from coldstill.cache.rows import ROW_SCHEMA
-from coldstill.cache.spans import RowSpans, Span, check_spans
+from coldstill.cache.labels import RowLabels
+from coldstill.cache.records import Records
+from coldstill.cache.row_lines import ROW_SCHEMA, RowLines, ids_of
+from coldstill.cache.spans import RowSpans, Span, SpanSlice
 from coldstill.cache.store import Store
-from coldstill.cache.tables import SUFFIX, parquet_bytes, parquet_names, parquet_table
+from coldstill.cache.tables import GROUP_LINES, SUFFIX, check_columns, fetch, open_parquet, parquet_of, table_slices
 
 SELECTIONS = "selections"
 
@@ -28,11 +31,12 @@ _PROVENANCE = b"provenance"
 _SPAN = pa.struct([("start", pa.int32()), ("stop", pa.int32()), ("weight", pa.float32())])
 _PROMPTS = ROW_SCHEMA.append(pa.field("loss_start", pa.int32()))
 _SPANS = ROW_SCHEMA.append(pa.field("spans", pa.list_(_SPAN))).append(pa.field("labels", pa.list_(pa.float32())))
+_PLACES = ("position", "start", "length")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows of one run and split, in order; one array entry a row.
+    """The rows of one run and split, in order; one entry a row, on disk where they are many.
 
     Attributes:
         name: Its digest, which is its file's name.
@@ -48,12 +52,12 @@ class Selection:
 
     name: str
     shard_names: Sequence[str]
-    shard_numbers: np.ndarray
-    positions: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
+    shard_numbers: Records
+    positions: Records
+    starts: Records
+    lengths: Records
     spans: RowSpans
-    labels: np.ndarray
+    labels: RowLabels
     provenance: Mapping[str, Any]
 
     def __len__(self) -> int:
@@ -62,19 +66,19 @@ class Selection:
     @property
     def num_tokens(self) -> int:
         """Tokens of all rows; a row that occurs twice counts twice."""
-        return int(self.lengths.sum())
+        return sum(int(lengths.sum(dtype=np.int64)) for lengths in self.lengths.slices())
 
 
 def make_selection(
-    found: pa.Table,
-    spans: Sequence[Sequence[Span]],
+    found: RowLines,
+    spans: RowSpans | Iterable[Iterable[Span]],
     provenance: Mapping[str, Any],
-    labels: Sequence[Sequence[float]] = (),
-) -> tuple[str, pa.Table]:
-    """Name a selection of rows, and lay its table; writes nothing.
+    labels: RowLabels | Iterable[Sequence[float]] = (),
+) -> Selection:
+    """Name a selection of rows; writes nothing.
 
     Args:
-        found: The rows, as `coldstill.cache.rows.find_rows` found them.
+        found: The rows, as `coldstill.cache.laying.places_of_rows` found them.
         spans: Of each row; none where all of its tokens weigh the same.
         provenance: Where the rows came from, as JSON takes it.
         labels: Of each row, as many for every row; none for rows without labels.
@@ -82,35 +86,32 @@ def make_selection(
     Raises:
         ValueError: There are not as many spans or labels as rows, or one is not what it must be.
     """
-    for of_row, length in zip(spans, found["length"].to_pylist(), strict=True):
-        check_spans(of_row, length)
-    laid = RowSpans.of_rows(spans)
-    shards = found["shard"].cast(pa.string()).combine_chunks().dictionary_encode()
-    table = found.set_column(1, ROW_SCHEMA.field("shard"), shards)
-    of_rows = _label_array(labels, len(found))
-    prompts = laid.prompt_lengths()
-    if prompts is not None and not of_rows.shape[1]:
-        table = table.append_column(_PROMPTS.field("loss_start"), pa.array(prompts))
-    else:
-        table = table.append_column(_SPANS.field("spans"), _span_lists(laid))
-        table = table.append_column(_SPANS.field("labels"), pa.array(list(of_rows), _SPANS.field("labels").type))
-    table = table.combine_chunks().replace_schema_metadata({_PROVENANCE: json.dumps(dict(provenance), sort_keys=True)})
-    return _digest(table), table
+    spans = spans if isinstance(spans, RowSpans) else RowSpans.of_rows(spans)
+    labels = labels if isinstance(labels, RowLabels) else RowLabels.of_rows(labels, len(found))
+    if not len(found) == len(spans) == len(labels):
+        raise ValueError(f"{len(found)} rows have spans of {len(spans)} rows and labels of {len(labels)}")
+    columns = {name: Records("<i4") for name in ("shard", *_PLACES)}
+    for lines, of_rows in zip(found.lines.slices(), spans.slices(), strict=True):
+        of_rows.check(lines["length"])
+        for name, values in columns.items():
+            values.append(lines[name])
+    return _select(columns, found.names, spans, labels, _json(provenance), lambda: _row_ids(found))
 
 
 def write_selection(
     store: Store,
-    found: pa.Table,
-    spans: Sequence[Sequence[Span]],
+    found: RowLines,
+    spans: RowSpans | Iterable[Iterable[Span]],
     provenance: Mapping[str, Any],
-    labels: Sequence[Sequence[float]] = (),
+    labels: RowLabels | Iterable[Sequence[float]] = (),
 ) -> Selection:
     """Publish the rows of one run, and return the selection; takes what `make_selection` takes."""
-    name, table = make_selection(found, spans, provenance, labels)
-    file = selection_file(name)
+    selection = make_selection(found, spans, provenance, labels)
+    file = selection_file(selection.name)
     if not store.objects.exists(file):
-        store.objects.write(file, parquet_bytes(table))
-    return to_selection(name, table)
+        with parquet_of(_tables(selection, found)) as parquet:
+            store.objects.write_file(file, parquet)
+    return selection
 
 
 def read_selection(store: Store, name: str) -> Selection:
@@ -123,10 +124,10 @@ def read_selection(store: Store, name: str) -> Selection:
     """
     file = selection_file(name)
     try:
-        data = store.objects.read(file)
-        unknown = _unknown_columns(data)
-        if not unknown:
-            return _parse(name, data)
+        with fetch(store.objects, file) as data, open_parquet(data) as parquet:
+            unknown = _unknown_columns(parquet.schema_arrow.names)
+            if not unknown:
+                return _parse(name, parquet)
     except FileNotFoundError:
         raise StoreNotFoundError(f"store {store.path} has no {file}; run: coldstill precompute") from None
     except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
@@ -147,96 +148,160 @@ def selection_file(name: str) -> str:
     return f"{SELECTIONS}/{name}{SUFFIX}"
 
 
-def to_selection(name: str, table: pa.Table) -> Selection:
-    """Read a selection's table."""
-    shards = table["shard"].combine_chunks()
-    column = {field: table[field].combine_chunks() for field in table.schema.names[2:]}
+def _select(
+    columns: Mapping[str, Records],
+    shard_names: Sequence[str],
+    spans: RowSpans,
+    labels: RowLabels,
+    provenance: bytes,
+    row_ids: Callable[[], Iterable[np.ndarray]],
+) -> Selection:
+    """Name a selection by all that it says, column by column, so that the name does not depend on how it is written."""
+    hasher = hashlib.sha256(b"coldstill selection 2\0" if _is_older(spans, labels) else b"coldstill selection 3\0")
+    hasher.update(provenance + b"\0" + "\n".join(shard_names).encode() + b"\0")
+    for values in _in_order(columns, spans, labels, row_ids):
+        hasher.update(values if isinstance(values, bytes) else values.tobytes())
     return Selection(
-        name=name,
-        shard_names=shards.dictionary.to_pylist(),
-        shard_numbers=shards.indices.to_numpy(),
-        positions=column["position"].to_numpy(),
-        starts=column["start"].to_numpy(),
-        lengths=column["length"].to_numpy(),
-        spans=_spans_of(column),
-        labels=_labels_of(column, len(table)),
-        provenance=json.loads((table.schema.metadata or {}).get(_PROVENANCE, b"{}")),
+        name=hasher.hexdigest()[:FINGERPRINT_CHARS],
+        shard_names=shard_names,
+        shard_numbers=columns["shard"],
+        positions=columns["position"],
+        starts=columns["start"],
+        lengths=columns["length"],
+        spans=spans,
+        labels=labels,
+        provenance=json.loads(provenance or b"{}"),
     )
 
 
-def _unknown_columns(data: bytes) -> list[str]:
+def _is_older(spans: RowSpans, labels: RowLabels) -> bool:
+    """Whether the rows have nothing but prompts, which every version of format 3 can say."""
+    return spans.are_prompts and not labels.num_labels
+
+
+def _in_order(
+    columns: Mapping[str, Records], spans: RowSpans, labels: RowLabels, row_ids: Callable[[], Iterable[np.ndarray]]
+) -> Iterator[np.ndarray | bytes]:
+    """Yield what a selection is named by behind its shards' names."""
+    yield from columns["shard"].slices()
+    yield from row_ids()
+    for name in _PLACES:
+        yield b"\0" + name.encode() + b"\0"
+        yield from columns[name].slices()
+    if _is_older(spans, labels):
+        yield b"\0loss_start\0"
+        yield from (part.prompt_lengths() for part in spans.slices())
+        return
+    yield b"\0spans\0"
+    yield from (part.counts for part in spans.slices())
+    for values in (spans.starts, spans.stops, spans.weights):
+        yield from values.slices()
+    yield b"\0labels\0"
+    yield from (np.full(len(part), labels.num_labels, "<i4") for part in labels.slices())
+    yield from labels.slices()
+
+
+def _tables(selection: Selection, found: RowLines) -> Iterator[pa.Table]:
+    """Yield a selection as the tables of a Parquet file's row groups."""
+    metadata = {_PROVENANCE: _json(selection.provenance)}
+    start = 0
+    for table in found.tables(GROUP_LINES):
+        stop = start + len(table)
+        yield _with_said(table, selection, start, stop).replace_schema_metadata(metadata)
+        start = stop
+        del table  # while the next one is made
+
+
+def _with_said(table: pa.Table, selection: Selection, start: int, stop: int) -> pa.Table:
+    spans, labels = selection.spans, selection.labels
+    if _is_older(spans, labels):
+        return table.append_column(_PROMPTS.field("loss_start"), pa.array(spans.prompt_lengths(start, stop)))
+    columns = {"spans": _span_lists(spans.part(start, stop)), "labels": _label_lists(labels.read(start, stop))}
+    for name, values in columns.items():
+        table = table.append_column(_SPANS.field(name), values)
+    return table
+
+
+def _unknown_columns(names: Sequence[str]) -> list[str]:
     """Name the columns of a selection that a later version wrote; none where it is no selection at all."""
-    names = parquet_names(data)
     is_selection = set(ROW_SCHEMA.names).issubset(names) and not {"loss_start", "spans"}.isdisjoint(names)
     return [name for name in names if name not in {*_PROMPTS.names, *_SPANS.names}] if is_selection else []
 
 
-def _parse(name: str, data: bytes) -> Selection:
-    table = parquet_table(data, _SPANS if "spans" in parquet_names(data) else _PROMPTS)
-    if _digest(table) != name:
+def _parse(name: str, parquet: pq.ParquetFile) -> Selection:
+    schema = _SPANS if "spans" in parquet.schema_arrow.names else _PROMPTS
+    check_columns(parquet, schema)
+
+    def column(name: str) -> Iterator[pa.Array]:
+        for table in table_slices(parquet, [name]):
+            yield table[name].combine_chunks().cast(schema.field(name).type)
+
+    columns = {name: Records("<i4") for name in ("shard", *_PLACES)}
+    shards: dict[str, int] = {}
+    for values in column("shard"):
+        plain = values.cast(pa.string()).dictionary_encode()
+        numbers = [shards.setdefault(shard, len(shards)) for shard in plain.dictionary.to_pylist()]
+        columns["shard"].append(np.array(numbers, np.int32)[plain.indices.to_numpy()])
+    for place in _PLACES:
+        for values in column(place):
+            columns[place].append(values.to_numpy())
+    if schema is _PROMPTS:
+        spans = _parse_prompts(column("loss_start"))
+        labels = RowLabels.of_rows((), len(spans))
+    else:
+        spans, labels = _parse_spans(column("spans")), _parse_labels(column("labels"))
+    provenance = (parquet.schema_arrow.metadata or {}).get(_PROVENANCE, b"")
+    selection = _select(columns, list(shards), spans, labels, provenance, lambda: map(ids_of, column("row")))
+    if selection.name != name:
         raise ValueError("its content is not what it is named by")
-    return to_selection(name, table)
+    return selection
 
 
-def _digest(table: pa.Table) -> str:
-    """Hash what the table says, column by column, so that the name does not depend on how Parquet wrote it."""
-    has_spans = "spans" in table.schema.names
-    hasher = hashlib.sha256(b"coldstill selection 3\0" if has_spans else b"coldstill selection 2\0")
-    hasher.update((table.schema.metadata or {}).get(_PROVENANCE, b""))
-    shards = table["shard"].combine_chunks()
-    hasher.update(b"\0" + "\n".join(shards.dictionary.to_pylist()).encode() + b"\0")
-    hasher.update(np.ascontiguousarray(shards.indices.to_numpy(), "<i4").tobytes())
-    rows = table["row"].combine_chunks()
-    width = rows.type.byte_width
-    hasher.update(rows.buffers()[1].slice(rows.offset * width, len(rows) * width))
-    for name in table.schema.names[2:]:
-        hasher.update(b"\0" + name.encode() + b"\0")
-        for values in _plain_arrays(table[name].combine_chunks()):
-            little_endian = "<f4" if values.dtype == np.float32 else "<i4"
-            hasher.update(np.ascontiguousarray(values, little_endian).tobytes())
-    return hasher.hexdigest()[:FINGERPRINT_CHARS]
+def _parse_prompts(column: Iterable[pa.Array]) -> RowSpans:
+    spans = RowSpans()
+    for values in column:
+        spans.append_prompts(values.to_numpy())
+    return spans
 
 
-def _plain_arrays(column: pa.Array) -> list[np.ndarray]:
-    """Take a column apart: a list into the lengths of its lists and what they hold, a struct into its fields."""
-    if pa.types.is_list(column.type):
-        return [column.value_lengths().to_numpy(), *_plain_arrays(column.flatten())]
-    if pa.types.is_struct(column.type):
-        return [column.field(index).to_numpy() for index in range(column.type.num_fields)]
-    return [column.to_numpy()]
+def _parse_spans(column: Iterable[pa.Array]) -> RowSpans:
+    spans = RowSpans()
+    for values in column:
+        of_rows = values.flatten()
+        starts, stops, weights = (of_rows.field(index).to_numpy() for index in range(3))
+        spans.append(values.value_lengths().to_numpy(), starts, stops, weights)
+    return spans
 
 
-def _spans_of(column: Mapping[str, pa.Array]) -> RowSpans:
-    if "loss_start" in column:
-        return RowSpans.of_prompts(column["loss_start"].to_numpy())
-    return RowSpans.of_counts(*_plain_arrays(column["spans"]))
+def _parse_labels(column: Iterable[pa.Array]) -> RowLabels:
+    labels: RowLabels | None = None
+    for values in column:
+        counts = values.value_lengths().to_numpy()
+        if labels is None:
+            labels = RowLabels(int(counts[0]) if len(counts) else 0)
+        if (counts != labels.num_labels).any():
+            raise ValueError("its rows have different numbers of labels")
+        labels.append(values.flatten().to_numpy().reshape(len(values), labels.num_labels))
+    return RowLabels() if labels is None else labels
 
 
-def _labels_of(column: Mapping[str, pa.Array], num_rows: int) -> np.ndarray:
-    if "labels" not in column:
-        return np.zeros((num_rows, 0), np.float32)
-    counts, values = _plain_arrays(column["labels"])
-    if (counts != counts[:1]).any():
-        raise ValueError("its rows have different numbers of labels")
-    return values.reshape(num_rows, -1 if num_rows else 0)
-
-
-def _span_lists(spans: RowSpans) -> pa.Array:
+def _span_lists(spans: SpanSlice) -> pa.Array:
     fields = [pa.array(values) for values in (spans.starts, spans.stops, spans.weights)]
-    offsets = pa.array(spans.offsets.astype(np.int32))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(spans.counts)]).astype(np.int32))
     return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(fields, fields=list(_SPAN))).cast(
         _SPANS.field("spans").type
     )
 
 
-def _label_array(labels: Iterable[Sequence[float]], num_rows: int) -> np.ndarray:
-    """Lay the labels of all rows, float32 [rows, labels]."""
-    rows = list(labels) or [()] * num_rows
-    lengths = sorted(set(map(len, rows)))
-    if len(rows) != num_rows or len(lengths) > 1:
-        raise ValueError(f"{num_rows} rows need as many labels each, got {len(rows)} with {lengths} labels")
-    # A zero has one sign, so that equal labels have equal bytes.
-    values = np.array(rows, np.float32).reshape(num_rows, -1 if num_rows else 0) + np.float32(0)
-    if not np.isfinite(values).all():
-        raise ValueError("a label of a row is not a finite number")
-    return values
+def _label_lists(labels: np.ndarray) -> pa.Array:
+    num_rows, num_labels = labels.shape
+    offsets = pa.array((np.arange(num_rows + 1) * num_labels).astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, pa.array(labels.reshape(-1))).cast(_SPANS.field("labels").type)
+
+
+def _row_ids(found: RowLines) -> Iterator[np.ndarray]:
+    return (lines["row"] for lines in found.lines.slices())
+
+
+def _json(provenance: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(provenance), sort_keys=True).encode()

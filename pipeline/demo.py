@@ -6,7 +6,7 @@ stages on `configs/demo.yaml`, as anybody would run them.
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -158,7 +158,7 @@ def _train_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, checkpoints
 class _TokenRows(Dataset[dict[str, Any]]):
     """Rows of token ids as a causal language model's Trainer takes them."""
 
-    def __init__(self, rows: list[Any]) -> None:
+    def __init__(self, rows: Sequence[Any]) -> None:
         self._rows = rows
 
     def __len__(self) -> int:

@@ -9,7 +9,9 @@ from coldstill.cache.store import CONSTANTS, ROOT_METADATA, open_store, store_pa
 from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.estimates.budget import LogitsOption, Proposal, proposals
 from coldstill.pipeline.estimates.target_options import KindPlan, measure_hidden, measure_kinds
+from coldstill.pipeline.estimates.teacher_memory import TeacherMemory
 from coldstill.pipeline.estimates.trial import Trial, trial_of
+from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.stage_one.dry_run import ColumnCost, dry_run
 from coldstill.pipeline.targets.kinds import parse_target, teacher_targets
@@ -43,6 +45,7 @@ class Plan:
         constant_bytes: What the store lacks of what it holds once: output head and calibrations.
         missing_bytes: What is written in all.
         free_bytes: Room where the store is; None where that does not say.
+        teacher: What the teacher takes in memory.
         tokens_per_s: Of stage one.
         hours: Of stage one, loading aside.
         train_memory_bytes: The most memory that training holds.
@@ -59,6 +62,7 @@ class Plan:
     constant_bytes: int
     missing_bytes: int
     free_bytes: int | None
+    teacher: TeacherMemory
     tokens_per_s: float
     hours: float
     train_memory_bytes: int
@@ -81,6 +85,7 @@ def plan(recipe: Recipe, *, budget_bytes: int | None = None, num_rows: int = 16,
         ColdstillError: Something in the recipe cannot be carried out.
     """
     needed = dry_run(recipe, trains_here=True)  # a trial of a few steps
+    teacher = TeacherMemory.of(Teacher.locate(recipe.teacher))
     with trial_of(recipe, num_rows=num_rows, show_progress=show_progress) as trial:
         per_token = trial.bytes_per_token()
         columns = [_column_plan(cost, per_token) for cost in needed.columns]
@@ -101,6 +106,7 @@ def plan(recipe: Recipe, *, budget_bytes: int | None = None, num_rows: int = 16,
         constant_bytes=constant_bytes,
         missing_bytes=sum(column.missing_bytes for column in columns) + constant_bytes,
         free_bytes=open_objects(recipe.cache).free_bytes(),
+        teacher=teacher,
         tokens_per_s=tokens_per_s,
         hours=needed.computed_tokens / tokens_per_s / 3600,
         train_memory_bytes=memory,

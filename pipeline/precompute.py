@@ -17,7 +17,8 @@ from coldstill.pipeline.stage_one.requests import (
     RecipeRows,
     Request,
     blocks_to_store,
-    gather,
+    find_rows,
+    locate_teacher,
     needed_targets,
     require_stored,
 )
@@ -113,8 +114,9 @@ def _precompute(
 ) -> PrecomputeSummary:
     share = share or launched_share()
     require_stored(recipes)
-    teacher, gathered = gather(recipes)
+    teacher = locate_teacher(recipes)
     with first_process_first():
+        gathered = find_rows(recipes, teacher, show_progress=show_progress)
         requests = [_request(item, teacher) for item in gathered]
         work = StoreWork(recipes[0].cache, teacher)
         demands = work.register(requests)

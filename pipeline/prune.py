@@ -2,9 +2,9 @@
 
 from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.rows.building import build_rows
 from coldstill.pipeline.runtime.interruptions import what_stays
 from coldstill.pipeline.stage_one.preflight import check_before_teacher
+from coldstill.pipeline.stage_one.requests import recipe_rows
 from coldstill.pipeline.students.preparing import PreparedStudent, check_student, prepare_student
 
 
@@ -18,5 +18,4 @@ def prune(recipe: Recipe) -> PreparedStudent:
         teacher = Teacher.locate(recipe.teacher)
         check_student(recipe, teacher)
         check_before_teacher(recipe, teacher)
-        train_rows, _ = build_rows(recipe.data, teacher.tokenizer)
-        return prepare_student(recipe, teacher, train_rows)
+        return prepare_student(recipe, teacher, recipe_rows(recipe, teacher)["train"])

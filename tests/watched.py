@@ -28,11 +28,11 @@ def wanted(
 
 
 def main() -> None:
-    import coldstill.cache.rows
+    import coldstill.cache.laying
     import coldstill.cli
 
     told: dict[str, Any] = json.loads(sys.argv.pop(1))
-    coldstill.cache.rows.SHARD_TOKENS = told["shard_tokens"]
+    coldstill.cache.laying.SHARD_TOKENS = told["shard_tokens"]
     if told["commits"] is not None:
         _list_commits(told["commits"])
     if told["kill_at"] is not None:

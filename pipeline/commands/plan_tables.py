@@ -40,12 +40,24 @@ def _plan_table(result: "Plan") -> Table:
 def _plan_lines(result: "Plan") -> Iterator[str]:
     free = "" if result.free_bytes is None else f"; {format_size(result.free_bytes)} free"
     yield f"to write   {format_size(result.missing_bytes)} in {result.store}{free}"
+    yield f"teacher    {_teacher_memory(result)}"
     if result.missing_tokens:
         hours = f"{result.hours:,.1f} h" if result.hours >= 1 else f"{result.hours * 60:,.1f} min"
         yield f"stage one  {result.missing_tokens:,} tokens at {result.tokens_per_s:,.0f} tokens/s: {hours}"
     else:
         yield "stage one  nothing: all columns are complete"
     yield f"stage two  {format_size(result.train_memory_bytes)} of memory"
+
+
+def _teacher_memory(result: "Plan") -> str:
+    teacher = result.teacher
+    size = format_size(teacher.weight_bytes)
+    if teacher.super_batch_tokens is None:
+        return f"{teacher.placement}, {size} of weights in memory"
+    return (
+        f"streamed, two of its {teacher.num_blocks} blocks at a time, {size} of weights in memory; up to "
+        f"{teacher.super_batch_tokens:,} tokens pass a block together, as many as its reading takes to hide"
+    )
 
 
 def _kinds_table(result: "Plan") -> Table:

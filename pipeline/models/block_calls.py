@@ -3,7 +3,7 @@
 Shapes: B rows, T positions, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coldstill.pipeline.models.forward import block_input, block_output, padded_batches
+from coldstill.pipeline.models.forward import block_input, block_output, model_inputs, padded_batches
 from coldstill.pipeline.models.structure import ModelParts
 
 # Of the last state, by norm: how far blocks that are run by themselves may end from it, in bfloat16 too.
@@ -34,10 +34,31 @@ class BlockCall:
         return BlockCall(_in_float32(self.args), _in_float32(self.kwargs))
 
 
-def block_calls(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, list[BlockCall]]:
-    """Return the stream in front of the first block, [B, T, D], and how each block is called.
+@dataclass(frozen=True)
+class Entered:
+    """A batch behind a model's first block.
+
+    Attributes:
+        front_BTD: The stream in front of the first block.
+        behind_BTD: The stream behind it.
+        calls: How each block is called.
+        rest: What blocks return behind the stream; None where they return the stream alone.
+    """
+
+    front_BTD: Tensor
+    behind_BTD: Tensor
+    calls: list[BlockCall]
+    rest: tuple[Any, ...] | None
+
+
+def enter(parts: ModelParts, inputs: Mapping[str, Any]) -> Entered:
+    """Run a batch through a model's first block, and record how each block is called.
 
     The model's own body runs once, without the work of its blocks: all but the first hand on what they are given.
+
+    Args:
+        parts: The model.
+        inputs: What `coldstill.pipeline.models.forward.model_inputs` gives.
     """
     streams: list[Tensor] = []
     calls: list[BlockCall] = []
@@ -47,13 +68,46 @@ def block_calls(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Ten
         calls.append(BlockCall(args[1:], {key: value for key, value in kwargs.items() if value is not streams[-1]}))
 
     handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in parts.blocks]
+    first: list[Any] = []
+    handles.append(parts.blocks[0].register_forward_hook(lambda _module, _args, output: first.append(output)))
+
+    def hand_on(*args: Any, **kwargs: Any) -> Any:
+        return _in_form(block_input(args, kwargs), _rest_of(first[0]))
+
     try:
-        with _standing_in(parts.blocks):
-            parts.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
+        with _standing_in(parts.blocks[1:], hand_on):
+            parts.body(**inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return streams[0], calls
+    return Entered(streams[0], block_output(first[0]), calls, _rest_of(first[0]))
+
+
+def leave(parts: ModelParts, inputs: Mapping[str, Any], stream_BTD: Tensor, rest: tuple[Any, ...] | None) -> Tensor:
+    """Return the last state that a model's body makes of the stream behind its last block, [B, T, D].
+
+    The body runs once more, without any work of its blocks: each gives this stream.
+
+    Args:
+        parts: The model.
+        inputs: What the batch entered with.
+        stream_BTD: The stream.
+        rest: What `enter` found that blocks return behind it.
+    """
+    with _standing_in(parts.blocks, lambda *_args, **_kwargs: _in_form(stream_BTD, rest)):
+        state_BTD: Tensor = parts.body(**inputs).last_hidden_state
+    return state_BTD
+
+
+def block_calls(parts: ModelParts, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    """Return the stream in front of the first block, [B, T, D], and how each block is called."""
+    entered = enter(parts, model_inputs(ids_BT, mask_BT.long()))
+    return entered.front_BTD, entered.calls
+
+
+def stands_in(block: nn.Module) -> bool:
+    """Whether something else is done at the moment in the place of a block's work."""
+    return isinstance(vars(block).get("forward"), _StandIn)
 
 
 @torch.inference_mode()
@@ -90,24 +144,35 @@ def _in_float32(value: Any) -> Any:
     return value
 
 
+@dataclass(frozen=True)
+class _StandIn:
+    """A forward in the place of a block's own."""
+
+    forward: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+
 @contextmanager
-def _standing_in(blocks: nn.ModuleList) -> Iterator[None]:
-    """Let all blocks but the first hand on the stream, in the form in which the first gives it."""
-    first: list[Any] = []
-    handle = blocks[0].register_forward_hook(lambda _module, _args, output: first.append(output))
-
-    def hand_on(*args: Any, **kwargs: Any) -> Any:
-        stream = block_input(args, kwargs)
-        return (stream, *first[0][1:]) if isinstance(first[0], tuple) else stream
-
-    own = [vars(block).get("forward") for block in blocks]  # accelerate's, where it moves blocks between devices
+def _standing_in(blocks: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Let something else be done in the place of some blocks' work while the context is open."""
+    own = [(block, vars(block).get("forward")) for block in blocks]  # accelerate's, where it moves them to a device
     try:
-        for block in blocks[1:]:
-            block.forward = hand_on
+        for block, _ in own:
+            block.forward = _StandIn(forward)
         yield
     finally:
-        handle.remove()
-        for block, forward in zip(blocks[1:], own[1:], strict=True):
+        for block, of_block in own:
             del block.forward
-            if forward is not None:
-                block.forward = forward
+            if of_block is not None:
+                block.forward = of_block
+
+
+def _rest_of(output: Any) -> tuple[Any, ...] | None:
+    return output[1:] if isinstance(output, tuple) else None
+
+
+def _in_form(stream_BTD: Tensor, rest: tuple[Any, ...] | None) -> Any:
+    """Return a stream as blocks return it."""
+    return stream_BTD if rest is None else (stream_BTD, *rest)

@@ -13,6 +13,8 @@ import torch
 from accelerate.utils import convert_to_fp32, recursively_apply
 from torch import Tensor, nn
 
+from coldstill.pipeline.models.block_calls import stands_in
+
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -31,7 +33,7 @@ class _Widened:
     """Widens a block's weights and inputs in front of it, and narrows its weights and outputs behind it."""
 
     def __init__(self, block: nn.Module) -> None:
-        self._weights = [weight for weight in (*block.parameters(), *block.buffers()) if weight.dtype in _HALF]
+        self._weights: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._handles = [
             block.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -44,7 +46,12 @@ class _Widened:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if stands_in(block):
+            self._weights = []  # nothing of this block is at work
+            return args, kwargs
+        # Looked for now: a block may get its weights only when it is called.
+        self._weights = [weight for weight in (*block.parameters(), *block.buffers()) if weight.dtype in _HALF]
         self._kept = [weight.data for weight in self._weights]
         for weight in self._weights:
             weight.data = weight.data.float()

@@ -120,20 +120,46 @@ def run_body(
     Returns:
         The stream [B, T, D] by place, and what was taken, [B, T, ...].
     """
-    groups = rows_by_side(inputs, switches)
-    if not groups:
+    sides_of = RowSides.of(inputs, switches)
+    runs = []
+    for of_side in sides_of.inputs:
         with block_outputs(blocks, wanted) as outputs:
-            return outputs, take(body(**inputs))
-    num_positions = inputs["input_ids"].shape[1]
-    parts = [run_body(body, blocks, _part(inputs, *group), wanted, switches=(), take=take) for group in groups]
-    order = torch.cat([rows for rows, _ in groups]).argsort()
+            runs.append((outputs, take(body(**of_side))))
+    outputs = {place: sides_of.join([of_run[place] for of_run, _ in runs]) for place in wanted}
+    return outputs, sides_of.join([taken for _, taken in runs])
 
-    def whole(of_groups: Sequence[Tensor]) -> Tensor:
-        padding = [(0, 0) * (part.dim() - 2) + (0, num_positions - part.shape[1]) for part in of_groups]
-        return torch.cat([F.pad(part, pad) for part, pad in zip(of_groups, padding, strict=True)])[order]
 
-    outputs = {block: whole([of_group[block] for of_group, _ in parts]) for block in wanted}
-    return outputs, whole([taken for _, taken in parts])
+@dataclass(frozen=True)
+class RowSides:
+    """A batch, in parts that a model may run: its rows on each side of the model's switches; mostly the batch itself.
+
+    Attributes:
+        inputs: Of each part, as `model_inputs` gives them.
+        order: Where each row of the batch is among the rows of all parts; None where there is one part.
+        num_positions: T of the batch.
+    """
+
+    inputs: Sequence[Mapping[str, Any]]
+    order: Tensor | None
+    num_positions: int
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], switches: Sequence[int]) -> "RowSides":
+        """Part a batch, given what `rope_switches` gives of the model."""
+        groups, num_positions = rows_by_side(inputs, switches), inputs["input_ids"].shape[1]
+        if not groups:
+            return cls([inputs], None, num_positions)
+        order = torch.cat([rows for rows, _ in groups]).argsort()
+        return cls([_part(inputs, rows, end) for rows, end in groups], order, num_positions)
+
+    def join(self, of_parts: Sequence[Tensor]) -> Tensor:
+        """Lay what came of the parts, [B, T, ...] each, side by side as the batch is."""
+        if self.order is None:
+            (of_batch,) = of_parts
+            return of_batch
+        padding = [(0, 0) * (part.dim() - 2) + (0, self.num_positions - part.shape[1]) for part in of_parts]
+        padded = [F.pad(part, pad) for part, pad in zip(of_parts, padding, strict=True)]
+        return torch.cat(padded)[self.order.to(padded[0].device)]
 
 
 def _part(inputs: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """Which model it is: by the content of its config and of its safetensors files, never by its path or its date."""
 
 import hashlib
-import json
 import math
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +9,7 @@ from typing import Any, BinaryIO
 from transformers import PreTrainedConfig
 
 from coldstill.cache.identity import digest_of
+from coldstill.pipeline.models.tensor_files import cut_short, header_of
 from coldstill.pipeline.runtime.errors import ModelError
 
 # Fields of a model's config that say nothing about what it computes.
@@ -18,7 +17,6 @@ _VOLATILE_CONFIG_KEYS = frozenset(
     {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 )
 _HASH_BLOCK_BYTES = 1 << 22
-_LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
 def identify(folder: Path, config: PreTrainedConfig, *, dtype: str) -> dict[str, str]:
@@ -65,29 +63,12 @@ def weights_digest(folder: Path) -> str:
 def _tensor_digests(file: Path) -> dict[str, list[Any]]:
     """Map each tensor of one safetensors file to its dtype, shape and the sha256 of its bytes."""
     digests: dict[str, list[Any]] = {}
+    data_start, entries = header_of(file)
     with file.open("rb") as stream:
-        try:
-            data_start, entries = _read_header(stream)
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{file} is not a safetensors file: {type(error).__name__}: {error}") from None
         for name, dtype, shape, start, end in entries:
             stream.seek(data_start + start)
             digests[name] = [dtype, shape, _hash_stream(stream, end - start, file)]
     return digests
-
-
-def _read_header(stream: BinaryIO) -> tuple[int, list[tuple[str, str, list[int], int, int]]]:
-    """Return where a safetensors file's data starts, and each tensor's name, dtype, shape, start and end within it."""
-    (header_bytes,) = struct.unpack("<Q", stream.read(8))
-    header = json.loads(stream.read(min(header_bytes, _LARGEST_HEADER_BYTES)))
-    header.pop("__metadata__", None)
-    entries = []
-    for name, entry in header.items():
-        start, end = map(int, entry["data_offsets"])
-        if not 0 <= start <= end:
-            raise ValueError(f"tensor {name} has data_offsets {start} to {end}")
-        entries.append((name, entry["dtype"], entry["shape"], start, end))
-    return 8 + header_bytes, entries
 
 
 def _hash_stream(stream: BinaryIO, num_bytes: int, file: Path) -> str:
@@ -95,7 +76,7 @@ def _hash_stream(stream: BinaryIO, num_bytes: int, file: Path) -> str:
     while num_bytes:
         block = stream.read(min(num_bytes, _HASH_BLOCK_BYTES))
         if not block:
-            raise ModelError(f"{file} is cut short: {num_bytes} bytes are missing; download or save it again")
+            raise ModelError(cut_short(file, num_bytes))
         hasher.update(block)
         num_bytes -= len(block)
     return hasher.hexdigest()

@@ -139,33 +139,65 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
 
 
-def load_model(folder: Path, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    folder: Path, *, dtype: str, trust_remote_code: bool = False, is_spread: bool = False
+) -> PreTrainedModel:
     """Load a causal language model from safetensors, all of its weights, on the CPU, in evaluation mode.
+
+    Args:
+        folder: Where its files are.
+        dtype: What it computes in.
+        trust_remote_code: Whether its config may name code of its own.
+        is_spread: Whether accelerate lays its blocks over all devices instead.
 
     Raises:
         ModelError: The folder holds no such model, or not all of its weights: transformers would make up the others. Or
             it holds blocks or parts of blocks that its config does not speak of, or numbers that are not finite.
     """
     load_config(folder, trust_remote_code=trust_remote_code)
+    with loading_errors(folder):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            device_map="auto" if is_spread else None,
+        )
+    check_whole(folder, type(model).__name__, loaded)
+    check_tie(folder, model)
+    if is_spread and {"cpu", "disk"} & set(map(str, model.hf_device_map.values())):
+        raise ModelError(
+            f"{folder} does not fit into the memory of this machine's accelerators together: use teacher.placement "
+            "streamed"
+        )
+    if name := first_non_finite(model.state_dict()):
+        raise ModelError(non_finite(folder, name))
+    return model.eval()
+
+
+@contextlib.contextmanager
+def loading_errors(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises of a folder into one line, and keep its table of what it found to itself.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
     try:
         with _without_loading_report():
-            model, loaded = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-            )
+            yield
+    except ModelError:
+        raise
     except _LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {_reason(error)}") from None
-    _check_whole(folder, type(model).__name__, loaded)
-    _check_tie(folder, model)
-    if name := first_non_finite(model.state_dict()):
-        raise ModelError(f"{folder} has numbers in {name} that are not finite: NaN or infinity; use another checkpoint")
-    return model.eval()
+
+
+def non_finite(folder: Path, name: str) -> str:
+    """Say that a weight in a folder has numbers that are not finite."""
+    return f"{folder} has numbers in {name} that are not finite: NaN or infinity; use another checkpoint"
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -195,7 +227,7 @@ def _other_kind(config: PreTrainedConfig) -> str | None:
 
 @contextlib.contextmanager
 def _without_loading_report() -> Iterator[None]:
-    """Keep transformers from printing a table of what it found and did not find; `_check_whole` says it in a line."""
+    """Keep transformers from printing a table of what it found and did not find; `check_whole` says it in a line."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def is_other(record: logging.LogRecord) -> bool:
@@ -209,8 +241,17 @@ def _without_loading_report() -> Iterator[None]:
         logger.removeFilter(is_other)
 
 
-def _check_whole(folder: Path, name: str, loaded: Mapping[str, Any]) -> None:
-    """Refuse a model of which transformers made up weights, because they were missing or had another shape."""
+def check_whole(folder: Path, name: str, loaded: Mapping[str, Any]) -> None:
+    """Refuse a model of which transformers made up weights, because they were missing or had another shape.
+
+    Args:
+        folder: Where its files are.
+        name: Its class.
+        loaded: What transformers says of loading it.
+
+    Raises:
+        ModelError: It is such a model, or has weights of blocks that its config does not speak of.
+    """
     other_shapes = [
         f"{key} ({list(there)} there, {list(wanted)} by the config)" for key, there, wanted in loaded["mismatched_keys"]
     ]
@@ -230,8 +271,12 @@ def _check_whole(folder: Path, name: str, loaded: Mapping[str, Any]) -> None:
         warnings.warn(f"{folder} has weights that {name} does not use: {_listed(unused)}", stacklevel=3)
 
 
-def _check_tie(folder: Path, model: PreTrainedModel) -> None:
-    """Refuse a model whose config ties the output head to the input embedding where its file has two."""
+def check_tie(folder: Path, model: PreTrainedModel) -> None:
+    """Refuse a model whose config ties the output head to the input embedding where its file has two.
+
+    Raises:
+        ModelError: It is such a model.
+    """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     ties = getattr(text_config(model.config), "tie_word_embeddings", False)
     if ties and head is not None and hasattr(head, "weight") and head.weight is not embedding.weight:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import psutil
 import torch
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
@@ -125,3 +126,14 @@ def is_slow_on_cpu(dtype: str) -> bool:
     """Whether this machine's CPU has no instructions for a dtype, by its name; no where torch does not know."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return dtype in _INSTRUCTIONS and bool(capabilities) and not any(map(capabilities.get, _INSTRUCTIONS[dtype]))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory of a device, or of the host, could be taken now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch holds and does not use is free too.
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return int(psutil.virtual_memory().available)

@@ -7,7 +7,7 @@ embedding, and no position of it sees a later one.
 import inspect
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,22 @@ class Structure:
     body_name: str
 
 
+class BlockLoader(Protocol):
+    """What brings a block its weights, where not all of a model's blocks have theirs at once.
+
+    Attributes:
+        waited_s: How long blocks have waited for their weights so far.
+    """
+
+    waited_s: float
+
+    def bring(self, index: int) -> None:
+        """Let a block have its weights; those of the block that had them go. A block that is called has them anyway."""
+
+    def rest(self) -> None:
+        """Let no block have its weights until one is called."""
+
+
 @dataclass(frozen=True)
 class ModelParts:
     """A causal language model taken apart; every part still belongs to the model.
@@ -43,6 +59,7 @@ class ModelParts:
         blocks: Its decoder blocks; block i of n, 0-based, is what index i means everywhere in Coldstill.
         structure: The names of blocks and body within the model.
         output_head: Post-norm state to logits.
+        loader: What brings the blocks their weights one by one; None where all have them.
     """
 
     model: PreTrainedModel
@@ -50,16 +67,32 @@ class ModelParts:
     blocks: nn.ModuleList
     structure: Structure
     output_head: OutputHead
+    loader: BlockLoader | None = None
 
     @cached_property
     def final_norm(self) -> nn.Module | None:
         """The norm that runs behind the last block; None where none does. Found by running a few tokens, once."""
         return _find_final_norm(self)
 
+    def bring(self, index: int) -> None:
+        """Let a block have its weights, before they are read otherwise than by calling it."""
+        if self.loader is not None:
+            self.loader.bring(index)
+
+    def rest(self) -> None:
+        """Let the blocks' memory go until one is called, where blocks get their weights then anyway."""
+        if self.loader is not None:
+            self.loader.rest()
+
     @property
     def blocks_name(self) -> str:
         """The name of the block list within the model, such as `model.layers`."""
         return self.structure.blocks_name
+
+    @property
+    def device(self) -> torch.device:
+        """Where its last states and logits are."""
+        return self.output_head.weight_VD.device
 
     @property
     def hidden_size(self) -> int:
@@ -172,7 +205,7 @@ def _head_problem(model: PreTrainedModel, structure: Structure, expected: Tensor
     state = body(input_ids=_probe_tokens(model), use_cache=False).last_hidden_state
     got = OutputHead.of_model(model.get_output_embeddings(), text_config(model.config))(state)
     tolerance = _tolerance(model, expected)
-    error = (got - expected).abs().max()
+    error = (got.to(expected.device) - expected).abs().max()
     # A teacher that gives NaN here gives it everywhere; the capture says where it begins.
     if bool(torch.isfinite(expected).all()) and not error <= tolerance:
         return (

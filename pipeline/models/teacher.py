@@ -24,7 +24,9 @@ from coldstill.pipeline.models import (
     text_config,
 )
 from coldstill.pipeline.models.forward import mean_loss
-from coldstill.pipeline.recipe.sections import TeacherConfig
+from coldstill.pipeline.models.placement import WeightBytes, check_placement, choose_placement, is_quantised
+from coldstill.pipeline.models.streaming import load_streamed
+from coldstill.pipeline.recipe.sections import Placement, TeacherConfig
 
 
 @dataclass
@@ -78,10 +80,33 @@ class Teacher:
         return resolve_device(self.section.device)
 
     @cached_property
+    def weights(self) -> WeightBytes:
+        """What its weights take in memory, by the headers of its files."""
+        return WeightBytes.of(self.folder, self.config, dtype=self.dtype)
+
+    @cached_property
+    def placement(self) -> Placement:
+        """How its weights lie in memory: whole, streamed or spread."""
+        return choose_placement(self.section, self.weights, self.device, is_quantised=is_quantised(self.config))
+
+    def check_placement(self) -> None:
+        """Refuse a placement that cannot be on this machine, before anything is loaded.
+
+        Raises:
+            RecipeError: It cannot be.
+            ModelError: A file of its weights is missing or damaged.
+        """
+        check_placement(self.section, self.placement, self.weights, self.device, is_quantised=is_quantised(self.config))
+
+    @cached_property
     def parts(self) -> ModelParts:
         """The model, loaded at the first use."""
-        model = load_model(self.folder, dtype=self.dtype, trust_remote_code=self.section.trust_remote_code)
-        return take_apart(model.to(self.device))
+        trust = self.section.trust_remote_code
+        if self.placement == "streamed":
+            return load_streamed(self.folder, dtype=self.dtype, device=self.device, trust_remote_code=trust)
+        is_spread = self.placement == "spread"
+        model = load_model(self.folder, dtype=self.dtype, trust_remote_code=trust, is_spread=is_spread)
+        return take_apart(model if is_spread else model.to(self.device))
 
     @property
     def is_loaded(self) -> bool:

@@ -21,6 +21,15 @@ _REPLACED = ("checkpoints", "student", "adapters")
 KEYS = ("output", "cache", "local_copy")
 
 
+def beside_stores(recipe: Recipe) -> Path:
+    """Return the local folder of what is kept beside the stores, or is a copy of it where these are remote."""
+    if "://" not in recipe.cache:
+        return Path(recipe.cache)
+    if recipe.local_copy is not None:
+        return Path(recipe.local_copy)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coldstill"
+
+
 def check_places(recipe: Recipe, *, models: Mapping[str, Path], written: Collection[str] = KEYS) -> None:
     """Refuse folders that cannot be written, lie in each other, or whose content a run would replace.
 

@@ -12,7 +12,9 @@ from coldstill.pipeline.recipe.sections import Recipe
 STUDENT = "student"
 # Pruned students are kept beside the stores, each in a folder of this one; the index leads to them by the kind.
 PRUNED_STUDENTS = "students"
-KEPT_FOLDERS = {STUDENT: PRUNED_STUDENTS}
+# Rows that were made of a data section, each in a folder of this one.
+KEPT_ROWS = "rows"
+KEPT_FOLDERS = {STUDENT: PRUNED_STUDENTS, "data": KEPT_ROWS}
 # In the provenance of a selection whose rows are of several sources: the label of each, and how many rows, in order.
 DOMAINS = "domains"
 

@@ -28,6 +28,7 @@ MappingStrategy = Literal["uniform", "last", "kept", "covered", "stride", "endpo
 ProjectorKind = Literal["auto", "linear", "mlp", "none"]
 LogitsKind = Literal["topk", "topk_sampled", "final", "none"]
 TargetSource = Literal["stored", "live"]
+Placement = Literal["auto", "whole", "streamed", "spread"]
 
 
 class TeacherConfig(Section):
@@ -37,6 +38,7 @@ class TeacherConfig(Section):
     revision: str | None = None
     dtype: Dtype = "auto"
     device: str = "auto"
+    placement: Placement = later("auto")
     batch_size: Count = 8
     trust_remote_code: bool = False
 
@@ -258,6 +260,8 @@ class Recipe(Section):
         """Say which keys are not as they are by default and yet have no effect, each with the reason."""
         loss = self.loss
         idle = self.targets.idle_keys()
+        if self.teacher.placement == "spread" and "device" in _changed(self.teacher):
+            idle.append("teacher.device has no effect: placement is spread")
         if "prompt_weight" in _changed(self.data) and not self.data.has_prompts:
             idle.append("data.prompt_weight has no effect: no source names a prompt_column")
         if not loss.ever("delta") and "dynamics" in _changed(loss):

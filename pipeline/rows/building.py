@@ -10,72 +10,45 @@ several sources, each is read so, and train leaves out what any of them has.
 import hashlib
 import itertools
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from coldstill.cache.identity import row_id
+from coldstill.cache.row_lines import id_array
 from coldstill.cache.spans import Span
 from coldstill.pipeline.recipe.data import DataConfig, SourceConfig
 from coldstill.pipeline.rows.faults import source_name
-from coldstill.pipeline.rows.sources import Document, load_documents
+from coldstill.pipeline.rows.kept_rows import EVAL_FILE, TRAIN_FILE, RowCounts, Rows, RowsPlace, make_once
+from coldstill.pipeline.rows.row_files import Row, RowFile, RowWriter, batch_rows
+from coldstill.pipeline.rows.tokenised_sources import tokenised_documents
 from coldstill.pipeline.rows.tokenising import DocumentTokenizer, TokenisedDocument
 from coldstill.pipeline.runtime.errors import DataError
 
-_TOKENISED_AT_ONCE = 64
+# How many documents of packed rows are counted at once. It shows in `num_documents`, and so in the names of
+# selections: a version keeps to it.
+_COUNTED_AT_ONCE = 64
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row, and what the run says of it.
-
-    Attributes:
-        tokens: Its token ids [T], uint32; they alone are its identity in a store.
-        spans: What its tokens weigh in a loss, ascending and disjoint; 1 where no span covers them.
-        labels: Its own labels, as many for every row of a split.
-    """
-
-    tokens: np.ndarray
-    spans: tuple[Span, ...] = ()
-    labels: tuple[float, ...] = ()
-
-
-@dataclass
-class Rows:
-    """The rows of one split.
-
-    Attributes:
-        rows: The rows, in order.
-        num_documents: How many documents were read for them; with one source, those of eval are among train's.
-        num_shared: How many documents and rows were left out because eval has them.
-        num_filled: How many documents were left out because their prompt alone fills a row.
-        shortest_filling: Tokens of the shortest of these prompts; 0 where there are none.
-        domains: Where the rows are of several sources: the label of each, in the order of their rows, with how many.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-    num_documents: int = 0
-    num_shared: int = 0
-    num_filled: int = 0
-    shortest_filling: int = 0
-    domains: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def tokens(self) -> list[np.ndarray]:
-        """Each row's token ids, [T], uint32."""
-        return [row.tokens for row in self.rows]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all rows."""
-        return sum(len(row.tokens) for row in self.rows)
-
-
-def build_rows(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
+def build_rows(
+    data: DataConfig,
+    tokenizer: Any,
+    *,
+    keep_in: RowsPlace | None = None,
+    is_dry: bool = False,
+    show_progress: bool = False,
+) -> tuple[Rows, Rows]:
     """Return the train rows and the eval rows of a recipe's data section.
+
+    Args:
+        data: The data section.
+        tokenizer: Its tokenizer.
+        keep_in: Where rows are kept by content, so that those that were made before are found; None to make them for
+            this process alone.
+        is_dry: Whether to keep nothing that is not kept yet.
+        show_progress: Whether to show progress bars, where it takes a while.
 
     Raises:
         DataError: A source is missing or empty, has no such column, or gives no row.
@@ -86,23 +59,20 @@ def build_rows(data: DataConfig, tokenizer: Any) -> tuple[Rows, Rows]:
             "name its eos_token in the teacher's tokenizer_config.json, or set data.append_eos: false",
             stacklevel=2,
         )
-    train, of_sources = _read(data, tokenizer)
-    held_out = _joined(of_sources, data.eval_labels)
-    _drop_shared_rows(train, held_out)
-    names = [f"data.eval {label}" for label in data.eval_labels] or ["data.eval"]
-    for name, source, rows in (
-        *zip(names, data.eval_sources, of_sources, strict=True),
-        ("data.train", data.train, train),
-    ):
-        if not rows.rows:
-            raise DataError(f"{name} gives no row: {_why_no_row(source, rows, data, is_train=rows is train)}")
-        if rows.num_filled:
+
+    def build(folder: Path) -> tuple[RowCounts, list[RowCounts]]:
+        return _Building(data, tokenizer, folder, show_progress=show_progress).build()
+
+    digest = tokenizer_digest(tokenizer)
+    made = make_once(data, tokenizer, digest, build, keep_in=keep_in, is_dry=is_dry, show_progress=show_progress)
+    for name, _, counts in _named(data, made.train.counts, made.of_sources):
+        if counts.num_filled:
             warnings.warn(
-                f"{name}: {rows.num_filled} of {rows.num_documents} documents are left out, because their prompt "
+                f"{name}: {counts.num_filled} of {counts.num_documents} documents are left out, because their prompt "
                 f"alone fills a row of {data.sequence_length} tokens; raise data.sequence_length to keep them",
                 stacklevel=2,
             )
-    return train, held_out
+    return made.train, made.held_out
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -112,60 +82,132 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _named(
+    data: DataConfig, train: RowCounts, of_sources: list[RowCounts]
+) -> Iterator[tuple[str, SourceConfig, RowCounts]]:
+    """Yield each source, what errors call it, and what was counted of it."""
+    names = [f"data.eval {label}" for label in data.eval_labels] or ["data.eval"]
+    yield from zip(names, data.eval_sources, of_sources, strict=True)
+    yield "data.train", data.train, train
+
+
 def _shared_source(data: DataConfig) -> SourceConfig | None:
     """Return the source of eval rows that train reads too; None where there is none."""
     return next((source for source in data.eval_sources if source.origin() == data.train.origin()), None)
 
 
-def _read(data: DataConfig, tokenizer: Any) -> tuple[Rows, list[Rows]]:
-    """Return the train rows, and the eval rows of each source."""
-    train, of_sources, known = Rows(), [Rows() for _ in data.eval_sources], _EvalDocuments()
-    shared = _shared_source(data)
-    for source, rows in zip(data.eval_sources, of_sources, strict=True):
-        if source is not shared:
-            documents = _count(known.remember(load_documents(source)), rows)
-            _take(_cut(_tokenise(documents, data, tokenizer), data, rows), source.max_rows, rows)
-    if shared is None:
-        documents = _count(known.without(load_documents(data.train), train), train)
-        _take(_cut(_tokenise(documents, data, tokenizer), data, train), data.train.max_rows, train)
-    else:
-        _read_shared(shared, of_sources[data.eval_sources.index(shared)], train, known, data, tokenizer)
-    return train, of_sources
+class _Building:
+    """Makes the rows of a data section in a folder.
 
+    Args:
+        data: The data section.
+        tokenizer: Its tokenizer.
+        folder: The folder.
+        show_progress: Whether to show progress bars, where it takes a while.
+    """
 
-def _read_shared(
-    shared: SourceConfig, held_out: Rows, train: Rows, known: "_EvalDocuments", data: DataConfig, tokenizer: Any
-) -> None:
-    """Cut one stream of documents in two; its counter of documents is train's, which reads to the end."""
-    documents = _tokenise(_count(load_documents(data.train), train), data, tokenizer)
-    rest: deque[int] = deque()
-    _take(_cut(known.remember(documents), data, held_out, rest), shared.max_rows, held_out)
-    held_out.num_documents = train.num_documents
-    if rest and known.ends_in_a_copy:
-        # The end of this document stands in eval already, with its first copy.
-        rest.clear()
-        train.num_shared += 1
-    _take(_cut(known.without(documents, train), data, train, rest), data.train.max_rows, train)
+    def __init__(self, data: DataConfig, tokenizer: Any, folder: Path, *, show_progress: bool) -> None:
+        self._data = data
+        self._tokenizer = DocumentTokenizer(tokenizer, append_eos=data.append_eos)
+        self._folder = folder
+        self._show_progress = show_progress
+        self._known = _EvalDocuments()
+        self._train = RowCounts()
+        self._of_sources = [RowCounts() for _ in data.eval_sources]
 
+    def build(self) -> tuple[RowCounts, list[RowCounts]]:
+        """Return what was counted of train and of each source of eval rows.
 
-def _joined(of_sources: Sequence[Rows], labels: Sequence[str]) -> Rows:
-    """Lay the eval rows of all sources behind one another; those of a source that is no list are what they are."""
-    if not labels:
-        (held_out,) = of_sources
-        return held_out
-    return Rows(
-        rows=[row for rows in of_sources for row in rows.rows],
-        num_documents=sum(rows.num_documents for rows in of_sources),
-        domains={label: len(rows.rows) for label, rows in zip(labels, of_sources, strict=True)},
-    )
+        Raises:
+            DataError: A source is missing or empty, has no such column, or gives no row.
+        """
+        data, shared = self._data, _shared_source(self._data)
+        for index, source in enumerate(data.eval_sources):
+            if source is not shared:
+                documents = self._counted(self._known.remember(self._documents(source)), self._of_sources[index])
+                self._write(self._eval_file(index), source.max_rows, documents, self._of_sources[index])
+        if shared is None:
+            self._join()
+            documents = self._counted(self._known.without(self._documents(data.train), self._train), self._train)
+            self._write_train(documents, _Rest())
+        else:
+            self._build_shared(data.eval_sources.index(shared), shared)
+        for name, source, counts in _named(data, self._train, self._of_sources):
+            if not counts.num_rows:
+                is_train = counts is self._train
+                raise DataError(f"{name} gives no row: {_why_no_row(source, counts, data, is_train=is_train)}")
+        return self._train, self._of_sources
 
+    def _build_shared(self, index: int, shared: SourceConfig) -> None:
+        """Cut one stream of documents in two; its counter of documents is train's, which reads to the end."""
+        held_out, train, rest = self._of_sources[index], self._train, _Rest()
+        documents = self._counted(self._documents(self._data.train), train)
+        self._write(self._eval_file(index), shared.max_rows, self._known.remember(documents), held_out, rest)
+        held_out.num_documents = train.num_documents
+        self._join()
+        if rest.num_tokens and self._known.ends_in_a_copy:
+            # The end of this document stands in eval already, with its first copy.
+            rest = _Rest()
+            train.num_shared += 1
+        self._write_train(self._known.without(documents, train), rest)
 
-class _Keyed(Protocol):
-    @property
-    def key(self) -> bytes | None: ...
+    def _documents(self, source: SourceConfig) -> Iterator[TokenisedDocument]:
+        return tokenised_documents(source, self._tokenizer, scratch=self._folder, show_progress=self._show_progress)
 
+    def _counted(self, documents: Iterable[TokenisedDocument], counts: RowCounts) -> Iterator[TokenisedDocument]:
+        """Yield documents, and count so many at once as are read at once."""
+        at_once, iterator = _COUNTED_AT_ONCE if self._data.packing else 1, iter(documents)
+        while some := list(itertools.islice(iterator, at_once)):
+            counts.num_documents += len(some)
+            yield from some
 
-_Document = TypeVar("_Document", bound=_Keyed)
+    def _write_train(self, documents: Iterator[TokenisedDocument], rest: "_Rest") -> None:
+        held_out = self._rows(EVAL_FILE, sum(counts.num_rows for counts in self._of_sources))
+        without = {row for places in held_out.places() for row in id_array(places["row"]).to_pylist()}
+        self._write(TRAIN_FILE, self._data.train.max_rows, documents, self._train, rest, without=without)
+
+    def _write(
+        self,
+        name: str,
+        max_rows: int | None,
+        documents: Iterator[TokenisedDocument],
+        counts: RowCounts,
+        rest: "_Rest | None" = None,
+        *,
+        without: Iterable[bytes] = (),
+    ) -> None:
+        """Cut documents into rows, and write these; `rest` is what packing left of the rows before, and leaves now."""
+        writer = self._writer(name, frozenset(without))
+        if self._data.packing:
+            _pack(writer, documents, self._data.sequence_length, max_rows, _Rest() if rest is None else rest)
+        else:
+            for row in itertools.islice(_document_rows(documents, self._data, counts), max_rows):
+                writer.append(row)
+        writer.close()
+        counts.num_rows, counts.num_tokens, counts.largest_id = writer.num_rows, writer.num_tokens, writer.largest_id
+        counts.num_shared += writer.num_left_out
+
+    def _writer(self, name: str, without: frozenset[bytes] = frozenset()) -> RowWriter:
+        return RowWriter(self._folder / name, batch_rows(self._data.sequence_length), without=without)
+
+    def _rows(self, name: str, num_rows: int) -> RowFile:
+        path, num_batch_rows = self._folder / name, batch_rows(self._data.sequence_length)
+        return RowFile(path, num_rows=num_rows, num_batch_rows=num_batch_rows)
+
+    def _eval_file(self, index: int) -> str:
+        return EVAL_FILE if len(self._of_sources) == 1 else f"eval-{index}.arrow"
+
+    def _join(self) -> None:
+        """Lay the eval rows of all sources behind one another."""
+        if len(self._of_sources) == 1:
+            return
+        joined = self._writer(EVAL_FILE)
+        for index, counts in enumerate(self._of_sources):
+            of_source = self._rows(self._eval_file(index), counts.num_rows)
+            for place in range(counts.num_rows):
+                joined.append(of_source.row(place))
+            of_source.path.unlink()
+        joined.close()
 
 
 class _EvalDocuments:
@@ -179,7 +221,7 @@ class _EvalDocuments:
         self._keys: set[bytes] = set()
         self.ends_in_a_copy = False
 
-    def remember(self, documents: Iterable[_Document]) -> Iterator[_Document]:
+    def remember(self, documents: Iterable[TokenisedDocument]) -> Iterator[TokenisedDocument]:
         """Yield the documents, and note each one that is asked for."""
         for document in documents:
             self.ends_in_a_copy = document.key in self._keys
@@ -187,78 +229,84 @@ class _EvalDocuments:
                 self._keys.add(document.key)
             yield document
 
-    def without(self, documents: Iterable[_Document], rows: Rows) -> Iterator[_Document]:
+    def without(self, documents: Iterable[TokenisedDocument], counts: RowCounts) -> Iterator[TokenisedDocument]:
         """Yield the documents that were not noted."""
         for document in documents:
             if document.key in self._keys:
-                rows.num_shared += 1
+                counts.num_shared += 1
             else:
                 yield document
 
 
-def _count(documents: Iterable[Document], rows: Rows) -> Iterator[Document]:
-    for document in documents:
-        rows.num_documents += 1
-        yield document
+@dataclass
+class _Rest:
+    """Tokens that are no row yet.
+
+    Attributes:
+        parts: Of documents, in order.
+        num_tokens: How many they are.
+    """
+
+    parts: list[np.ndarray] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        self.parts.append(tokens)
+        self.num_tokens += len(tokens)
+
+    def take(self, num_tokens: int) -> np.ndarray:
+        """Return the first tokens, and keep the others."""
+        tokens = np.concatenate(self.parts)
+        self.parts, self.num_tokens = [tokens[num_tokens:]], self.num_tokens - num_tokens
+        return tokens[:num_tokens]
 
 
-def _tokenise(documents: Iterable[Document], data: DataConfig, tokenizer: Any) -> Iterator[TokenisedDocument]:
-    # How far this reads ahead shows in `num_documents`, and so in the names of selections: a version keeps to it.
-    at_once = _TOKENISED_AT_ONCE if data.packing else 1
-    return DocumentTokenizer(tokenizer, append_eos=data.append_eos).tokenise(documents, at_once=at_once)
-
-
-def _cut(
-    documents: Iterable[TokenisedDocument], data: DataConfig, rows: Rows, rest: deque[int] | None = None
-) -> Iterator[Row]:
-    """Cut documents into rows; `rest` is what packing left of the rows before."""
-    if data.packing:
-        return _packed_rows(documents, data.sequence_length, deque() if rest is None else rest)
-    return _document_rows(documents, data, rows)
-
-
-def _packed_rows(documents: Iterable[TokenisedDocument], length: int, rest: deque[int]) -> Iterator[Row]:
+def _pack(
+    writer: RowWriter, documents: Iterator[TokenisedDocument], length: int, max_rows: int | None, rest: _Rest
+) -> None:
     """Cut one long stream of documents into rows of exactly one length; the last, shorter piece stays in `rest`."""
-    # What is left may be rows already, where the last document is long.
-    for ids in itertools.chain([[]], (document.ids for document in documents)):
-        rest.extend(ids)
-        while len(rest) >= length:
-            yield Row(np.array([rest.popleft() for _ in range(length)], dtype=np.uint32))
+    num_left = max_rows
+    while True:
+        # What is left may be rows already, where the last document is long.
+        num_rows = rest.num_tokens // length if num_left is None else min(rest.num_tokens // length, num_left)
+        if num_rows:
+            writer.append_equal(rest.take(num_rows * length).reshape(num_rows, length))
+            num_left = None if num_left is None else num_left - num_rows
+        document = next(documents, None) if num_left != 0 else None
+        if document is None:
+            return
+        rest.add(document.ids)
 
 
-def _document_rows(documents: Iterable[TokenisedDocument], data: DataConfig, rows: Rows) -> Iterator[Row]:
+def _document_rows(documents: Iterable[TokenisedDocument], data: DataConfig, counts: RowCounts) -> Iterator[Row]:
     """Yield each document a row of its own, cut at a length; one without a token to learn is left out."""
     length = data.sequence_length
     for document in documents:
         ids, num_prompt_tokens = document.ids[:length], document.num_prompt_tokens
         first = num_prompt_tokens if data.prompt_weight == 0 else 0
         if len(ids) > max(first, 1):
-            yield Row(np.array(ids, dtype=np.uint32), _prompt_spans(min(num_prompt_tokens, len(ids)), data))
+            yield Row(ids, _prompt_spans(min(num_prompt_tokens, len(ids)), data))
         elif first >= length:
-            rows.num_filled += 1
-            rows.shortest_filling = min(rows.shortest_filling or first, first)
+            counts.num_filled += 1
+            counts.shortest_filling = min(counts.shortest_filling or first, first)
 
 
 def _prompt_spans(num_tokens: int, data: DataConfig) -> tuple[Span, ...]:
     return (Span(0, num_tokens, data.prompt_weight),) if num_tokens and data.prompt_weight != 1 else ()
 
 
-def _take(stream: Iterator[Row], max_rows: int | None, rows: Rows) -> None:
-    rows.rows.extend(itertools.islice(stream, max_rows))
-
-
-def _why_no_row(source: SourceConfig, rows: Rows, data: DataConfig, *, is_train: bool) -> str:
+def _why_no_row(source: SourceConfig, counts: RowCounts, data: DataConfig, *, is_train: bool) -> str:
     """Say what became of the documents of a source that gave no row, and what to do."""
     length, name = data.sequence_length, source_name(source)
-    if not rows.num_documents and not rows.num_shared:
+    if not counts.num_documents and not counts.num_shared:
         return f"no row of {name} holds text; is text_column the right one?"
-    read = f"{rows.num_documents} document{'s'[: rows.num_documents != 1]} of {name} read"
-    if rows.num_shared:
-        read += f", {rows.num_shared} documents or rows left out because eval has them"
-    if rows.num_filled:
+    read = f"{counts.num_documents} document{'s'[: counts.num_documents != 1]} of {name} read"
+    if counts.num_shared:
+        read += f", {counts.num_shared} documents or rows left out because eval has them"
+    if counts.num_filled:
         return (
-            f"{read}, {rows.num_filled} with a prompt that leaves no room for a token of text: the shortest has "
-            f"{rows.shortest_filling} tokens, data.sequence_length is {length}; raise it, or shorten the prompts"
+            f"{read}, {counts.num_filled} with a prompt that leaves no room for a token of text: the shortest has "
+            f"{counts.shortest_filling} tokens, data.sequence_length is {length}; raise it, or shorten the prompts"
         )
     if is_train and _shared_source(data) is not None:
         return f"{read}, and eval takes all that they give; use more text, or lower data.eval.max_rows"
@@ -266,10 +314,3 @@ def _why_no_row(source: SourceConfig, rows: Rows, data: DataConfig, *, is_train:
         advice = "use more text, a shorter data.sequence_length, or packing: false"
         return f"{read}, together fewer tokens than one row of {length}; {advice}"
     return f"{read}, none with a token to learn; use other text"
-
-
-def _drop_shared_rows(train: Rows, held_out: Rows) -> None:
-    held_out_ids = {row_id(tokens) for tokens in held_out.tokens}
-    kept = [row for row in train.rows if row_id(row.tokens) not in held_out_ids]
-    train.num_shared += len(train.rows) - len(kept)
-    train.rows = kept

@@ -27,11 +27,29 @@ def documents(library: Path | None = None) -> list[str]:
         library: The folder whose modules are read beside the language reference; Python's own standard library by
             default.
     """
-    library = library or Path(sysconfig.get_paths()["stdlib"])
+    library = library or _standard_library()
     distinct = dict.fromkeys(text.strip() for text in [*_language_reference(), *_docstrings(library)])
     texts = [text for text in distinct if len(text) >= _SHORTEST_CHARACTERS]
     random.Random(_SHUFFLE_SEED).shuffle(texts)  # noqa: S311 - nothing secret
     return texts
+
+
+def files() -> list[Path]:
+    """Name what the corpus is read from."""
+    library = _standard_library()
+    return [library / "pydoc_data/topics.py", *_modules(library)]
+
+
+def _standard_library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _modules(library: Path) -> list[Path]:
+    return [
+        file
+        for file in sorted(library.rglob("*.py"))
+        if not _EXCLUDED_FOLDERS.intersection(file.relative_to(library).parts)
+    ]
 
 
 def _language_reference() -> Iterator[str]:
@@ -41,9 +59,8 @@ def _language_reference() -> Iterator[str]:
 
 
 def _docstrings(library: Path) -> Iterator[str]:
-    for file in sorted(library.rglob("*.py")):
-        if not _EXCLUDED_FOLDERS.intersection(file.relative_to(library).parts):
-            yield from _docstrings_of(file)
+    for file in _modules(library):
+        yield from _docstrings_of(file)
 
 
 def _docstrings_of(file: Path) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,22 +47,86 @@ class Document:
         return hashlib.sha256("".join(words).encode()).digest()
 
 
-def load_documents(source: SourceConfig) -> Iterator[Document]:
-    """Return a source's documents one after another, empty ones left out.
+@dataclass(frozen=True)
+class TextTable:
+    """A source whose examples can be read in any order.
+
+    Attributes:
+        dataset: Its columns of text, as `datasets` has them.
+        source: The source, with its paths as the file system knows them.
+    """
+
+    dataset: Any
+    source: SourceConfig
+
+    def read(self, start: int, stop: int) -> dict[str, list[Any]]:
+        """Return some examples, column by column.
+
+        Raises:
+            DataError: They cannot be read.
+        """
+        try:
+            examples: dict[str, list[Any]] = self.dataset[start:stop]
+        except Exception as error:  # see `_load_dataset`
+            raise reading_fault(error, self.source) from None
+        return examples
+
+
+def open_source(source: SourceConfig) -> TextTable | Iterator[Document]:
+    """Return a source as a table of texts, or where it is none, its documents one after another.
 
     Raises:
-        DataError: The source cannot be loaded or is empty, has no such column, or holds something else than text.
+        DataError: The source cannot be loaded or is empty, or has no such column.
     """
-    if source.path == builtin_corpus.NAME:
+    if is_builtin(source):
         return (Document(text) for text in builtin_corpus.documents())
-    if source.path.startswith("builtin:"):
+    found = located(source)
+    dataset = _load_dataset(found)
+    if source.streaming:
+        return _read_stream(dataset, found)
+    if not len(dataset):
+        raise nothing_to_read(found)
+    _check_columns(dataset.column_names, found)
+    return TextTable(dataset.select_columns(text_columns(found)), found)
+
+
+def is_builtin(source: SourceConfig) -> bool:
+    """Whether a source is the built-in corpus.
+
+    Raises:
+        DataError: It is called one, but there is no such corpus.
+    """
+    if source.path.startswith("builtin:") and source.path != builtin_corpus.NAME:
         raise DataError(f"no built-in corpus {source.path!r}; there is {builtin_corpus.NAME!r}")
-    located = _located(source)
-    return _read_columns(_load_dataset(located), located)
+    return source.path == builtin_corpus.NAME
 
 
-def _located(source: SourceConfig) -> SourceConfig:
-    """Return the source with its local paths as the file system knows them, a file with the reader that reads it.
+def text_columns(source: SourceConfig) -> list[str]:
+    """Name the columns that a source is read from: its text, and its prompt where it has one."""
+    return [source.text_column, *([source.prompt_column] if source.prompt_column else [])]
+
+
+def document_of(texts: Sequence[Any], number: int, source: SourceConfig) -> Document | None:
+    """Return the document of an example; None where it is blank, or a null that is to be skipped.
+
+    Args:
+        texts: Of the source's `text_columns`.
+        number: Of the example, from 1, as errors name it.
+        source: The source.
+
+    Raises:
+        DataError: It holds something else than text.
+    """
+    if None in texts and source.skip_null:
+        return None
+    for column, text in zip(text_columns(source), texts, strict=True):
+        _check_text(text, column, number, source)
+    text, prompt = (text.removeprefix(_BYTE_ORDER_MARK) for text in (*texts, "")[:2])
+    return Document(text, prompt) if text.strip() else None
+
+
+def located(source: SourceConfig) -> SourceConfig:
+    """Return a source with its local paths as the file system knows them, a file with the reader that reads it.
 
     Raises:
         DataError: It names a local file or folder that is not there, or does not say how or what to read.
@@ -158,26 +222,20 @@ def _load_dataset(source: SourceConfig) -> Any:
         raise reading_fault(error, source) from None
 
 
-def _read_columns(dataset: Any, source: SourceConfig) -> Iterator[Document]:
-    columns = [source.text_column, *([source.prompt_column] if source.prompt_column else [])]
-    number = 0
+def _read_stream(dataset: Any, source: SourceConfig) -> Iterator[Document]:
+    columns, number = text_columns(source), 0
     for number, example in enumerate(_examples(dataset, source), start=1):
         if number == 1:
-            _check_columns(columns, dataset.column_names or list(example), source)
-        texts = [example.get(column) for column in columns]
-        if None in texts and source.skip_null:
-            continue
-        for column, text in zip(columns, texts, strict=True):
-            _check_text(text, column, number, source)
-        text, prompt = (text.removeprefix(_BYTE_ORDER_MARK) for text in (*texts, "")[:2])
-        if text.strip():
-            yield Document(text, prompt)
+            _check_columns(dataset.column_names or list(example), source)
+        document = document_of([example.get(column) for column in columns], number, source)
+        if document is not None:
+            yield document
     if number == 0:
         raise nothing_to_read(source)
 
 
 def _examples(dataset: Any, source: SourceConfig) -> Iterator[Any]:
-    """Yield the rows of a data set; a streamed one finds only here what is wrong with its files."""
+    """Yield the examples of a streamed data set, which finds only here what is wrong with its files."""
     iterator = iter(dataset)
     while True:
         try:
@@ -189,8 +247,13 @@ def _examples(dataset: Any, source: SourceConfig) -> Iterator[Any]:
         yield example
 
 
-def _check_columns(wanted: list[str], columns: list[str], source: SourceConfig) -> None:
-    for column in wanted:
+def _check_columns(columns: Sequence[str], source: SourceConfig) -> None:
+    """Hold the columns of a data set against those that are to be read.
+
+    Raises:
+        DataError: One is not there.
+    """
+    for column in text_columns(source):
         if column not in columns:
             raise DataError(f"data set {source_name(source)} has no column {column!r}; it has {', '.join(columns)}")
 

@@ -1,9 +1,10 @@
 """Documents to token ids: what a tokenizer adds stands once at a document's ends, never between prompt and text."""
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from coldstill.pipeline.rows.sources import Document
 
@@ -16,12 +17,12 @@ class TokenisedDocument:
 
     Attributes:
         key: The document's, see `Document.key`.
-        ids: What the tokenizer adds before a text, the prompt, the text, and what ends a document.
+        ids: What the tokenizer adds before a text, the prompt, the text, and what ends a document; uint32 [T].
         num_prompt_tokens: How many of them come before the text; 0 where there is no prompt.
     """
 
     key: bytes | None
-    ids: list[int]
+    ids: np.ndarray
     num_prompt_tokens: int
 
 
@@ -38,18 +39,20 @@ class DocumentTokenizer:
         self._eos: int | None = tokenizer.eos_token_id if append_eos else None
         self._before, self._behind = _added_tokens(tokenizer)
 
-    def tokenise(self, documents: Iterable[Document], *, at_once: int) -> Iterator[TokenisedDocument]:
-        """Yield the documents' tokens, reading so many documents at once; a text may bring what is added by itself."""
-        iterator = iter(documents)
-        while batch := list(itertools.islice(iterator, at_once)):
-            texts = [document.text for document in batch if not document.prompt]
-            alone = iter(self._tokenizer(texts, verbose=False)["input_ids"] if texts else [])
-            for document in batch:
-                if document.prompt:
-                    yield self._behind_prompt(document)
-                else:
-                    ids = self._begun_once(next(alone))
-                    yield TokenisedDocument(document.key, self._ended_once(ids), 0)
+    def describe(self) -> dict[str, Any]:
+        """Say what is added to texts, as JSON takes it."""
+        return {"eos": self._eos, "before": self._before, "behind": self._behind}
+
+    def tokenise(self, documents: Sequence[Document]) -> list[TokenisedDocument]:
+        """Return the documents' tokens; a text may bring what is added by itself."""
+        texts = [document.text for document in documents if not document.prompt]
+        alone = iter(self._tokenizer(texts, verbose=False)["input_ids"] if texts else [])
+        return [
+            self._behind_prompt(document)
+            if document.prompt
+            else _tokenised(document, self._ended_once(self._begun_once(next(alone))))
+            for document in documents
+        ]
 
     def _behind_prompt(self, document: Document) -> TokenisedDocument:
         # Apart, and joined as ids: where the text begins, no token spans prompt and text.
@@ -59,9 +62,7 @@ class DocumentTokenizer:
         )
         prompt = self._begun_once([*self._before, *prompt])
         text = self._begun_once([*self._before, *text])[len(self._before) :]
-        return TokenisedDocument(
-            document.key, [*prompt, *self._ended_once([*text, *self._behind])], num_prompt_tokens=len(prompt)
-        )
+        return _tokenised(document, [*prompt, *self._ended_once([*text, *self._behind])], num_prompt_tokens=len(prompt))
 
     def _begun_once(self, ids: Sequence[int]) -> list[int]:
         """Leave out what is added before a text where the text begins with it already."""
@@ -78,6 +79,10 @@ class DocumentTokenizer:
         if self._eos is None or (end > 0 and ids[end - 1] == self._eos):
             return list(ids[:end])
         return [*ids[:end], self._eos]
+
+
+def _tokenised(document: Document, ids: list[int], *, num_prompt_tokens: int = 0) -> TokenisedDocument:
+    return TokenisedDocument(document.key, np.array(ids, np.uint32), num_prompt_tokens)
 
 
 def _added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

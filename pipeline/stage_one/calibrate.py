@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from coldstill.cache.manifest import Manifest
@@ -13,8 +14,9 @@ from coldstill.pipeline.models import ModelParts
 from coldstill.pipeline.models.float32_blocks import float32_blocks
 from coldstill.pipeline.models.machine import is_slow_on_cpu
 from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.rows.kept_rows import Rows
 from coldstill.pipeline.runtime.errors import DataError
-from coldstill.pipeline.stage_one.capture import capture
+from coldstill.pipeline.stage_one.streamed_capture import capture_all
 from coldstill.pipeline.targets.calibrations import write_calibration
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest, joined, union_of
 from coldstill.pipeline.targets.target import TeacherTarget
@@ -35,7 +37,7 @@ def calibrate(
     manifest: Manifest,
     teacher: Teacher,
     missing: Mapping[str, TeacherTarget],
-    rows: Sequence[np.ndarray],
+    rows: Rows,
     *,
     show_progress: bool,
 ) -> None:
@@ -47,7 +49,9 @@ def calibrate(
     parts = teacher.parts
     request = union_of(target.needs for target in missing.values())
     batch_size = teacher.section.batch_size
-    captured = capture_sample(parts, rows, request, batch_size=batch_size, show_progress=show_progress)
+    captured = capture_sample(
+        parts, rows.tokens, request, num_tokens=rows.num_tokens, batch_size=batch_size, show_progress=show_progress
+    )
     num_words = sum(target.calibration_words(parts.output_head) for target in missing.values())
     is_shown = show_progress and num_words > 0
     with tqdm(total=num_words, unit="word", unit_scale=True, desc="calibrate, fit", disable=not is_shown) as bar:
@@ -62,7 +66,13 @@ def calibrate(
 
 
 def capture_sample(
-    parts: ModelParts, rows: Sequence[np.ndarray], request: CaptureRequest, *, batch_size: int, show_progress: bool
+    parts: ModelParts,
+    rows: Sequence[np.ndarray],
+    request: CaptureRequest,
+    *,
+    num_tokens: int,
+    batch_size: int,
+    show_progress: bool,
 ) -> Captured:
     """Run the teacher over some of the rows, and keep what is asked.
 
@@ -70,31 +80,26 @@ def capture_sample(
     the states are rounded, and what is stored in it later is rounded as the teacher rounds it.
     """
     wanted = max(_FEWEST_POSITIONS, _POSITIONS_PER_CHANNEL * parts.hidden_size)
-    chosen = spread_rows(rows, wanted)
+    chosen = spread_rows(rows, num_tokens, wanted)
     weight = next(parts.model.parameters())
     is_slow = weight.device.type == "cpu" and is_slow_on_cpu(str(weight.dtype).removeprefix("torch."))
-    kept: list[Captured] = []
+    batches = list(_batches(chosen, batch_size))
+    num_tokens = sum(map(len, chosen))
     with (
-        tqdm(
-            total=sum(map(len, chosen)), unit="tok", unit_scale=True, desc="calibrate", disable=not show_progress
-        ) as bar,
+        tqdm(total=num_tokens, unit="tok", unit_scale=True, desc="calibrate", disable=not show_progress) as bar,
         float32_blocks(parts.blocks) if is_slow else contextlib.nullcontext(),
     ):
-        for batch, names in _batches(chosen, batch_size):
-            ids = [torch.from_numpy(row.astype(np.int64)) for row in batch]
-            kept.append(capture(parts, ids, request, row_names=names))
-            bar.update(sum(map(len, batch)))
-    return joined(kept)
+        return joined(capture_all(parts, batches, request, on_tokens=bar.update))
 
 
-def spread_rows(rows: Sequence[np.ndarray], num_positions: int) -> list[np.ndarray]:
-    """Return rows spread evenly over all, with about so many positions in all."""
-    mean_length = max(sum(map(len, rows)) / len(rows), 1.0)
+def spread_rows(rows: Sequence[np.ndarray], num_tokens: int, num_positions: int) -> list[np.ndarray]:
+    """Return rows spread evenly over all, which have so many tokens, with about so many positions."""
+    mean_length = max(num_tokens / len(rows), 1.0)
     count = min(len(rows), max(1, round(num_positions / mean_length)))
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def _batches(rows: Sequence[np.ndarray], size: int) -> Iterable[tuple[Sequence[np.ndarray], list[str]]]:
+def _batches(rows: Sequence[np.ndarray], size: int) -> Iterable[tuple[list[Tensor], list[str]]]:
     for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
+        batch = [torch.from_numpy(row.astype(np.int64)) for row in rows[start : start + size]]
         yield batch, [f"calibration row {start + index}" for index in range(len(batch))]

@@ -7,12 +7,14 @@ Shapes: B rows, T positions, N real positions of all rows, V vocabulary, K store
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from coldstill.pipeline.models import ModelParts, all_finite, rope_switches
 from coldstill.pipeline.models.forward import Place, model_inputs, pad_rows, run_body, what_to_try
+from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.runtime.errors import NonFiniteError
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest, Draws, TailRequest
 from coldstill.pipeline.targets.tail_sampling import draw_tail
@@ -44,30 +46,98 @@ def capture(
     Raises:
         NonFiniteError: A value is NaN or infinite; names row, block and position.
     """
-    device = next(parts.model.parameters()).device
-    ids_BT, mask_BT = pad_rows(rows, device=device)
-    # Without padding no mask is passed: attention then takes its fastest path.
-    attention_mask = None if bool(mask_BT.all()) else mask_BT.long()
+    batch = LaidBatch.lay(parts, rows, row_names)
     switches = rope_switches(parts.model.config)
-    outputs, state_BTD = run_body(
-        parts.body, parts.blocks, model_inputs(ids_BT, attention_mask), request.blocks, switches=switches
-    )
-    # Padding is left behind here: what is stored, and what the head makes logits of, are real positions alone.
-    hidden_ND = {block: outputs[block][mask_BT] for block in request.blocks}
-    state_ND = state_BTD[mask_BT]
-    # Where each value came from is known only now; in a shard's bytes a NaN would say neither row nor position.
-    places = _Places(rows, row_names)
-    for block, values_ND in hidden_ND.items():
-        places.check_finite(values_ND, f"block {block}")
-    places.check_finite(state_ND, "final norm")
-    logits = _Logits(request, len(state_ND), device, uniforms_N)
+    outputs, state_BTD = run_body(parts.body, parts.blocks, batch.inputs, request.blocks, switches=switches)
+    hidden_ND = {place: batch.real_positions(outputs[place], f"block {place}") for place in request.blocks}
+    return capture_end(parts.output_head, batch, state_BTD, request, hidden_ND=hidden_ND, uniforms_N=uniforms_N)
+
+
+@dataclass(frozen=True)
+class LaidBatch:
+    """Rows of a teacher batch, laid side by side.
+
+    Attributes:
+        rows: Their token ids, [T] each.
+        names: How errors name each.
+        mask_BT: Which positions are real, where the output head is.
+        inputs: What the teacher is called with.
+    """
+
+    rows: Sequence[Tensor]
+    names: Sequence[str]
+    mask_BT: Tensor
+    inputs: dict[str, Any]
+
+    @classmethod
+    def lay(cls, parts: ModelParts, rows: Sequence[Tensor], names: Sequence[str]) -> "LaidBatch":
+        """Lay rows side by side, where the teacher takes them."""
+        ids_BT, mask_BT = pad_rows(rows, device=next(parts.model.parameters()).device)
+        # Without padding no mask is passed: attention then takes its fastest path.
+        attention_mask = None if bool(mask_BT.all()) else mask_BT.long()
+        return cls(rows, names, mask_BT.to(parts.device), model_inputs(ids_BT, attention_mask))
+
+    def real_positions(self, values_BTD: Tensor, what: str) -> Tensor:
+        """Leave padding behind: return the values of real positions, [N, D].
+
+        Raises:
+            NonFiniteError: One is not finite; names row, position and what it is of.
+        """
+        # What is stored, and what the head makes logits of, are real positions alone.
+        values_ND = values_BTD.to(self.mask_BT.device)[self.mask_BT]
+        # Where each value came from is known only now; in a shard's bytes a NaN would say neither row nor position.
+        self.check_finite(values_ND, what)
+        return values_ND
+
+    def check_finite(self, values: Tensor, what: str) -> None:
+        """Refuse values of the N real positions, [N, ...], one of which is not finite.
+
+        Raises:
+            NonFiniteError: One is not.
+        """
+        if all_finite([values]):
+            return
+        index = int((~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero()[0])
+        for row, name in zip(self.rows, self.names, strict=True):
+            if index < len(row):
+                raise NonFiniteError(
+                    f"teacher gave a non-finite value: {name}, {what}, position {index}; {what_to_try(values.dtype)}"
+                )
+            index -= len(row)
+
+
+@torch.inference_mode()
+def capture_end(
+    head: OutputHead,
+    batch: LaidBatch,
+    state_BTD: Tensor,
+    request: CaptureRequest,
+    *,
+    hidden_ND: dict[Place, Tensor],
+    uniforms_N: Tensor | None = None,
+) -> Captured:
+    """Keep what is asked of the last state that a teacher's body gave of a batch, and of its logits.
+
+    Args:
+        head: The teacher's output head.
+        batch: The batch.
+        state_BTD: The post-norm last state.
+        request: What to keep.
+        hidden_ND: What was kept of it before, by place.
+        uniforms_N: For draws from the tail, a number in [0, 1) for each of the N positions.
+
+    Raises:
+        NonFiniteError: A value is NaN or infinite; names row and position.
+    """
+    state_ND = batch.real_positions(state_BTD, "final norm")
+    logits = _Logits(request, len(state_ND), state_ND.device, uniforms_N)
     # The head is as much work as several blocks, or, of a small model with many words, as all of them.
     if request.needs_logits:
-        labels_N = torch.cat([_next_tokens(row) for row in rows]).to(device)
-        for chunk in parts.output_head.chunks(len(state_ND), num_bytes=_CHUNK_BYTES):
-            logits_CV = parts.output_head(state_ND[chunk])
+        labels_N = torch.cat([_next_tokens(row) for row in batch.rows]).to(state_ND.device)
+        for chunk in head.chunks(len(state_ND), num_bytes=_CHUNK_BYTES):
+            logits_CV = head(state_ND[chunk])
             logits.take(chunk, logits_CV, labels_N[chunk])
-        logits.check_finite(places)
+        logits.check_finite(batch)
     return logits.finish(hidden_ND, state_ND if request.final_state else None)
 
 
@@ -115,13 +185,13 @@ class _Logits:
             )
             draws.append(drawn)
 
-    def check_finite(self, places: "_Places") -> None:
+    def check_finite(self, batch: LaidBatch) -> None:
         named = {"label logit": self._label_logit_N}
         named |= {f"top {k} logits": top_logits_NK for k, (top_logits_NK, _) in self._top_NK.items()}
         named |= {f"logsumexp at T={temperature:g}": values for temperature, values in self._logsumexp_N.items()}
         for name, values in named.items():
             if values is not None:
-                places.check_finite(values, name)
+                batch.check_finite(values, name)
 
     def finish(self, hidden_ND: dict[Place, Tensor], final_state_ND: Tensor | None) -> Captured:
         return Captured(
@@ -132,25 +202,6 @@ class _Logits:
             logsumexp_N=self._logsumexp_N,
             tail_NM={tail: _joined(draws) for tail, draws in self._draws.items()},
         )
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Says which row and position of a batch an index of its N real positions is."""
-
-    rows: Sequence[Tensor]
-    names: Sequence[str]
-
-    def check_finite(self, values: Tensor, what: str) -> None:
-        if all_finite([values]):
-            return
-        index = int((~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero()[0])
-        for row, name in zip(self.rows, self.names, strict=True):
-            if index < len(row):
-                raise NonFiniteError(
-                    f"teacher gave a non-finite value: {name}, {what}, position {index}; {what_to_try(values.dtype)}"
-                )
-            index -= len(row)
 
 
 def _joined(chunks: Sequence[Draws]) -> Draws:

@@ -26,7 +26,8 @@ from coldstill.pipeline.stage_one.requests import (
     row_names,
 )
 from coldstill.pipeline.stage_one.room import require_room
-from coldstill.pipeline.stage_one.shard_jobs import ShardComputer, ShardJob
+from coldstill.pipeline.stage_one.shard_jobs import ShardJob
+from coldstill.pipeline.stage_one.streamed_shards import shard_computer
 from coldstill.pipeline.stage_one.workers import Share, first_process_first, launched_share
 from coldstill.pipeline.stage_one.write_behind import WriteBehind
 from coldstill.pipeline.targets.stored_head import OUTPUT_HEAD, write_head
@@ -86,7 +87,7 @@ class StoreWork:
     def missing(self, demands: Sequence[Demand]) -> list[ShardJob]:
         """List what is missing, shard by shard."""
         assert self._registry is not None, "rows are registered first"
-        return missing_jobs(self.manifest, self._registry.known, demands)
+        return missing_jobs(self.manifest, self._registry.num_tokens, demands)
 
     def calibrate(self, demands: Sequence[Demand], *, show_progress: bool) -> None:
         """Fit the transform codes that targets need and the store lacks: one process does, the others wait for it."""
@@ -97,7 +98,7 @@ class StoreWork:
         with hold(self._store.objects, [LAYOUT], wait=True):
             self.manifest.reload()
             if missing := missing_calibrations(self.manifest, targets):
-                rows = demands[0].request.of.rows["train"].tokens
+                rows = demands[0].request.of.rows["train"]
                 calibrate(self._store, self.manifest, self._teacher, missing, rows, show_progress=show_progress)
 
     def compute(self, demands: Sequence[Demand], share: Share, *, show_progress: bool) -> Computed:
@@ -113,6 +114,7 @@ class StoreWork:
             jobs = [job for job in (job.without(self.manifest) for job in jobs) if job.targets]
             require_room(self._store, self.manifest, self._sizes, jobs)
             if share.index == 0 and not self._has_head:
+                self._teacher.parts.rest()  # a large head takes its own memory once more while it is encoded
                 write_head(self._store, self.manifest, self._teacher.parts.output_head)
             return self._run(jobs, demands, lease, show_progress=show_progress) if jobs else Computed()
 
@@ -147,12 +149,8 @@ class StoreWork:
         self, jobs: Sequence[ShardJob], demands: Sequence[Demand], lease: Lease, *, show_progress: bool
     ) -> Computed:
         """Run jobs one after another."""
-        computer = ShardComputer(
-            self._store,
-            self.manifest,
-            self._teacher.parts,
-            batch_size=self._teacher.section.batch_size,
-            row_names=row_names(demands),
+        computer = shard_computer(
+            self._store, self.manifest, self._teacher, row_names=lambda row_ids: row_names(demands, row_ids)
         )
         computed = Computed(num_tokens=sum(job.num_tokens for job in jobs))
         started = time.monotonic()
@@ -166,14 +164,22 @@ class StoreWork:
                 bar.set_postfix_str(f"{computed.written_bytes / 1e6:.1f} MB written", refresh=False)
 
             with WriteBehind(self._store, self.manifest, on_written) as writer:
-                for number, job in enumerate(jobs):
+
+                def on_tokens(num_tokens: float) -> None:
                     # A lease may be lost while a laptop sleeps; two writers of a shard would be found only at its end.
                     lease.require()
-                    computer.run(job, writer, bar.update)
-                    if number == 0:
+                    bar.update(num_tokens)
+
+                done = 0
+                while done < len(jobs):
+                    lease.require()
+                    together = jobs[done : done + computer.num_at_once]
+                    computer.run(together, writer, on_tokens)
+                    if done == 0:
                         # What each column takes is known now, before the hours are spent.
                         writer.flush()
-                        require_room(self._store, self.manifest, self._sizes, jobs[1:])
+                        require_room(self._store, self.manifest, self._sizes, jobs[len(together) :])
+                    done += len(together)
         return replace(computed, seconds=time.monotonic() - started)
 
     def _sweep(self, lease: Lease) -> None:

@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.objects import open_objects
-from coldstill.cache.rows import split_shards
 from coldstill.cache.store import ROOT_METADATA, Store, open_store, store_path
 from coldstill.pipeline.models.sizes import ModelSizes
 from coldstill.pipeline.models.teacher import Teacher
@@ -88,7 +85,7 @@ def dry_run(*recipes: Recipe, trains_here: bool = False) -> DryRun:
         ColdstillError: Something in a recipe cannot be carried out.
     """
     require_stored(recipes)
-    teacher, gathered = gather(recipes, trains_here=trains_here)
+    teacher, gathered = gather(recipes, trains_here=trains_here, is_dry=True)
     students = [_Student.of(item, teacher) for item in gathered]
     requests = [Request(student.of_recipe, student.blocks or []) for student in students]
     store = _store_of(recipes[0], teacher)
@@ -99,14 +96,14 @@ def dry_run(*recipes: Recipe, trains_here: bool = False) -> DryRun:
         demand_of(request, registry.register(request, vocab_size=sizes.vocab_size), manifest) for request in requests
     ]
     needed = needed_targets(demands)
-    tokens = {shard: int(np.sum(rows["length"].to_numpy())) for shard, rows in split_shards(registry.known).items()}
+    tokens = {shard: registry.num_tokens(shard) for shard in needed}
     columns = _costs(manifest, needed, tokens, sizes)
     undecided = max(student.num_undecided for student in students)
     if undecided:
         columns.append(_undecided_cost(recipes[0], needed, tokens, sizes, undecided))
         computed_tokens = sum(tokens[shard] for shard in needed)
     else:
-        computed_tokens = sum(job.num_tokens for job in missing_jobs(manifest, registry.known, demands))
+        computed_tokens = sum(job.num_tokens for job in missing_jobs(manifest, registry.num_tokens, demands))
     return DryRun(
         store=store.path,
         columns=columns,

@@ -20,8 +20,9 @@ from coldstill.cache.errors import IdentityError, IncompleteError
 from coldstill.cache.inventory import choose_stores
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader
+from coldstill.cache.row_lines import RowLines
 from coldstill.cache.rows import read_rows
-from coldstill.cache.selections import Selection, make_selection, to_selection
+from coldstill.cache.selections import Selection, make_selection
 from coldstill.cache.store import Store, open_store, store_path
 from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.models import ModelParts, resolve_folder, text_config
@@ -172,7 +173,7 @@ def _choose_rows(store: Store, manifest: Manifest, num_rows: int) -> list[tuple[
     groups = []
     for targets in dict.fromkeys(targets_of_rows):
         rows = chosen.take([index for index, own in enumerate(targets_of_rows) if own == targets])
-        groups.append((to_selection(*make_selection(rows, [()] * len(rows), {})), targets))
+        groups.append((make_selection(RowLines.of_tables([rows]), [()] * len(rows), {}), targets))
     return groups
 
 

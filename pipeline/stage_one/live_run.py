@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from coldstill.cache.identity import row_id
+from coldstill.cache.laying import lines_behind_one_another
 from coldstill.cache.objects import open_objects
-from coldstill.cache.rows import rows_table
-from coldstill.cache.selections import make_selection, to_selection
+from coldstill.cache.selections import make_selection
 from coldstill.cache.store import Store, store_path
 from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.models.teacher import Teacher
@@ -47,7 +46,7 @@ class LiveRun:
 
     def rows(self, split: str) -> TokenRows:
         """Return the rows of a split as a torch dataset."""
-        return TokenRows([(row.tokens, row.spans, row.labels) for row in self.gathered.rows[split].rows])
+        return TokenRows(self.gathered.rows[split].rows)
 
     @property
     def teacher_model(self) -> PreTrainedModel:
@@ -102,8 +101,7 @@ def gather_live(recipe: Recipe, *, trains_here: bool = False) -> LiveRun:
     store = Store(open_objects(store_path(recipe.cache, teacher.fingerprint)), teacher.describe())
     selections = {}
     for split in SPLITS:
-        rows = gathered.rows[split].rows
-        found = rows_table(_SHARD, [row_id(row.tokens) for row in rows], [len(row.tokens) for row in rows])
-        spans, labels = [row.spans for row in rows], [row.labels for row in rows]
-        selections[split] = to_selection(*make_selection(found, spans, gathered.provenance(split), labels))
+        rows = gathered.rows[split]
+        found = lines_behind_one_another(_SHARD, rows)
+        selections[split] = make_selection(found, rows.spans(), gathered.provenance(split), rows.labels())
     return LiveRun(RunRows(store, selections), teacher, student.folder, gathered)

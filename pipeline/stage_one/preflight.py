@@ -20,6 +20,7 @@ from coldstill.pipeline.outputs.places import check_places
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.recipe.student import InitConfig
 from coldstill.pipeline.runtime.errors import RecipeError
+from coldstill.pipeline.runtime.units import format_size
 from coldstill.pipeline.stage_two.arguments import check_launch, check_train_section
 from coldstill.pipeline.students.folders import find_student
 from coldstill.pipeline.students.making import kept_blocks_before_measuring, num_student_blocks, student_width
@@ -41,6 +42,7 @@ def check_before_teacher(recipe: Recipe, teacher: Teacher, *, trains_here: bool 
     check_places(recipe, models=model_folders(recipe, teacher))
     check_device("teacher.device", recipe.teacher.device)
     check_device("evaluate.device", recipe.evaluate.device, is_here=False)
+    _check_placement(recipe, teacher)
     if recipe.evaluate.tasks:
         harness_version()
     _check_pairs(recipe, teacher)
@@ -89,6 +91,16 @@ def planned_layer_map(recipe: Recipe, teacher: Teacher) -> tuple[dict[int, int],
         undecided = layer_map_between(recipe.mapping, remaining, teacher.num_blocks, kept_blocks=range(remaining))
         return undecided, recipe.mapping.strategy not in ("kept", "covered")
     return layer_map_between(recipe.mapping, remaining, teacher.num_blocks, kept_blocks=kept), True
+
+
+def _check_placement(recipe: Recipe, teacher: Teacher) -> None:
+    teacher.check_placement()
+    if recipe.targets.is_live and teacher.placement == "streamed":
+        raise RecipeError(
+            f"targets.source is live, which runs the teacher over every batch of every epoch, and teacher.placement "
+            f"{recipe.teacher.placement} would read its {format_size(teacher.weights.total)} of weights for each of "
+            "them: set targets.source=stored"
+        )
 
 
 def _check_pairs(recipe: Recipe, teacher: Teacher) -> None:

@@ -1,16 +1,18 @@
 """What recipes ask of one teacher's store: which rows, which columns of them, and what of it is missing."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from coldstill.cache.identity import row_id
+from coldstill.cache.identity import ROW_ID_BYTES
+from coldstill.cache.laying import lay_rows, places_of_rows
 from coldstill.cache.manifest import Manifest
-from coldstill.cache.rows import find_rows, lay_rows, publish_rows, read_rows, shard_rows, sorted_rows
-from coldstill.cache.selections import Selection, make_selection, to_selection, write_selection
+from coldstill.cache.row_lines import id_array
+from coldstill.cache.rows import publish_rows, read_lines
+from coldstill.cache.selections import Selection, make_selection, write_selection
 from coldstill.cache.store import Store
 from coldstill.cache.tokens import TOKENS, write_tokens
 from coldstill.pipeline.models import check_length, load_config
@@ -19,7 +21,8 @@ from coldstill.pipeline.models.sizes import ModelSizes
 from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.outputs.run_index import DOMAINS
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.rows.building import Rows, build_rows, tokenizer_digest
+from coldstill.pipeline.rows.building import build_rows, tokenizer_digest
+from coldstill.pipeline.rows.kept_rows import Rows, RowsPlace
 from coldstill.pipeline.runtime.errors import DataError, RecipeError
 from coldstill.pipeline.stage_one.preflight import check_before_teacher
 from coldstill.pipeline.stage_one.shard_jobs import ShardJob
@@ -74,18 +77,22 @@ class Request:
     student: PreparedStudent | None = None
 
 
-def gather(recipes: Sequence[Recipe], *, trains_here: bool = False) -> tuple[Teacher, list[RecipeRows]]:
-    """Find the teacher that all recipes name, and make the rows of each.
+def gather(
+    recipes: Sequence[Recipe], *, trains_here: bool = False, is_dry: bool = False, show_progress: bool = False
+) -> tuple[Teacher, list[RecipeRows]]:
+    """Find the teacher that all recipes name, and the rows of each, which are made where they are not kept yet.
 
     Args:
         recipes: One or more.
         trains_here: Whether their students are trained on this machine too.
+        is_dry: Whether to keep nothing.
+        show_progress: Whether to show progress bars, where making rows takes a while.
 
     Raises:
         ColdstillError: Something in a recipe cannot be carried out.
     """
     teacher = locate_teacher(recipes, trains_here=trains_here)
-    return teacher, _build_rows(recipes, teacher)
+    return teacher, find_rows(recipes, teacher, is_dry=is_dry, show_progress=show_progress)
 
 
 def require_stored(recipes: Sequence[Recipe]) -> None:
@@ -129,8 +136,35 @@ def locate_teacher(recipes: Sequence[Recipe], *, trains_here: bool = False) -> T
     return teacher
 
 
-def _build_rows(recipes: Sequence[Recipe], teacher: Teacher) -> list[RecipeRows]:
-    """Make the rows of each recipe by split, once for recipes with the same data.
+def recipe_rows(
+    recipe: Recipe, teacher: Teacher, *, is_dry: bool = False, show_progress: bool = False
+) -> dict[str, Rows]:
+    """Return the rows of a recipe by split.
+
+    Raises:
+        DataError: A text source cannot give them, or the tokenizer does not fit the teacher.
+    """
+    train, held_out = build_rows(
+        recipe.data,
+        teacher.tokenizer,
+        keep_in=RowsPlace.of(recipe),
+        is_dry=is_dry,
+        show_progress=show_progress,
+    )
+    vocab_size = ModelSizes.of(teacher.config).vocab_size
+    largest = max(train.counts.largest_id, held_out.counts.largest_id)
+    if largest >= vocab_size:
+        raise DataError(
+            f"the tokenizer in {teacher.folder} gives token id {largest}; the teacher's vocabulary has "
+            f"{vocab_size} entries"
+        )
+    return {"train": train, "eval": held_out}
+
+
+def find_rows(
+    recipes: Sequence[Recipe], teacher: Teacher, *, is_dry: bool = False, show_progress: bool = False
+) -> list[RecipeRows]:
+    """Find the rows of each recipe by split, once for recipes with the same data; see `gather`.
 
     Raises:
         DataError: A text source cannot give them, or the tokenizer does not fit the teacher.
@@ -140,10 +174,8 @@ def _build_rows(recipes: Sequence[Recipe], teacher: Teacher) -> list[RecipeRows]
     for recipe in recipes:
         rows = next((other.rows for other in gathered if other.recipe.data == recipe.data), None)
         if rows is None:
-            train_rows, eval_rows = build_rows(recipe.data, teacher.tokenizer)
-            _check_vocabulary([*train_rows.tokens, *eval_rows.tokens], teacher)
-            rows = {"train": train_rows, "eval": eval_rows}
-        check_row_count(recipe, len(rows["train"].tokens))
+            rows = recipe_rows(recipe, teacher, is_dry=is_dry, show_progress=show_progress)
+        check_row_count(recipe, len(rows["train"]))
         gathered.append(RecipeRows(recipe, rows, tokenizer))
     return gathered
 
@@ -158,16 +190,6 @@ def _check_recipe(recipe: Recipe, teacher: Teacher) -> None:
             raise RecipeError(
                 f"targets.hidden.{key} names block {beyond[0]}; the teacher has blocks 0 to {teacher.num_blocks - 1}"
             )
-
-
-def _check_vocabulary(tokens: Iterable[np.ndarray], teacher: Teacher) -> None:
-    vocab_size = ModelSizes.of(teacher.config).vocab_size
-    largest = max(int(ids.max()) for ids in tokens)
-    if largest >= vocab_size:
-        raise DataError(
-            f"the tokenizer in {teacher.folder} gives token id {largest}; the teacher's vocabulary has "
-            f"{vocab_size} entries"
-        )
 
 
 def blocks_to_store(recipe: Recipe, teacher: Teacher, student: Path) -> list[int]:
@@ -197,32 +219,38 @@ class RowRegistry:
     """
 
     def __init__(self, store: Store, manifest: Manifest, *, is_dry: bool = False) -> None:
-        self.known = read_rows(store)
+        self._known = list(read_lines(store).values())
         self._store = store
         self._manifest = manifest
         self._is_dry = is_dry
         self._shards = set(manifest.shards(TOKENS))
+        # Of shards that nothing was written of.
+        self._laid_tokens: dict[str, int] = {}
 
     def register(self, request: Request, *, vocab_size: int) -> dict[str, Selection]:
         """Make the rows of a request known, their tokens first, and return the selection of each split."""
         return {split: self._register_split(request, split, vocab_size) for split in SPLITS}
 
+    def num_tokens(self, shard: str) -> int:
+        """Return the tokens of a shard's rows."""
+        if (shard, TOKENS) in self._manifest:
+            return self._manifest.record(shard, TOKENS).num_tokens
+        return self._laid_tokens[shard]
+
     def _register_split(self, request: Request, split: str, vocab_size: int) -> Selection:
         rows = request.of.rows[split]
-        tokens = {row_id(ids): ids for ids in rows.tokens}
-        row_ids = [row_id(ids) for ids in rows.tokens]
-        laid = lay_rows(self.known, self._shards, row_ids, [len(ids) for ids in rows.tokens])
-        if not self._is_dry:
-            write_tokens(self._store, self._manifest, laid, tokens, vocab_size=vocab_size)
-            publish_rows(self._store, laid)
-        self.known = sorted_rows([self.known, laid])
-        self._shards.update(laid["shard"].cast(pa.string()).to_pylist())
-        found = find_rows(self._store, self.known, self._shards, row_ids)
-        spans, labels = [row.spans for row in rows.rows], [row.labels for row in rows.rows]
-        provenance = request.of.provenance(split)
+        laid = lay_rows(self._known, self._shards, rows)
         if self._is_dry:
-            return to_selection(*make_selection(found, spans, provenance, labels))
-        return write_selection(self._store, found, spans, provenance, labels)
+            self._laid_tokens |= laid.rows.num_tokens()
+        else:
+            write_tokens(self._store, self._manifest, laid, rows.file.pieces, vocab_size=vocab_size)
+            publish_rows(self._store, laid.rows)
+        self._known.append(laid.rows)
+        self._shards.update(laid.rows.names)
+        found = places_of_rows(self._store, self._known, self._shards, rows)
+        if self._is_dry:
+            return make_selection(found, rows.spans(), request.of.provenance(split), rows.labels())
+        return write_selection(self._store, found, rows.spans(), request.of.provenance(split), rows.labels())
 
 
 @dataclass(frozen=True)
@@ -265,24 +293,32 @@ def needed_targets(demands: Sequence[Demand]) -> dict[str, dict[Target, None]]:
     return needed
 
 
-def missing_jobs(manifest: Manifest, known: pa.Table, demands: Sequence[Demand]) -> list[ShardJob]:
-    """List the shards that lack a column, each with all that it lacks: one teacher pass serves every recipe."""
+def missing_jobs(manifest: Manifest, num_tokens: Callable[[str], int], demands: Sequence[Demand]) -> list[ShardJob]:
+    """List the shards that lack a column, each with all that it lacks: one teacher pass serves every recipe.
+
+    Args:
+        manifest: What is complete.
+        num_tokens: Gives the tokens of a shard.
+        demands: What the recipes need.
+    """
     missing = {
         shard: tuple(
             target for target in targets if isinstance(target, TeacherTarget) and (shard, target.name) not in manifest
         )
         for shard, targets in needed_targets(demands).items()
     }
-    missing = {shard: targets for shard, targets in missing.items() if targets}
-    tables = shard_rows(known, list(missing))
-    return [ShardJob(shard, tables[shard], targets) for shard, targets in missing.items()]
+    return [ShardJob(shard, num_tokens(shard), targets) for shard, targets in missing.items() if targets]
 
 
-def row_names(demands: Sequence[Demand]) -> dict[bytes, str]:
-    """Name rows as errors do: by split and number."""
-    return {
-        row_id(np.asarray(ids)): f"{split} row {index}"
-        for demand in demands
-        for split, rows in demand.request.of.rows.items()
-        for index, ids in enumerate(rows.tokens)
-    }
+def row_names(demands: Sequence[Demand], row_ids: Sequence[bytes]) -> dict[bytes, str]:
+    """Name some rows as errors do, by split and number: all rows of the recipes are gone through for that."""
+    chosen, names = pa.array(row_ids, pa.binary(ROW_ID_BYTES)), {}
+    for demand in demands:
+        for split, rows in demand.request.of.rows.items():
+            start = 0
+            for places in rows.slices():
+                ids = id_array(places["row"])
+                for index in pc.indices_nonzero(pc.is_in(ids, value_set=chosen)).to_pylist():
+                    names[ids[index].as_py()] = f"{split} row {start + index}"
+                start += len(ids)
+    return names

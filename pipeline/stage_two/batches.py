@@ -4,9 +4,9 @@ Knows the reader and tensors; knows no model. Targets leave here as they are sto
 device that it runs on.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,12 +15,13 @@ from torch.utils.data import Dataset, Sampler
 
 from coldstill.cache.columns import Axis
 from coldstill.cache.reader import Reader, RowArrays
-from coldstill.cache.selections import Selection
+from coldstill.cache.selections import Selection, read_selection
 from coldstill.cache.spans import Span, token_weights
 from coldstill.cache.store import open_store
 from coldstill.cache.tokens import TOKENS
 from coldstill.pipeline.models.labels import IGNORED, labels_of, weights_of
 from coldstill.pipeline.runtime.errors import DataError
+from coldstill.pipeline.stage_two.permutations import Permutation
 
 # What a batch may hold, of whichever dataset and collator.
 TARGET_KEYS = ("logits", "hidden")
@@ -73,14 +74,33 @@ class RowSet(Dataset[StoredRow]):
         raise NotImplementedError
 
 
+class SaidRow(Protocol):
+    """A row with what is said of it."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Its token ids [T]."""
+        ...
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """What its tokens weigh in a loss."""
+        ...
+
+    @property
+    def labels(self) -> Sequence[float]:
+        """Its own labels."""
+        ...
+
+
 class TokenRows(RowSet):
-    """Rows in memory: token ids and what a selection would say of them, for a teacher that speaks as training goes.
+    """Rows as they were made, for a teacher that speaks as training goes: what a selection would say is with them.
 
     Args:
         rows: Token ids [T], spans and labels of each.
     """
 
-    def __init__(self, rows: Sequence[tuple[np.ndarray, Sequence[Span], Sequence[float]]]) -> None:
+    def __init__(self, rows: Sequence[SaidRow]) -> None:
         self._rows = rows
 
     def __len__(self) -> int:
@@ -89,7 +109,7 @@ class TokenRows(RowSet):
     def __getitems__(self, indices: Sequence[int]) -> list[StoredRow]:
         """Return some of the rows."""
         chosen = (self._rows[index] for index in indices)
-        return [StoredRow({TOKENS: {"ids": ids}}, spans, np.array(labels, np.float32)) for ids, spans, labels in chosen]
+        return [StoredRow({TOKENS: {"ids": row.tokens}}, row.spans, np.array(row.labels, np.float32)) for row in chosen]
 
 
 class StoredRows(RowSet):
@@ -109,24 +129,28 @@ class StoredRows(RowSet):
     ) -> None:
         self._path = path
         self._columns = columns
-        self._selection = selection
+        self._num_rows = len(selection)
+        self._name = selection.name
+        self._selection: Selection | None = selection
         self._local_copy = local_copy
         self._reader: Reader | None = None
 
     def __len__(self) -> int:
-        return len(self._selection)
+        return self._num_rows
 
     def __getitems__(self, indices: Sequence[int]) -> list[StoredRow]:
         """Return the rows of a batch, fetched together."""
         if self._reader is None:
-            names = self._columns.names()
-            self._reader = Reader(open_store(self._path), self._selection, names, local_copy=self._local_copy)
-        spans, labels = self._selection.spans, self._selection.labels
+            store, names = open_store(self._path), self._columns.names()
+            # A process that was not forked off, but began anew, reads it again.
+            selection = self._selection or read_selection(store, self._name)
+            self._reader = Reader(store, selection, names, local_copy=self._local_copy)
+        spans, labels = self._reader.selection.spans, self._reader.selection.labels
         rows = zip(self._reader.rows(indices), indices, strict=True)
         return [StoredRow(arrays, spans[index], labels[index]) for arrays, index in rows]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reader": None}
+        return {**self.__dict__, "_reader": None, "_selection": None}
 
 
 class BatchCollator:
@@ -195,6 +219,11 @@ def complete_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {**complete, "labels": complete["labels"].masked_fill(weights_BT == 0, IGNORED)}
 
 
+# Of so many rows the whole order is held; of more it is computed as it is needed.
+SHUFFLED_ROWS = 1 << 20
+_ORDERED_AT_ONCE = 1 << 14
+
+
 class EpochOrder(Sampler[int]):
     """A new order of the rows each epoch, a function of (seed, epoch) alone: a resumed run meets the same rows.
 
@@ -212,8 +241,13 @@ class EpochOrder(Sampler[int]):
         return self._num_rows
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self._seed, self._epoch]).permutation(self._num_rows)
-        return iter(order.tolist())
+        if self._num_rows <= SHUFFLED_ROWS:
+            whole = np.random.default_rng([self._seed, self._epoch]).permutation(self._num_rows)
+            order: Callable[[np.ndarray], np.ndarray] = whole.__getitem__
+        else:
+            order = Permutation(self._num_rows, seed=(self._seed, self._epoch))
+        for start in range(0, self._num_rows, _ORDERED_AT_ONCE):
+            yield from order(np.arange(start, min(start + _ORDERED_AT_ONCE, self._num_rows))).tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; the Trainer calls this before each."""

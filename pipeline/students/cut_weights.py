@@ -32,6 +32,7 @@ def cut_weights(parts: ModelParts, kept_blocks: Sequence[int], student: PreTrain
         if not name.startswith(prefix)
     }
     for index, block in enumerate(kept_blocks):
+        parts.bring(block)
         of_block: dict[str, Tensor] = parts.blocks[block].state_dict()
         of_block |= _same_scores(of_block, parts.blocks[block], blocks[index])
         of_block |= _same_lambda(of_block, parts.blocks[block], blocks[index])

@@ -5,18 +5,17 @@ has a copy in a local folder, which is what transformers reads. `checksums.json`
 was never finished.
 """
 
-import hashlib
-import json
-import os
 from pathlib import Path
 from typing import Any
 
+from coldstill.cache import kept_folders
 from coldstill.cache.array_object import REPAIR_HINT
 from coldstill.cache.errors import CorruptError, StoreNotFoundError
 from coldstill.cache.index import read_entry, write_entry
 from coldstill.cache.kept_folders import CHECKSUMS, find_damage
-from coldstill.cache.objects import Objects, full_path, open_objects
+from coldstill.cache.objects import full_path, open_objects
 from coldstill.pipeline.models import resolve_folder
+from coldstill.pipeline.outputs.places import beside_stores
 from coldstill.pipeline.outputs.provenance import PROVENANCE_FILE, RECIPE_FILE
 from coldstill.pipeline.outputs.run_index import PRUNED_STUDENTS, STUDENT, rows_key
 from coldstill.pipeline.recipe.sections import Recipe
@@ -27,18 +26,13 @@ _RECORD = (PROVENANCE_FILE, RECIPE_FILE)
 
 def students_folder(recipe: Recipe) -> Path:
     """Return the local folder that pruned students are in: beside the stores, or a copy where those are remote."""
-    if "://" not in recipe.cache:
-        return Path(recipe.cache) / PRUNED_STUDENTS
-    if recipe.local_copy is not None:
-        return Path(recipe.local_copy) / PRUNED_STUDENTS
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_home) / "coldstill" / PRUNED_STUDENTS
+    return beside_stores(recipe) / PRUNED_STUDENTS
 
 
 def publish_student(recipe: Recipe, folder: Path) -> None:
     """Let the recipe's teacher, data and student sections lead to a pruned student."""
     if "://" in recipe.cache:
-        _upload(open_objects(recipe.cache), folder)
+        kept_folders.publish_folder(open_objects(recipe.cache), f"{PRUNED_STUDENTS}/{folder.name}", folder)
     write_entry(recipe.cache, STUDENT, _student_key(recipe), {"folder": folder.name})
 
 
@@ -75,9 +69,7 @@ def has_student(recipe: Recipe, folder: Path) -> bool:
     if not objects.exists(f"{remote}/{CHECKSUMS}"):
         return False
     with whole_folder(folder) as partial:
-        for name in objects.files(remote):
-            (partial / name).write_bytes(objects.read(f"{remote}/{name}"))
-        if what := find_damage(open_objects(folder.parent), partial.name):
+        if what := kept_folders.fetch_folder(objects, remote, partial):
             raise CorruptError(f"the pruned student in {recipe.cache}/{remote} is corrupt: {what}; {REPAIR_HINT}")
     return True
 
@@ -87,9 +79,7 @@ def write_checksums(folder: Path) -> None:
 
     The record of how it was made is left out: two machines that make the same student make the same checksums.
     """
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in _RECORD]
-    sums = {file.name: _sha256(file) for file in files}
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+    kept_folders.write_checksums(folder, without=_RECORD)
 
 
 def check_student_files(folder: Path) -> None:
@@ -106,16 +96,3 @@ def _student_key(recipe: Recipe) -> dict[str, Any]:
     # What is trained of it decides nothing of what was cut.
     student = {key: value for key, value in recipe.student.identity().items() if key != "lora"}
     return {**rows_key(recipe), "student": student}
-
-
-def _upload(objects: Objects, folder: Path) -> None:
-    remote = f"{PRUNED_STUDENTS}/{folder.name}"
-    if objects.exists(f"{remote}/{CHECKSUMS}"):
-        return
-    for file in sorted(folder.iterdir(), key=lambda file: file.name == CHECKSUMS):
-        objects.write(f"{remote}/{file.name}", file.read_bytes())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

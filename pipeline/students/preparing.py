@@ -16,7 +16,8 @@ from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.outputs.provenance import write_record
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.recipe.student import InitConfig, PruneConfig
-from coldstill.pipeline.rows.building import Rows
+from coldstill.pipeline.rows.kept_rows import Rows
+from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.runtime.whole import whole_folder, write_whole
 from coldstill.pipeline.students.folders import (
     check_student_files,
@@ -116,6 +117,8 @@ def _make(
     train_rows: Rows,
     folder: Path,
 ) -> None:
+    if teacher.placement == "streamed":
+        _check_streamed(section)
     calibration = calibration_rows(section, train_rows)
     # Rows behind those that it is fitted to; where there are none, these.
     judged = train_rows.tokens[len(calibration) : len(calibration) + _JUDGED_ROWS] or calibration[:_JUDGED_ROWS]
@@ -137,3 +140,21 @@ def _make(
         if student.kept_channels is not None:
             write_kept_channels(partial, student.kept_channels)
         write_checksums(partial)
+
+
+def _check_streamed(section: PruneConfig | InitConfig) -> None:
+    """Refuse ways of making a student that need more than a few passes over the blocks of a teacher that streams in.
+
+    Raises:
+        RecipeError: It is one of them.
+    """
+    why = None
+    if isinstance(section, InitConfig) and section.weights == "interpolate":
+        why = "student.init.weights interpolate reads all blocks at once: use copy or truncate"
+    elif isinstance(section, PruneConfig) and section.layers is not None and section.layers.method == "kl":
+        why = "student.prune.layers.method kl runs blocks thousands of times, each read anew: use importance"
+    if why is not None:
+        raise RecipeError(
+            f"the teacher streams in, two blocks at a time, and {why}; or make the student once where the teacher fits "
+            "into memory: coldstill prune with teacher.placement=whole, on teacher.device=cpu"
+        )

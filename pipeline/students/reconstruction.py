@@ -79,6 +79,7 @@ def reconstruct(
             batch.aim_behind(original, span, channels, has_writers=has_writers)
         block = student.blocks[index]
         # In front of the first cut there is nothing to make good, and a fit would only disturb.
+        # Where an original's block is the only one of its span, it was the last to run, and so has its weights.
         is_exact = is_exact and _is_untouched(block, original.blocks[span.start], span)
         if not is_exact:
             _fit(block, index, batches, method, has_writers=has_writers)

@@ -95,12 +95,12 @@ def _work(run: Run, writing: int) -> None:
 
 
 def _run_command(run: Run) -> tuple[dict[str, int], int]:
-    import coldstill.cache.rows
+    import coldstill.cache.laying
     from coldstill.cli import app
     from coldstill.pipeline.verify import verify
 
     os.fsync = lambda _descriptor: None  # a kill loses nothing that the kernel was given
-    coldstill.cache.rows.SHARD_TOKENS = SHARD_TOKENS
+    coldstill.cache.laying.SHARD_TOKENS = SHARD_TOKENS
     if run.verify:
         audit = verify(run.verify, show_progress=False)
         assert audit.is_clean, audit

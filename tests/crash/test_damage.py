@@ -63,6 +63,8 @@ def kind_of(file: str) -> str:
         return f"index of {rest.partition('-')[0]}"
     if folder == "students":
         return f"student's {rest.partition('/')[2]}"
+    if folder == "rows":
+        return f"kept rows' {rest.partition('/')[2]}"
     parts = rest.split("/")[1:]
     if parts[0] != "arrays.zarr":
         return parts[0]
@@ -151,7 +153,7 @@ def _small_and_fast() -> Iterator[None]:
     """Make shards small; leave out syncs, as no test here outlives its machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
-        patch.setattr("coldstill.cache.rows.SHARD_TOKENS", 96)
+        patch.setattr("coldstill.cache.laying.SHARD_TOKENS", 96)
         yield
 
 

@@ -86,7 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pat
 def _small_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make shards small; leave out syncs, as no test here outlives its machine."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 96)
+    monkeypatch.setattr("coldstill.cache.laying.SHARD_TOKENS", 96)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Whole:
 def whole(place: Place) -> Iterator[Whole]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
-        patch.setattr("coldstill.cache.rows.SHARD_TOKENS", 96)
+        patch.setattr("coldstill.cache.laying.SHARD_TOKENS", 96)
         place.precompute()  # makes the copy of the text that `datasets` keeps
         place.clear()
         disk = Disk(place.folder)
@@ -336,7 +336,7 @@ def long_run(
     place = make_place(folder, model_folders["teacher"], corpus, **sizes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
-        patch.setattr("coldstill.cache.rows.SHARD_TOKENS", 32_768)
+        patch.setattr("coldstill.cache.laying.SHARD_TOKENS", 32_768)
         assert place.precompute().exit_code == 0
     return place, lasting_files_below(place.root)
 
@@ -358,7 +358,7 @@ def check_stop(
 ) -> None:
     place, whole = long_run
     place.clear()
-    patch.setattr("coldstill.cache.rows.SHARD_TOKENS", 32_768)
+    patch.setattr("coldstill.cache.laying.SHARD_TOKENS", 32_768)
     ended = stopped(forks, place, number, stop)
     if stop.delay_s and not difference(lasting_files_below(place.root), whole):
         return  # it had come to its end before the signal

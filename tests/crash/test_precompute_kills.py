@@ -14,15 +14,20 @@ from forked import Forks
 NUM_RANDOM_KILLS = 50
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["whole", "streamed"])
 def place(
-    forks: Forks, tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], corpus: list[str]
+    request: pytest.FixtureRequest,
+    forks: Forks,
+    tmp_path_factory: pytest.TempPathFactory,
+    model_folders: dict[str, Path],
+    corpus: list[str],
 ) -> Iterator[Place]:
-    """A recipe of three shards and few columns, and the server that runs it."""
+    """A recipe of three shards and few columns, and the server that runs it; the teacher whole, or streaming in."""
     folder = tmp_path_factory.mktemp("kills")
     # Coded columns, so that the calibrations are among what is killed.
     targets = {"logits": {"kind": "final"}, "hidden": {"blocks": [1], "encoding": "coded", "token_fraction": 0.5}}
     recipe = small_recipe(folder, model_folders["teacher"], corpus[:30], targets=targets)
+    recipe["teacher"]["placement"] = request.param
     with serving(forks, folder, recipe) as place:
         yield place
 

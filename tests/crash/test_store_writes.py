@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from store_rows import found_rows, register
 
 from coldstill.cache.arrays import read_column
 from coldstill.cache.columns import ArraySpec, Column
@@ -17,10 +18,10 @@ from coldstill.cache.identity import fingerprint, row_id, shard_id
 from coldstill.cache.local_objects import PARTIAL_FOLDER
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader
-from coldstill.cache.rows import compact_rows, find_rows, lay_rows, publish_rows, read_rows
+from coldstill.cache.rows import compact_rows, read_rows
 from coldstill.cache.selections import Selection, write_selection
 from coldstill.cache.store import Store, create_store, open_store, store_path
-from coldstill.cache.tokens import TOKENS, rows_of_tokens, token_column, write_tokens
+from coldstill.cache.tokens import TOKENS, rows_of_tokens, token_column
 from coldstill.cache.writer import write_column
 
 TEACHER = {"identity": {"config": "c0", "weights": "w0", "dtype": "float32"}}
@@ -48,7 +49,7 @@ def _imported_before_forks() -> None:
 def _small_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make shards and chunks small; leave out syncs, as a kill loses nothing that the kernel was given."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 10)
+    monkeypatch.setattr("coldstill.cache.laying.SHARD_TOKENS", 10)
     monkeypatch.setattr("coldstill.cache.columns.CHUNK_TARGET_BYTES", 16)
     monkeypatch.setattr("coldstill.cache.manifest.FOLD_EVERY", 3)
 
@@ -62,7 +63,7 @@ def values_of(column: Column, rows: list[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def select(store: Store, manifest: Manifest) -> Selection:
-    found = find_rows(store, read_rows(store), manifest.shards(TOKENS), ROW_IDS)
+    found = found_rows(store, ROWS, manifest)
     return write_selection(store, found, [()] * len(ROWS), PROVENANCE)
 
 
@@ -71,9 +72,7 @@ def write_store(root: Path) -> None:
     store = create_store(str(root), TEACHER)
     store.objects.sweep(is_alone=True)
     manifest = Manifest(store)
-    laid = lay_rows(read_rows(store), manifest.shards(TOKENS), ROW_IDS, [len(row) for row in ROWS])
-    write_tokens(store, manifest, laid, dict(zip(ROW_IDS, ROWS, strict=True)), vocab_size=VOCAB_SIZE)
-    publish_rows(store, laid)
+    register(store, ROWS, manifest, vocab_size=VOCAB_SIZE)
     for shard in select(store, manifest).shard_names:
         rows = SHARDS[shard]
         if (shard, HIDDEN.name) not in manifest:
@@ -102,7 +101,7 @@ def assert_what_is_listed_reads_back(root: Path) -> None:
     assert sorted(known["row"].to_pylist()) in ([], sorted(ROW_IDS))
     for shard in set(known["shard"].to_pylist()):
         record = manifest.record(shard, TOKENS)
-        rebuilt = rows_of_tokens(record, read_column(store, record)).to_pylist()
+        rebuilt = rows_of_tokens(record, read_column(store, record)).table().to_pylist()
         assert [line for line in known.to_pylist() if line["shard"] == shard] == rebuilt
 
 

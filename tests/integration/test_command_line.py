@@ -340,15 +340,15 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(
     write_all = LocalObjects.write_all
     calls = 0
 
-    def full_after_thirty(self: LocalObjects, objects: dict[str, bytes]) -> None:
+    def full_after_a_while(self: LocalObjects, objects: dict[str, bytes]) -> None:
         nonlocal calls
         calls += 1
-        if calls > 30:
+        if calls > 26:
             raise OSError(28, "No space left on device", next(iter(objects)))
         write_all(self, objects)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalObjects, "write_all", full_after_thirty)
+        patch.setattr(LocalObjects, "write_all", full_after_a_while)
         result = coldstill("precompute", recipe, expect=2)
     stays = "before the first of 2 shards was complete; the same command begins with it"
     assert f"No space left on device, {stays}" in result.stderr

@@ -47,7 +47,7 @@ def planes(group: zarr.Group, name: str) -> np.ndarray:
 
 @pytest.fixture
 def folder(coldstill: Callable[..., Any], write_recipe: Callable[..., Path], workplace: Path, monkeypatch) -> Path:
-    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 240)
+    monkeypatch.setattr("coldstill.cache.laying.SHARD_TOKENS", 240)
     coldstill("precompute", write_recipe())
     (folder,) = (workplace / "caches/stores").iterdir()
     return folder

@@ -49,7 +49,7 @@ def coded(write_recipe: Callable[..., Path]) -> tuple[Recipe, Store]:
     """A recipe of coded columns, and the store that holds them in three shards or so."""
     recipe = load_recipe(write_recipe(targets=CODED))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coldstill.cache.rows.SHARD_TOKENS", 240)
+        patch.setattr("coldstill.cache.laying.SHARD_TOKENS", 240)
         precompute(recipe, show_progress=False)
     return recipe, find_run_rows(recipe).store
 

@@ -266,7 +266,7 @@ class Place:
 
 @pytest.fixture(autouse=True)
 def _short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", SHARD_TOKENS)
+    monkeypatch.setattr("coldstill.cache.laying.SHARD_TOKENS", SHARD_TOKENS)
 
 
 def local_tree(cache: Path) -> dict[str, bytes]:
@@ -283,7 +283,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pat
     cache = folder / "local/caches"
     recipe = made.recipe(folder / "local/recipe.yaml", str(cache))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coldstill.cache.rows.SHARD_TOKENS", SHARD_TOKENS)
+        patch.setattr("coldstill.cache.laying.SHARD_TOKENS", SHARD_TOKENS)
         run_command("precompute", recipe)
         made.tree = local_tree(cache)
         run_command("train", recipe)
@@ -644,7 +644,7 @@ def test_training_with_processes_that_load_batches_gives_the_same_weights(
 ):
     use(endpoint.url)
     # This process has read the bucket before: nothing of that may cross into the others.
-    assert open_objects(f"s3://{kept}/caches").folders("") == ["index", "stores", "students"]
+    assert open_objects(f"s3://{kept}/caches").folders("") == ["index", "rows", "stores", "students"]
     loading = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": method}
     recipe = place.recipe(tmp_path / "recipe.yaml", f"s3://{kept}/caches", train=loading)
     run_command("train", recipe)

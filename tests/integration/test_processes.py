@@ -89,7 +89,7 @@ def test_two_processes_fill_one_store_each_shard_once(
     assert len(with_shards) == 2, "both processes computed shards"
     assert not with_shards[0] & with_shards[1]
     coldstill("cache", "verify", workplace / "two")
-    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", SHARD_TOKENS)
+    monkeypatch.setattr("coldstill.cache.laying.SHARD_TOKENS", SHARD_TOKENS)
     recipe = write_recipe(cache=str(workplace / "one"), **long_rows)
     alone = json.loads(coldstill("precompute", recipe, "--json").stdout)
     assert summary["computed_tokens"] == alone["computed_tokens"]

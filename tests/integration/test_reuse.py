@@ -223,7 +223,7 @@ def test_workers_that_run_one_after_another_fill_the_store_together(
     write_recipe: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 48)
+    monkeypatch.setattr("coldstill.cache.laying.SHARD_TOKENS", 48)
     recipe = write_recipe()
     read = []
     for number in order:

@@ -53,7 +53,7 @@ def stores(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", SHARD_TOKENS)
+    monkeypatch.setattr("coldstill.cache.laying.SHARD_TOKENS", SHARD_TOKENS)
 
 
 @pytest.fixture

@@ -1,16 +1,19 @@
 """Whatever spans and labels rows have: a selection gives them back, and a batch weighs each token as they say."""
 
 from typing import Any
+from unittest import mock
+from uuid import uuid4
 
 import numpy as np
-import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coldstill.cache.identity import row_id
-from coldstill.cache.selections import make_selection, to_selection
+from coldstill.cache.row_lines import RowLines
+from coldstill.cache.rows import rows_of_shard
+from coldstill.cache.selections import make_selection, read_selection, write_selection
 from coldstill.cache.spans import RowSpans, Span, token_weights
-from coldstill.cache.tables import parquet_bytes, parquet_table
+from coldstill.cache.store import create_store
 from coldstill.pipeline.models.labels import IGNORED
 from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, StoredRow
 
@@ -33,19 +36,10 @@ def said_of_rows(draw: st.DrawFn) -> list[Said]:
     return rows
 
 
-def found_rows(lengths: list[int]) -> pa.Table:
+def found_rows(lengths: list[int]) -> RowLines:
     """Give rows as they are found in a store: all in one shard, behind one another."""
     ids = [row_id(np.full(length, index)) for index, length in enumerate(lengths)]
-    starts = np.cumsum([0, *lengths])[: len(lengths)]
-    return pa.table(
-        {
-            "row": pa.array(ids, pa.binary(16)),
-            "shard": pa.array(["s0"] * len(ids), pa.string()).dictionary_encode(),
-            "position": pa.array(range(len(ids)), pa.int32()),
-            "start": pa.array(starts, pa.int32()),
-            "length": pa.array(lengths, pa.int32()),
-        }
-    )
+    return rows_of_shard("s0", np.frombuffer(b"".join(ids), "V16"), lengths)
 
 
 def said(rows: list[Said]) -> dict[str, Any]:
@@ -63,31 +57,26 @@ def test_spans_give_each_token_its_weight_whether_laid_together_or_not(rows):
             for token in range(length)
         ]
         assert token_weights(read, length).tolist() == token_weights(spans, length).tolist() == expected
-    prompts = laid.prompt_lengths()
-    if prompts is not None:
-        assert list(RowSpans.of_prompts(prompts)) == list(laid)
+    if laid.are_prompts:
+        again = RowSpans()
+        for part in laid.slices(2):
+            again.append_prompts(part.prompt_lengths())
+        assert list(again) == list(laid)
 
 
 @settings(max_examples=60, deadline=None)
-@given(said_of_rows(), st.data())
-def test_a_selection_gives_back_what_was_said_of_rows_and_is_named_by_it(rows, data):
+@given(said_of_rows(), st.integers(1, 3))
+def test_a_selection_gives_back_what_was_said_of_rows_and_is_named_by_it(rows, group_lines: int):
     found = found_rows([length for length, _, _ in rows])
-    name, table = make_selection(found, provenance={"n": 1}, **said(rows))
-    # As a file gives it, and as a part of a larger table does.
-    split = data.draw(st.integers(0, len(rows)), label="where the table is cut")
-    for given_back in (
-        parquet_table(parquet_bytes(table), table.schema),
-        pa.concat_tables([table.slice(0, split), table.slice(split)]),
-    ):
-        selection = to_selection(name, given_back.combine_chunks())
-        for index, (length, spans, labels) in enumerate(rows):
-            assert token_weights(selection.spans[index], length).tolist() == token_weights(spans, length).tolist()
-            assert selection.labels[index].tolist() == list(labels)
-        again = make_selection(
-            found, list(selection.spans), selection.provenance, [tuple(labels) for labels in selection.labels.tolist()]
-        )
-        assert again[0] == name
-        assert again[1].equals(table)
+    store = create_store(f"memory://{uuid4().hex}", {"identity": {"weights": "w"}})
+    with mock.patch("coldstill.cache.selections.GROUP_LINES", group_lines):
+        written = write_selection(store, found, provenance={"n": 1}, **said(rows))
+    selection = read_selection(store, written.name)
+    for index, (length, spans, labels) in enumerate(rows):
+        assert token_weights(selection.spans[index], length).tolist() == token_weights(spans, length).tolist()
+        assert selection.labels[index].tolist() == list(labels)
+    again = make_selection(found, list(selection.spans), selection.provenance, selection.labels.tolist())
+    assert again.name == selection.name
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,7 +91,7 @@ def test_two_selections_of_the_same_rows_share_a_name_only_where_they_say_the_sa
     names, whats = zip(
         *(
             (
-                make_selection(found, provenance={}, **said(rows))[0],
+                make_selection(found, provenance={}, **said(rows)).name,
                 [([span for span in spans if span.weight != 1], labels) for _, spans, labels in rows],
             )
             for rows in (first, second)

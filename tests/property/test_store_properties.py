@@ -9,6 +9,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+import store_rows
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
@@ -18,13 +19,15 @@ from coldstill.cache.arrays import read_column
 from coldstill.cache.columns import DTYPES, ArraySpec, Column
 from coldstill.cache.errors import CorruptError
 from coldstill.cache.identity import row_id
+from coldstill.cache.laying import lay_rows
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader
-from coldstill.cache.rows import compact_rows, find_rows, lay_rows, publish_rows, read_rows, shard_rows, split_shards
+from coldstill.cache.row_lines import RowLines
+from coldstill.cache.rows import compact_rows, read_rows, split_shards
 from coldstill.cache.selections import read_selection, write_selection
 from coldstill.cache.spans import Span
 from coldstill.cache.store import Store, create_store, open_store
-from coldstill.cache.tokens import TOKENS, rows_of_tokens, write_tokens
+from coldstill.cache.tokens import TOKENS, rows_of_tokens
 from coldstill.cache.writer import write_column
 
 TEACHER = {"identity": {"config": "c0", "weights": "w0", "dtype": "float32"}}
@@ -55,7 +58,7 @@ def new_store(
     """Create a store in memory with shards, chunks, small objects and folds of those sizes."""
     root = f"memory://{uuid4().hex}"
     with (
-        mock.patch("coldstill.cache.rows.SHARD_TOKENS", shard_tokens),
+        mock.patch("coldstill.cache.laying.SHARD_TOKENS", shard_tokens),
         mock.patch("coldstill.cache.columns.CHUNK_TARGET_BYTES", chunk_bytes),
         mock.patch("coldstill.cache.array_object.SMALL_OBJECT_BYTES", small_objects),
         mock.patch("coldstill.cache.manifest.FOLD_EVERY", fold_every),
@@ -84,23 +87,21 @@ def assert_row(read: dict[str, np.ndarray], row: Row) -> None:
         np.testing.assert_array_equal(read["squares"], np.stack([real, real**2], axis=1))
 
 
+def arrays_of(rows: Sequence[Row]) -> list[np.ndarray]:
+    return [np.array(row) for row in rows]
+
+
 def ids_of(rows: Sequence[Row]) -> list[bytes]:
-    return [row_id(np.array(row)) for row in rows]
+    return store_rows.ids_of(arrays_of(rows))
 
 
-def register(store: Store, rows: Sequence[Row], *, manifest: Manifest | None = None) -> pa.Table:
+def register(store: Store, rows: Sequence[Row], *, manifest: Manifest | None = None) -> RowLines:
     """Lay rows, commit their tokens, make them known, and give their places."""
-    manifest = manifest or Manifest(store)
-    ids = ids_of(rows)
-    tokens = {identifier: np.array(row) for identifier, row in zip(ids, rows, strict=True)}
-    laid = lay_rows(read_rows(store), manifest.shards(TOKENS), ids, [len(row) for row in rows])
-    write_tokens(store, manifest, laid, tokens, vocab_size=65_536)
-    publish_rows(store, laid)
-    return find_rows(store, read_rows(store), manifest.shards(TOKENS), ids)
+    return store_rows.register(store, arrays_of(rows), manifest)
 
 
 def write_shard(store: Store, manifest: Manifest, shard: str, column: Column, by_id: dict[bytes, Row]) -> None:
-    members = [by_id[row] for row in shard_rows(read_rows(store), [shard])[shard]["row"].to_pylist()]
+    members = [by_id[row] for row in store_rows.shard_rows(store, [shard])[shard]["row"].to_pylist()]
     size = {"num_tokens": sum(map(len, members)), "num_rows": len(members)}
     values = column_values(members)
     write_column(store, manifest, shard, column, {name: values[name] for name in column.arrays}, **size)
@@ -151,13 +152,14 @@ def test_rows_never_move_and_never_straddle_a_shard(batches, shard_tokens: int):
     with new_store(shard_tokens=shard_tokens) as store:
         places: dict[bytes, dict] = {}
         for rows in batches:
-            for place in register(store, rows).to_pylist():
+            for place in register(store, rows).table().to_pylist():
                 assert places.setdefault(place["row"], place) == place
-        known, shards = read_rows(store), Manifest(store).shards(TOKENS)
-        for place in find_rows(store, known, shards, list(places)).to_pylist():
+        known = read_rows(store)
+        every = list(dict.fromkeys(row for rows in batches for row in rows))
+        for place in store_rows.found_rows(store, arrays_of(every)).table().to_pylist():
             assert place == places[place["row"]]
         assert sorted(places) == sorted(known["row"].to_pylist()), "a row is known twice"
-        for table in shard_rows(known, list({place["shard"] for place in places.values()})).values():
+        for table in split_shards(known).values():
             lengths = table["length"].to_pylist()
             assert table["position"].to_pylist() == list(range(len(table)))
             assert table["start"].to_pylist() == [sum(lengths[:position]) for position in range(len(table))]
@@ -168,19 +170,19 @@ def test_rows_never_move_and_never_straddle_a_shard(batches, shard_tokens: int):
 @given(st.data(), st.lists(token_rows, min_size=1, max_size=10, unique=True), shard_tokens)
 def test_rows_are_rebuilt_from_tokens_and_laid_again_as_they_were(data, rows, shard_tokens: int):
     with new_store(shard_tokens=shard_tokens) as store:
-        places = register(store, rows).to_pylist()
+        places = register(store, rows).table().to_pylist()
         known, manifest = read_rows(store), Manifest(store)
         rebuilt = [rows_of_tokens(record, read_column(store, record)) for record in manifest.records()]
-        assert pa.concat_tables(rebuilt).to_pylist() == known.to_pylist()
+        assert pa.concat_tables(lines.table() for lines in rebuilt).to_pylist() == known.to_pylist()
         shards = list(split_shards(known))
         kept = data.draw(st.lists(st.sampled_from(shards), unique=True), label="shards that keep their tokens")
         asked = data.draw(st.permutations(rows), label="order of asking")
-        laid = lay_rows(known, kept, ids_of(asked), [len(row) for row in asked])
+        laid = lay_rows(store_rows.known(store), kept, store_rows.wanted(arrays_of(asked))).rows.table()
         lost = [place for place in known.to_pylist() if place["shard"] not in kept]
         assert sorted(laid.to_pylist(), key=str) == sorted(lost, key=str)
         manifest.drop([(shard, TOKENS) for shard in set(shards) - set(kept)])
         register(store, asked)
-        assert register(store, rows).to_pylist() == places
+        assert register(store, rows).table().to_pylist() == places
 
 
 @st.composite
@@ -208,7 +210,7 @@ def test_two_recipes_one_after_another_end_in_the_bytes_of_both_together(
     data, rows, shard_tokens: int, fold_every: int
 ):
     with new_store(shard_tokens=shard_tokens) as store:
-        shards = [place["shard"] for place in register(store, rows).to_pylist()]
+        shards = [place["shard"] for place in register(store, rows).table().to_pylist()]
     asked = [data.draw(recipes(len(rows)), label=label) for label in ("first recipe", "second recipe")]
     first, second = (
         [(shard, column) for shard in dict.fromkeys(shards[index] for index in indices) for column in columns]

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from store_rows import register, shard_rows
 
 from coldstill.cache.columns import ArraySpec, Column
-from coldstill.cache.identity import row_id
 from coldstill.cache.manifest import Manifest
-from coldstill.cache.rows import find_rows, lay_rows, publish_rows, read_rows, shard_rows
 from coldstill.cache.selections import Selection, write_selection
 from coldstill.cache.store import CONSTANTS, Store, create_store
-from coldstill.cache.tokens import TOKENS, write_tokens
 from coldstill.cache.writer import write_column
 
 VOCAB_SIZE = 65_536
@@ -42,7 +40,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a shard hold ten tokens."""
-    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 10)
+    monkeypatch.setattr("coldstill.cache.laying.SHARD_TOKENS", 10)
 
 
 @pytest.fixture
@@ -87,14 +85,7 @@ def lay() -> Callable[..., Selection]:
     """Lay rows into a store, commit their tokens, publish them and select them in their order."""
 
     def laid(store: Store, rows: list[np.ndarray]) -> Selection:
-        manifest = Manifest(store)
-        tokens = {row_id(row): row for row in rows}
-        ids = [row_id(row) for row in rows]
-        new = lay_rows(read_rows(store), manifest.shards(TOKENS), ids, [len(row) for row in rows])
-        write_tokens(store, manifest, new, tokens, vocab_size=VOCAB_SIZE)
-        publish_rows(store, new)
-        found = find_rows(store, read_rows(store), manifest.shards(TOKENS), ids)
-        return write_selection(store, found, [()] * len(rows), {})
+        return write_selection(store, register(store, rows, vocab_size=VOCAB_SIZE), [()] * len(rows), {})
 
     return laid
 
@@ -105,7 +96,7 @@ def write_shards(fill: Callable[..., Values]) -> Callable[..., dict[str, Values]
 
     def written(store: Store, manifest: Manifest, shards: list[str], column: Column) -> dict[str, Values]:
         values = {}
-        for seed, (shard, table) in enumerate(shard_rows(read_rows(store), shards).items()):
+        for seed, (shard, table) in enumerate(shard_rows(store, shards).items()):
             size = {"num_tokens": sum(table["length"].to_pylist()), "num_rows": len(table)}
             values[shard] = fill(column, **size, seed=seed)
             write_column(store, manifest, shard, column, values[shard], **size)

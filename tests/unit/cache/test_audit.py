@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from bits import flip
 
@@ -15,7 +16,7 @@ from coldstill.cache.audit import audit_store, stored_bytes
 from coldstill.cache.errors import StoreNotFoundError
 from coldstill.cache.index import write_entry
 from coldstill.cache.manifest import Manifest
-from coldstill.cache.rows import publish_rows, read_rows, rows_table
+from coldstill.cache.rows import publish_rows, read_rows, rows_of_shard
 from coldstill.cache.selections import Selection
 from coldstill.cache.store import CONSTANTS, Store
 from coldstill.pipeline.verify import verify
@@ -249,7 +250,7 @@ def test_rows_whose_tokens_are_not_committed_are_a_problem(filled: Filled):
 
 def test_rows_that_are_not_those_of_their_tokens_are_a_problem(filled: Filled):
     only(filled.path / "rows").unlink()
-    publish_rows(filled.store, rows_table(filled.shard, [b"0" * 16], [4]))
+    publish_rows(filled.store, rows_of_shard(filled.shard, np.frombuffer(b"0" * 16, "V16"), [4]))
     (problem,) = audit_store(filled.store).problems
     assert (problem.kind, problem.file, problem.shard) == ("rows", "rows", filled.shard)
     assert problem.what == (f"column tokens, shard {filled.shard}: its tokens are not those of the rows that are known")

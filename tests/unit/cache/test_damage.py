@@ -7,17 +7,17 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from store_rows import found_rows
 
 from coldstill.cache.arrays import read_column
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.errors import CorruptError, StoreError
 from coldstill.cache.identity import row_id
 from coldstill.cache.manifest import Manifest
-from coldstill.cache.rows import find_rows, read_rows
+from coldstill.cache.rows import read_rows
 from coldstill.cache.selections import read_selection, write_selection
 from coldstill.cache.spans import Span
 from coldstill.cache.store import open_store
-from coldstill.cache.tokens import TOKENS
 from coldstill.cache.writer import write_column
 
 COLUMN = Column("hidden/1", {"values": ArraySpec("float32", (2,))})
@@ -32,10 +32,6 @@ def flipped(file: Path, *, step: int = 1) -> Iterator[int]:
         file.write_bytes(good[:index] + bytes([good[index] ^ (1, 0x80)[number % 2]]) + good[index + 1 :])
         yield index
     file.write_bytes(good)
-
-
-def find(store: Any, rows: list[np.ndarray]) -> Any:
-    return find_rows(store, read_rows(store), Manifest(store).shards(TOKENS), [row_id(row) for row in rows])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -53,7 +49,7 @@ def test_publishing_that_raises_after_the_record_is_out_leaves_the_arrays_it_nam
     assert (read_column(store, record)["values"] == ARRAYS["values"]).all()
 
 
-@pytest.mark.parametrize("step", ["write_table", "remove"])
+@pytest.mark.parametrize("step", ["write_tables", "remove"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_fold_that_fails_leaves_the_column_that_was_committed_before_it(store, monkeypatch, error, step):
     monkeypatch.setattr("coldstill.cache.manifest.FOLD_EVERY", 1)
@@ -62,8 +58,8 @@ def test_a_fold_that_fails_leaves_the_column_that_was_committed_before_it(store,
         raise error
 
     with monkeypatch.context() as patch:
-        if step == "write_table":
-            patch.setattr("coldstill.cache.tables.write_table", fails)
+        if step == "write_tables":
+            patch.setattr("coldstill.cache.tables.write_tables", fails)
         else:
             patch.setattr(type(store.objects), "remove", fails)
         with pytest.raises(error):
@@ -86,7 +82,7 @@ def test_a_flipped_byte_of_the_row_table_is_corrupt(store, make_rows, lay):
 def test_a_flipped_byte_of_a_selection_is_a_store_error_or_harmless(store, make_rows, lay, labels):
     rows = make_rows([5, 3, 9])
     lay(store, rows)
-    good = write_selection(store, find(store, rows), [(), (), (Span(0, 1, 0.0),)], {"tokenizer": "abc"}, labels)
+    good = write_selection(store, found_rows(store, rows), [(), (), (Span(0, 1, 0.0),)], {"tokenizer": "abc"}, labels)
     num_refused = 0
     for _ in flipped(Path(store.path, "selections", f"{good.name}.parquet"), step=3):
         try:

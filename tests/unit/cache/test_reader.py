@@ -7,19 +7,17 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
+from store_rows import found_rows
 
 from coldstill.cache.arrays import read_column
 from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.errors import CorruptError, IncompleteError
-from coldstill.cache.identity import row_id
 from coldstill.cache.local_objects import LocalObjects
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import Reader, read_constants, require_complete
-from coldstill.cache.rows import find_rows, read_rows
 from coldstill.cache.selections import Selection, write_selection
 from coldstill.cache.spans import RowSpans
 from coldstill.cache.store import CONSTANTS, Store, create_store, open_store
-from coldstill.cache.tokens import TOKENS
 from coldstill.cache.writer import write_column
 
 LENGTHS = [4, 6, 1, 9, 23, 2, 2, 40, 3]
@@ -33,6 +31,10 @@ class CountingObjects(LocalObjects):
     num_requests = 0
     num_ranges = 0
     num_bytes = 0
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        self.num_requests = self.num_ranges = self.num_bytes = 0
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         self.num_requests += bool(ranges)
@@ -50,9 +52,7 @@ def _object_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 def select(store: Store, rows: list[np.ndarray]) -> Selection:
-    ids = [row_id(row) for row in rows]
-    found = find_rows(store, read_rows(store), Manifest(store).shards(TOKENS), ids)
-    return write_selection(store, found, [()] * len(rows), {})
+    return write_selection(store, found_rows(store, rows), [()] * len(rows), {})
 
 
 def unsaid(num_rows: int) -> tuple[RowSpans, np.ndarray]:
@@ -229,12 +229,15 @@ def test_a_batch_is_fetched_in_one_request_for_the_indices_and_one_for_the_chunk
     write_shards(store, Manifest(store), selection.shard_names, every_axis)
     everything = range(len(LENGTHS))
     objects = CountingObjects(store.path)
-    Reader(Store(objects, store.teacher), selection, ["tokens", every_axis.name]).rows(everything)
+    reader = Reader(Store(objects, store.teacher), selection, ["tokens", every_axis.name])
+    objects.forget()
+    reader.rows(everything)
     num_arrays = len(selection.shard_names) * (1 + len(every_axis.arrays))
     assert (objects.num_requests, objects.num_ranges) == (1, num_arrays), "small objects come with their index"
     monkeypatch.setattr("coldstill.cache.array_object.SMALL_OBJECT_BYTES", 0)
     objects = CountingObjects(store.path)
     reader = Reader(Store(objects, store.teacher), selection, ["tokens", every_axis.name])
+    objects.forget()
     reader.rows(everything)
     assert objects.num_requests == 2
     assert objects.num_ranges > num_arrays
@@ -250,7 +253,9 @@ def test_of_a_large_object_only_the_index_and_the_chunks_of_the_row_are_read(sto
     ten = np.arange(10, dtype="int32")
     selection = Selection("x", ["s0"], ten * 0, ten, ten * 100, ten * 0 + 100, *unsaid(10), {})
     objects = CountingObjects(store.path)
-    Reader(Store(objects, store.teacher), selection, ["hidden/1"]).row(3)
+    reader = Reader(Store(objects, store.teacher), selection, ["hidden/1"])
+    objects.forget()
+    reader.row(3)
     index_bytes = 1000 * 16 + 4
     assert index_bytes < objects.num_bytes < index_bytes + (record.stored_bytes - index_bytes) / 9
 
@@ -420,7 +425,7 @@ def test_constants_that_were_never_committed_are_refused(store: Store):
 def test_what_a_large_batch_leaves_in_memory_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch, make_rows, lay):
     monkeypatch.setattr("coldstill.cache.reader.CHUNK_CACHE_BYTES", 1 << 16)
     monkeypatch.setattr("coldstill.cache.reader.BLOCK_BYTES", 1 << 14)
-    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", 1 << 15)
+    monkeypatch.setattr("coldstill.cache.laying.SHARD_TOKENS", 1 << 15)
     monkeypatch.setattr("coldstill.cache.columns.CHUNK_TARGET_BYTES", 1 << 12)
     selection = lay(store, make_rows([512] * 60))
     column = Column("hidden/1/float32", {"values": ArraySpec("float32", (8,))})

@@ -1,11 +1,14 @@
 """Objects at a URL whose requests fail: what is asked again, what is not, and what the error says."""
 
+import functools
 import itertools
 import random
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from uuid import uuid4
 
 import fsspec
 import pytest
@@ -354,3 +357,18 @@ def test_one_object_that_cannot_be_written_is_an_error_of_them_all(objects: Remo
         with pytest.raises(RemoteError, match="many/3: cannot write after 7 attempts"):
             objects.write_all({f"many/{number}": b"x" for number in range(8)})
     assert not objects.exists("many/3")
+
+
+@pytest.mark.parametrize("num_bytes", [0, 9, 10, 11, 25])
+@pytest.mark.parametrize("make", [tempfile.TemporaryFile, functools.partial(tempfile.SpooledTemporaryFile, 100)])
+def test_a_file_is_written_whole_whether_it_is_held_or_goes_over_from_where_it_lies(
+    make: Callable[[], Any], num_bytes: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("coldstill.cache.remote_objects.LARGE_BYTES", 10)
+    objects = open_objects(f"memory://{uuid4().hex}")
+    data = bytes(range(num_bytes))
+    with make() as file:
+        file.write(data)
+        file.seek(0)
+        objects.write_file("table", file)
+    assert objects.read("table") == data

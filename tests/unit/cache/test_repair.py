@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 from bits import flip
+from store_rows import register
 
 from coldstill.cache.arrays import read_column
 from coldstill.cache.audit import StoreAudit, audit_store
 from coldstill.cache.errors import InUseError
-from coldstill.cache.identity import row_id
 from coldstill.cache.leases import hold
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.repair import Mended, mend_store
-from coldstill.cache.rows import compact_rows, lay_rows, publish_rows, read_rows, rows_table, sorted_rows, split_shards
+from coldstill.cache.row_lines import RowLines
+from coldstill.cache.rows import compact_rows, publish_rows, read_rows, rows_of_shard, split_shards
 from coldstill.cache.selections import Selection
 from coldstill.cache.store import CONSTANTS, Store
-from coldstill.cache.tokens import TOKENS, write_tokens
+from coldstill.cache.tokens import TOKENS
 
 MIXED = "hidden/12/mixed"
 LENGTHS = [5, 3, 9]
@@ -205,12 +206,8 @@ def test_rows_of_several_files_of_which_one_is_damaged_are_made_again(
 ):
     # Two runs, each with a file of its own, of which the second is damaged.
     rows = make_rows([4, 2], first=len(LENGTHS))
-    manifest = Manifest(store)
-    tokens = {row_id(row): row for row in rows}
-    laid = lay_rows(read_rows(store), manifest.shards(TOKENS), list(tokens), [len(row) for row in rows])
-    write_tokens(store, manifest, laid, tokens, vocab_size=65_536)
     first = only(Path(store.path, "rows"))
-    publish_rows(store, laid)
+    register(store, rows)
     known = read_rows(store)
     (second,) = set(Path(store.path, "rows").iterdir()) - {first}
     before = tree(store.path)
@@ -226,7 +223,8 @@ def test_rows_that_contradict_their_tokens_give_way_to_them_and_others_stay(
     before = tree(store.path)
     others = [table for name, table in split_shards(read_rows(store)).items() if name != shard]
     only(Path(store.path, "rows")).unlink()
-    publish_rows(store, sorted_rows([rows_table(shard, [b"0" * 16], [4]), *others]))
+    wrong = rows_of_shard(shard, np.frombuffer(b"0" * 16, "V16"), [4]).table()
+    publish_rows(store, RowLines.of_tables([wrong, *others]))
     assert mend(store) == NOTHING
     assert tree(store.path) == before
 

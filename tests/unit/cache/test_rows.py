@@ -4,37 +4,28 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from store_rows import found_rows, ids_of, laid_rows, shard_rows
 
 from coldstill.cache.errors import CorruptError, StoreNotFoundError
-from coldstill.cache.identity import row_id, shard_id
+from coldstill.cache.identity import shard_id
+from coldstill.cache.laying import SHARD_TOKENS, lay_rows, wanted_rows
 from coldstill.cache.manifest import Manifest
-from coldstill.cache.rows import (
-    ROW_SCHEMA,
-    SHARD_TOKENS,
-    compact_rows,
-    find_rows,
-    lay_rows,
-    publish_rows,
-    read_rows,
-    shard_rows,
-    sorted_rows,
-    split_shards,
-)
+from coldstill.cache.row_lines import ROW_SCHEMA, RowLines, sorted_lines
+from coldstill.cache.rows import compact_rows, publish_rows, read_rows, split_shards
 from coldstill.cache.store import Store
 from coldstill.cache.tokens import TOKENS
 
 
-def ids_of(rows: list[np.ndarray]) -> list[bytes]:
-    return [row_id(row) for row in rows]
-
-
 def lay_only(store: Store, rows: list[np.ndarray]) -> pa.Table:
-    shards = Manifest(store).shards(TOKENS)
-    return lay_rows(read_rows(store), shards, ids_of(rows), [len(row) for row in rows])
+    return laid_rows(store, rows).rows.table()
+
+
+def publish(store: Store, *tables: pa.Table) -> None:
+    publish_rows(store, RowLines.of_tables(tables))
 
 
 def find(store: Store, rows: list[np.ndarray]) -> list[dict]:
-    return find_rows(store, read_rows(store), Manifest(store).shards(TOKENS), ids_of(rows)).to_pylist()
+    return found_rows(store, rows).table().to_pylist()
 
 
 def lose_tokens(store: Store, *shards: str) -> None:
@@ -70,8 +61,8 @@ def test_shards_are_filled_greedily(store: Store, make_rows, lengths: list[int],
 
 def test_a_shard_holds_about_32k_tokens(store: Store):
     assert SHARD_TOKENS == 32_768
-    laid = lay_rows(read_rows(store), [], [bytes([i]) * 16 for i in range(65)], [1024] * 65)
-    assert [len(table) for table in split_shards(laid).values()] == [32, 32, 1]
+    laid = lay_rows([], [], wanted_rows([bytes([i]) * 16 for i in range(65)], [1024] * 65))
+    assert [len(lines) for _, lines, _ in laid.shards()] == [32, 32, 1]
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -93,7 +84,7 @@ def test_laid_rows_are_unknown_until_they_are_published(store: Store, make_rows,
 def test_published_rows_are_unknown_until_their_tokens_are_committed(store: Store, make_rows, lay):
     rows = make_rows([4, 5])
     laid = lay_only(store, rows)
-    publish_rows(store, laid)
+    publish(store, laid)
     assert read_rows(store).to_pylist() == laid.to_pylist()
     with pytest.raises(StoreNotFoundError, match="lacks 2 of 2 rows; run: coldstill precompute"):
         find(store, rows)
@@ -198,20 +189,20 @@ def test_rows_of_two_shards_without_tokens_that_share_a_row_are_laid_once(store:
 
 def test_a_row_without_tokens_is_refused(store: Store):
     with pytest.raises(ValueError, match="a row needs at least one token"):
-        lay_rows(read_rows(store), [], [b"0" * 16], [0])
+        lay_rows([], [], wanted_rows([b"0" * 16], [0]))
 
 
 def test_publishing_no_rows_writes_nothing(store: Store, make_rows, tree):
     before = tree(store.path)
-    publish_rows(store, lay_only(store, make_rows([3])).slice(0, 0))
+    publish(store)
     assert tree(store.path) == before
 
 
 def test_publishing_rows_twice_writes_them_once(store: Store, make_rows, tree):
     laid = lay_only(store, make_rows([3, 4]))
-    publish_rows(store, laid)
+    publish(store, laid)
     before = tree(store.path)
-    publish_rows(store, laid)
+    publish(store, laid)
     assert tree(store.path) == before
 
 
@@ -219,12 +210,10 @@ def test_publishing_rows_twice_writes_them_once(store: Store, make_rows, tree):
 def test_the_rows_of_a_shard_come_in_their_order(store: Store, make_rows, lay):
     rows = make_rows([4, 6, 3])
     first, second = lay(store, rows).shard_names
-    tables = shard_rows(read_rows(store), [second, first])
+    tables = shard_rows(store, [second, first])
     assert list(tables) == [second, first]
     assert tables[first]["row"].to_pylist() == ids_of(rows[:2])
     assert tables[second]["row"].to_pylist() == ids_of(rows[2:])
-    assert list(shard_rows(read_rows(store), [first])) == [first]
-    assert shard_rows(read_rows(store), []) == {}
 
 
 def table_of(*lines: tuple[str, int, int]) -> pa.Table:
@@ -257,25 +246,25 @@ LINES = [("a", 0, 0), ("a", 1, 1), ("a", 2, 2), ("b", 0, 0), ("c", 0, 0), ("c", 
 )
 def test_the_same_rows_always_make_the_same_table(parts: Sequence[list[tuple[str, int, int]]], store: Store, tree):
     expected = table_of(*LINES)
-    joined = sorted_rows([table_of(*lines) for lines in parts])
+    joined = sorted_lines([RowLines.of_tables([table_of(*lines)]) for lines in parts]).table()
     assert joined.equals(expected)
     assert joined["shard"].combine_chunks().dictionary.to_pylist() == ["a", "b", "c"]
-    publish_rows(store, expected)
+    publish(store, expected)
     before = tree(store.path)
-    publish_rows(store, pa.concat_tables([table_of(*lines) for lines in parts]))
+    publish(store, *(table_of(*lines) for lines in parts))
     assert tree(store.path) == before
 
 
 def test_no_tables_make_an_empty_table():
-    assert sorted_rows([]).equals(ROW_SCHEMA.empty_table())
-    assert split_shards(sorted_rows([])) == {}
+    assert sorted_lines([]).table().equals(ROW_SCHEMA.empty_table())
+    assert split_shards(sorted_lines([]).table()) == {}
 
 
 @pytest.mark.usefixtures("small_shards")
 def test_a_compaction_of_rows_keeps_all_in_one_file_of_the_same_bytes_in_any_order(store: Store, make_rows, tree):
     batches = [lay_only(store, make_rows([4, 6, 3], first=first)) for first in (0, 10, 20)]
     for batch in batches:
-        publish_rows(store, batch)
+        publish(store, batch)
     known = read_rows(store)
     assert len(known) == 9
     assert len(row_files(store)) == 3
@@ -287,14 +276,14 @@ def test_a_compaction_of_rows_keeps_all_in_one_file_of_the_same_bytes_in_any_ord
     assert tree(store.path) == expected
     store.objects.remove_folder("rows")
     for batch in batches[::-1]:
-        publish_rows(store, batch)
+        publish(store, batch)
         compact_rows(store)
     assert tree(store.path) == expected
 
 
 def test_a_death_within_a_compaction_of_rows_makes_no_row_twice(store: Store, make_rows, tree):
     for first in (0, 10):
-        publish_rows(store, lay_only(store, make_rows([4, 6], first=first)))
+        publish(store, lay_only(store, make_rows([4, 6], first=first)))
     parts = {file: file.read_bytes() for file in row_files(store)}
     compact_rows(store)
     expected = tree(store.path)
@@ -307,8 +296,8 @@ def test_a_death_within_a_compaction_of_rows_makes_no_row_twice(store: Store, ma
 
 
 def test_a_damaged_file_of_rows_is_corrupt_by_name_or_is_left_out(store: Store, make_rows):
-    publish_rows(store, lay_only(store, make_rows([4])))
-    publish_rows(store, lay_only(store, make_rows([5], first=5)))
+    publish(store, lay_only(store, make_rows([4])))
+    publish(store, lay_only(store, make_rows([5], first=5)))
     file, whole = row_files(store)
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(
@@ -324,7 +313,7 @@ def test_a_damaged_file_of_rows_is_corrupt_by_name_or_is_left_out(store: Store, 
 
 
 def test_a_file_of_rows_under_the_name_of_another_is_corrupt(store: Store, make_rows):
-    publish_rows(store, lay_only(store, make_rows([4])))
+    publish(store, lay_only(store, make_rows([4])))
     (file,) = row_files(store)
     file.rename(file.with_name("0123456789abcdef.parquet"))
     with pytest.raises(CorruptError, match=r"rows/0123456789abcdef\.parquet .* its content is not what it is named by"):

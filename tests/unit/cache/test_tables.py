@@ -1,16 +1,18 @@
 """Folders of Parquet files: named by their bytes, read as a union, folded without a moment in which anything lacks."""
 
 import hashlib
+import io
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pytest
 
 from coldstill.cache.errors import CorruptError
 from coldstill.cache.local_objects import LocalObjects
-from coldstill.cache.tables import fold, parquet_table, parse_table, read_folder, write_table
+from coldstill.cache.tables import fetch, fold, open_parquet, parse_table, read_folder, write_table
 
 SCHEMA = pa.schema([("name", pa.dictionary(pa.int32(), pa.string())), ("number", pa.int32())])
 
@@ -20,8 +22,12 @@ def table_of(*numbers: int) -> pa.Table:
     return pa.table({"name": names, "number": pa.array(numbers, pa.int32())}, schema=SCHEMA)
 
 
-def parse(name: str, data: bytes) -> list[int]:
-    return parse_table(name, data, SCHEMA)["number"].to_pylist()
+def parse(name: str, file: IO[bytes]) -> list[int]:
+    return parse_table(name, file, SCHEMA)["number"].to_pylist()
+
+
+def table_in(name: str, data: bytes) -> pa.Table:
+    return parse_table(name, io.BytesIO(data), SCHEMA)
 
 
 def all_numbers(objects: LocalObjects) -> list[int]:
@@ -37,8 +43,8 @@ def test_a_table_is_named_by_the_sha256_of_its_bytes_and_reads_back(objects: Loc
     name = write_table(objects, "folder", table_of(1, 2, 3))
     data = objects.read(f"folder/{name}")
     assert name == f"{hashlib.sha256(data).hexdigest()[:16]}.parquet"
-    assert parse_table(name, data, SCHEMA).to_pylist() == table_of(1, 2, 3).to_pylist()
-    assert parse_table(name, data, SCHEMA).schema.equals(SCHEMA)
+    assert table_in(name, data).to_pylist() == table_of(1, 2, 3).to_pylist()
+    assert table_in(name, data).schema.equals(SCHEMA)
 
 
 def test_the_same_table_is_one_file_and_another_is_another(objects: LocalObjects):
@@ -55,19 +61,19 @@ def test_every_flipped_byte_and_every_cut_of_a_file_is_refused_by_its_name(objec
         flipped = data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
         for damaged in (flipped, data[:position], data + data[: position + 1]):
             with pytest.raises(ValueError, match="its content is not what it is named by"):
-                parse_table(name, damaged, SCHEMA)
+                table_in(name, damaged)
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1PAR1", b"<html>404 not found</html>"])
 def test_what_is_no_parquet_file_is_a_value_error(data: bytes):
-    with pytest.raises(ValueError, match="."):
-        parquet_table(data, SCHEMA)
+    with pytest.raises(ValueError, match="."), open_parquet(io.BytesIO(data), SCHEMA):
+        pass
 
 
 def test_a_table_of_other_columns_is_refused(objects: LocalObjects):
     name = write_table(objects, "folder", table_of(1).rename_columns(["name", "count"]))
     with pytest.raises(ValueError, match=r"its columns are \['name', 'count'\], expected \['name', 'number'\]"):
-        parse_table(name, objects.read(f"folder/{name}"), SCHEMA)
+        table_in(name, objects.read(f"folder/{name}"))
 
 
 def test_a_folder_reads_as_all_of_its_files(objects: LocalObjects):
@@ -96,7 +102,7 @@ def test_a_fold_publishes_the_union_before_it_removes_what_it_came_from(objects:
         remove(self, name)
 
     monkeypatch.setattr(LocalObjects, "remove", seen_remove)
-    union = fold(objects, "folder", table_of(1, 2), names)
+    union = fold(objects, "folder", [table_of(1, 2)], names)
     assert seen == [[1, 1, 2, 2], [1, 2, 2]]
     assert objects.files("folder") == [union]
 
@@ -104,7 +110,7 @@ def test_a_fold_publishes_the_union_before_it_removes_what_it_came_from(objects:
 def test_folding_a_file_into_itself_keeps_it(objects: LocalObjects):
     name = write_table(objects, "folder", table_of(1, 2))
     other = write_table(objects, "folder", table_of(1))
-    assert fold(objects, "folder", table_of(1, 2), [name, other]) == name
+    assert fold(objects, "folder", [table_of(1, 2)], [name, other]) == name
     assert read_folder(objects, "folder", parse) == {name: [1, 2]}
 
 
@@ -119,10 +125,14 @@ class FoldedWhileListed(LocalObjects):
         names = super().files(folder)
         if self.num_folds and len(names) > 1:
             self.num_folds -= 1
-            numbers = sorted(number for name in names for number in parse(name, self.read(f"{folder}/{name}")))
-            fold(self, folder, table_of(*numbers), names)
+            numbers = sorted(number for name in names for number in self.numbers(folder, name))
+            fold(self, folder, [table_of(*numbers)], names)
             write_table(self, folder, table_of(100 + self.num_folds))
         return names
+
+    def numbers(self, folder: str, name: str) -> list[int]:
+        with fetch(self, f"{folder}/{name}") as file:
+            return parse(name, file)
 
 
 @pytest.mark.parametrize("num_folds", [1, 4])

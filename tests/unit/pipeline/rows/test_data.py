@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from coldstill.cache.spans import Span
 from coldstill.pipeline.recipe.data import DataConfig
-from coldstill.pipeline.rows.building import Rows, build_rows, tokenizer_digest
+from coldstill.pipeline.rows.building import build_rows, tokenizer_digest
 from coldstill.pipeline.rows.builtin_corpus import documents
+from coldstill.pipeline.rows.kept_rows import Rows
 from coldstill.pipeline.runtime.errors import DataError
 from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, StoredRow
 

@@ -11,8 +11,18 @@ from typing import Any
 import pytest
 
 from coldstill.pipeline.recipe.data import SourceConfig
-from coldstill.pipeline.rows.sources import Document, load_documents
+from coldstill.pipeline.rows.sources import Document, TextTable, document_of, open_source, text_columns
 from coldstill.pipeline.runtime.errors import DataError
+
+
+def documents_of(source: SourceConfig) -> list[Document]:
+    opened = open_source(source)
+    if not isinstance(opened, TextTable):
+        return list(opened)
+    examples = opened.read(0, len(opened.dataset))
+    columns = (examples[column] for column in text_columns(opened.source))
+    found = [document_of(texts, number, opened.source) for number, texts in enumerate(zip(*columns, strict=True), 1)]
+    return [document for document in found if document is not None]
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "streaming"])
@@ -22,7 +32,7 @@ def read(request: pytest.FixtureRequest) -> Callable[..., list[Document]]:
     def documents(path: Path | str, **keys: Any) -> list[Document]:
         keys = {key: str(value) if isinstance(value, Path) else value for key, value in keys.items()}
         source = SourceConfig.model_validate({"path": str(path), "streaming": request.param, **keys})
-        return list(load_documents(source))
+        return documents_of(source)
 
     return documents
 

@@ -1,5 +1,6 @@
 """Which columns a recipe asks for, shard by shard, and that computing them together or one by one gives the same."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from coldstill.cache.columns import ArraySpec, Column
 from coldstill.cache.errors import FormatError
 from coldstill.cache.inventory import remove_column
 from coldstill.cache.manifest import Manifest
-from coldstill.cache.rows import read_rows
 from coldstill.cache.writer import write_column
 from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.outputs.run_index import find_run_rows
@@ -19,7 +19,7 @@ from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.runtime.errors import RecipeError
 from coldstill.pipeline.stage_one.computing import StoreWork
-from coldstill.pipeline.stage_one.requests import Request, gather, missing_jobs, needed_targets
+from coldstill.pipeline.stage_one.requests import Request, gather, needed_targets
 from coldstill.pipeline.stage_one.shard_jobs import ShardComputer
 from coldstill.pipeline.stage_one.write_behind import WriteBehind
 from coldstill.pipeline.targets.chosen_tokens import LargestLogits
@@ -95,14 +95,16 @@ def test_targets_computed_one_by_one_are_those_computed_together(recipe: Any):
         remove_column(store, target.name)
     manifest = Manifest(store)
     for target in targets:
-        _, _, demands = demands_of(recipe)
-        jobs = missing_jobs(manifest, read_rows(store), demands)
-        computer = ShardComputer(store, manifest, teacher.parts, batch_size=recipe.teacher.batch_size, row_names={})
+        _, work, demands = demands_of(recipe)
+        jobs = work.missing(demands)
+        computer = ShardComputer(
+            store, manifest, teacher.parts, batch_size=recipe.teacher.batch_size, row_names=lambda _: {}
+        )
         with WriteBehind(store, manifest, lambda _bytes: None) as writer:
             for job in jobs:
-                alone = type(job)(job.shard, job.rows, tuple(one for one in job.targets if one == target))
+                alone = replace(job, targets=tuple(one for one in job.targets if one == target))
                 if alone.targets:
-                    computer.run(alone, writer, lambda _tokens: None)
+                    computer.run([alone], writer, lambda _tokens: None)
         alone, beside = arrays(store, target), together[target]
         if isinstance(target, Normaliser):
             # Temperatures that are computed together share their exponentials, which rounds the last bit otherwise.
@@ -112,7 +114,8 @@ def test_targets_computed_one_by_one_are_those_computed_together(recipe: Any):
             assert all(np.allclose(alone[name], beside[name], rtol=1e-6) for name in beside)
         else:
             assert alone == beside, target.name
-    assert not missing_jobs(manifest, read_rows(store), demands_of(recipe)[2])
+    _, work, demands = demands_of(recipe)
+    assert not work.missing(demands)
 
 
 def test_a_value_that_a_form_does_not_hold_is_refused_by_name(write_recipe: Any, workplace: Path, build_model: Any):

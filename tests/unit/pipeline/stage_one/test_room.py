@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from coldstill.cache.errors import NoRoomError
@@ -21,8 +20,8 @@ from coldstill.pipeline.targets.token_logits import Normaliser
 SIZES = ModelSizes(width=16, vocab_size=384)
 HIDDEN, NORMALISER = BlockOutput(StateForm("float32"), 3), Normaliser(1.0)
 JOBS = [
-    ShardJob("s0", pa.table({"row": [b"a", b"b"], "length": [30, 20]}), (HIDDEN, NORMALISER)),
-    ShardJob("s1", pa.table({"row": [b"c"], "length": [50]}), (HIDDEN,)),
+    ShardJob("s0", 50, (HIDDEN, NORMALISER)),
+    ShardJob("s1", 50, (HIDDEN,)),
 ]
 
 

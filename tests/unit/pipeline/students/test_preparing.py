@@ -14,7 +14,8 @@ from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.recipe.student import InitConfig, PruneConfig
-from coldstill.pipeline.rows.building import Rows, build_rows
+from coldstill.pipeline.rows.building import build_rows
+from coldstill.pipeline.rows.kept_rows import Rows
 from coldstill.pipeline.students.preparing import calibration_rows, prepare_student, student_name
 
 LAST = {"layers": {"remove": 1, "method": "last"}}
