@@ -55,7 +55,7 @@ class FedTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | float | None = None
     ) -> Tensor:
-        """Return the loss of a batch; where it is not finite and such losses are filtered, the mean since the last log."""
+        """Return the loss of a batch; the mean since the last log where it is not finite and such are filtered."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not self._filters_in_step:
             return loss
