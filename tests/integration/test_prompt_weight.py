@@ -162,6 +162,6 @@ def test_an_evaluation_counts_each_position_that_weighs_something_once(recipe_of
     found = {weight: evaluate(recipe, show_progress=False) for weight, recipe in recipes.items()}
     assert found[0.5].models == found[1].models != found[0].models
     lengths = {weight: find_run_rows(recipe).selections["eval"].lengths for weight, recipe in recipes.items()}
-    assert found[1].num_tokens == found[0.5].num_tokens == int(np.sum(lengths[1] - 1))
+    assert found[1].num_tokens == found[0.5].num_tokens == int(np.sum(np.array(lengths[1]) - 1))
     prompts = [spans[0].stop - 1 if spans else 0 for spans in find_run_rows(recipes[0]).selections["eval"].spans]
     assert found[0].num_tokens == found[1].num_tokens - sum(prompts)
