@@ -204,7 +204,7 @@ def run_made(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         {"path": "builtin:python-docs"},
         options.tokens // LENGTH,
         student={"path": str(folder / "student")},
-        targets={"hidden": {"blocks": [LLAMAS[options.made]["num_hidden_layers"] // 2]}},
+        targets={},
     )
     done = timed("precompute", recipe)
     summary = done["summary"]

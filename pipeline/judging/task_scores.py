@@ -120,7 +120,10 @@ def _teacher(recipe: Recipe, run: RunRows) -> _AskedModel:
                 "teacher.placement=whole where they fit into memory, or with evaluate.tasks=[]"
             )
         trust = recipe.teacher.trust_remote_code
-        return load_model(teacher.folder, dtype=teacher.dtype, trust_remote_code=trust), teacher.tokenizer
+        # Quantised weights stay where they are read to.
+        device = None if teacher.quantisation is None else resolve_device(recipe.evaluate.device)
+        model = load_model(teacher.folder, dtype=teacher.dtype, trust_remote_code=trust, device=device)
+        return model, teacher.tokenizer
 
     return _AskedModel("teacher", {**stored, "tokenizer": tokenizer}, load)
 
