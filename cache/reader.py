@@ -44,7 +44,7 @@ def require_complete(manifest: Manifest, selection: Selection, columns: Sequence
 class Reader:
     """Read rows of a selection: each array of each column, cut to the row.
 
-    Memory is bounded whatever the store's size: 16 MiB of decoded chunks, the indices of recently used arrays, and the
+    Memory is bounded whatever the store's size: 64 MiB of decoded chunks, the indices of recently used arrays, and the
     commit records of the columns that are read. Several threads may read at once: what they fetch they decode beside
     each other. A reader is not to be shared between processes: make one in each.
 

@@ -151,11 +151,10 @@ class _Arrived:
 
 def _of_tensors(batch: Mapping[str, Any], do: Callable[[Tensor], Tensor]) -> Batch:
     """Return a batch with something done to each of its tensors, however deep."""
-    return {
-        name: do(value)
-        if isinstance(value, Tensor)
-        else _of_tensors(value, do)
-        if isinstance(value, Mapping)
-        else value
-        for name, value in batch.items()
-    }
+    done: Batch = {}
+    for name, value in batch.items():
+        if isinstance(value, Mapping):
+            done[name] = _of_tensors(value, do)
+        else:
+            done[name] = do(value) if isinstance(value, Tensor) else value
+    return done
