@@ -9,9 +9,10 @@ shuffled read of rows is held against the bare codec's sequential read.
 
 Rows are read by one, two and four threads of one reader, too: they decode beside each other.
 
-The last line is one JSON object: `reader_tokens_per_s`, by the number of threads; ratios of throughput in row bytes (1 is as fast as the bare codec), seconds to open
-a store of a million rows in 16,000 shards, and how much longer its first read of a row takes than that of a store of
-1,000 rows. First read means that neither the row's shard nor its chunks were touched by that reader before.
+The last line is one JSON object: `reader_tokens_per_s` by the number of threads; ratios of throughput in row bytes (1
+is as fast as the bare codec), seconds to open a store of a million rows in 16,000 shards, and how much longer its first
+read of a row takes than that of a store of 1,000 rows. First read means that neither the row's shard nor its chunks
+were touched by that reader before.
 """
 
 import argparse
