@@ -2,8 +2,8 @@
 
 All of them start from the last state and the output head and give the gradients of both. `ours` is what training runs;
 `ours_compiled` compiles what is done to a chunk of logits; `linear_cross_entropy` is torch's own, from 2.13 on, and
-`liger` that of the package `liger-kernel`, where they are there. They have the cross entropy alone; `ours_kl` adds the KL
-to a teacher's whole distribution, `ours_topk` that to its 64 likeliest tokens and a bucket.
+`liger` that of the package `liger-kernel`, where they are there. They have the cross entropy alone; `ours_kl` adds
+the KL to a teacher's whole distribution, `ours_topk` that to its 64 likeliest tokens and a bucket.
 """
 
 import importlib

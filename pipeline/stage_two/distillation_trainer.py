@@ -125,7 +125,9 @@ class UniversalDistillationTrainer(BalancedTrainer):
     ) -> tuple[list[dict[str, Any]], Tensor | float | None]:
         """Return the batches of a step, each with its labels, and the sum of the weights of all their positions."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        mean_weight = None if num_items is None else self._mean_weight(batches, device)
+        if num_items is None:
+            return batches, None
+        mean_weight = self._mean_weight(batches, device)
         # The Trainer's number is scaled, and not replaced: it is shared out over devices already.
         return batches, num_items if mean_weight is None else num_items * mean_weight
 

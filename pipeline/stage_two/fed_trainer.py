@@ -28,6 +28,8 @@ class FedTrainer(Trainer):
             of other data sets in any case.
     """
 
+    data_collator: Callable[[Any], Any]
+
     def __init__(self, *args: Any, reader_threads: int = 0, **kwargs: Any) -> None:
         self._reader_threads = reader_threads
         self._feed: Feed | None = None
@@ -86,12 +88,12 @@ class FedTrainer(Trainer):
         return super()._prepare_inputs(inputs)
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        own = self.data_collator
+        own: Callable[[Any], Any] = self.data_collator
         if not self._cuts_batches(dataset):
-            self.data_collator = Completing(own)
+            self.data_collator = complete = Completing(own)
             named = unread(dataset) if self._reader_threads and not self.args.remove_unused_columns else None
             if named is not None:
-                dataset, self.data_collator = named, _Reading(self._open_feed, self.data_collator)
+                dataset, self.data_collator = named, _Reading(self._open_feed, complete)
         try:
             return super()._get_dataloader(dataset, *args, **kwargs)
         finally:

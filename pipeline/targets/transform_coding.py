@@ -50,13 +50,13 @@ class TransformCode:
     synthesis_DD: Tensor
     spread_D: Tensor
     # By step: what follows from the spreads, which a GPU would be asked for in each batch.
-    _layouts: dict[float, list["DigitClass"]] = field(default_factory=dict, repr=False, compare=False)
-    _bases: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _layouts: dict[float, list["DigitClass"]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _bases: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device) -> "TransformCode":
         """Return the code on a device."""
         own = (self.centre_D, self.analysis_DD, self.synthesis_DD, self.spread_D)
-        return TransformCode(*(values.to(device) for values in own), _layouts=self._layouts)
+        return TransformCode(*(values.to(device) for values in own))
 
     def layout(self, step: float) -> list["DigitClass"]:
         """Say how coefficients are laid into bytes at a step, a function of the spreads alone."""
