@@ -57,8 +57,9 @@ class WeightBytes:
         lists: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
         total = 0
         for name, tensor in stored_tensors(folder).items():
-            runs_in_dtype = dtype is not None and tensor.dtype.startswith(("F", "BF"))
-            num_bytes = tensor.num_values * getattr(torch, dtype).itemsize if runs_in_dtype else tensor.num_bytes
+            num_bytes = tensor.num_bytes
+            if dtype is not None and tensor.dtype.startswith(("F", "BF")):
+                num_bytes = tensor.num_values * int(getattr(torch, dtype).itemsize)
             total += num_bytes
             if found := _OF_A_LIST.match(name):
                 lists[found[1]][int(found[2])] += num_bytes
