@@ -58,7 +58,10 @@ def make_trainer(arm: str, recipe: Recipe) -> Trainer:
         return trainer
     # What decides a step's cost stays the recipe's; only the model, the loss and the rows are other ones.
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), **recipe.train, use_cpu=trainer.args.use_cpu, dataloader_pin_memory=False
+        output_dir=tempfile.mkdtemp(),
+        **recipe.train,
+        use_cpu=trainer.args.use_cpu,
+        dataloader_pin_memory=not trainer.args.use_cpu,
     )
     rows = TokenRows(trainer.train_dataset)
     student = trainer.model.student
@@ -85,7 +88,7 @@ class TokenRows(Dataset):
 
 def load_teacher(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    return AutoModelForCausalLM.from_pretrained(recipe.teacher.path, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(recipe.teacher.path, dtype=dtype).to(arguments.device).eval()
 
 
 class LiveDistillation(nn.Module):
@@ -107,7 +110,7 @@ class LiveDistillation(nn.Module):
         with block_outputs(self.student.model.layers, list(self._map)) as of_student:
             logits = self.student(input_ids, use_cache=False).logits[:, :-1]
         temperature, count = self._loss.temperature, labels[:, 1:].numel()
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(input_ids.device.type, enabled=False):
             task = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
             log_q = (logits.float() / temperature).log_softmax(dim=-1)
             with torch.no_grad():

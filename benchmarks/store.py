@@ -7,9 +7,12 @@ shuffled read of rows is held against the bare codec's sequential read.
 
     python benchmarks/store.py [--folder FOLDER] [--shards 12] [--million 1000000]
 
-The last line is one JSON object: ratios of throughput in row bytes (1 is as fast as the bare codec), seconds to open
-a store of a million rows in 16,000 shards, and how much longer its first read of a row takes than that of a store of
-1,000 rows. First read means that neither the row's shard nor its chunks were touched by that reader before.
+Rows are read by one, two and four threads of one reader, too: they decode beside each other.
+
+The last line is one JSON object: `reader_tokens_per_s` by the number of threads; ratios of throughput in row bytes (1
+is as fast as the bare codec), seconds to open a store of a million rows in 16,000 shards, and how much longer its first
+read of a row takes than that of a store of 1,000 rows. First read means that neither the row's shard nor its chunks
+were touched by that reader before.
 """
 
 import argparse
@@ -21,8 +24,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numcodecs.zstd import Zstd
@@ -48,6 +53,7 @@ WIDTH = 576
 REPEATS = 5
 NUM_SHARDS_OF_A_MILLION = 16_000
 COLD_READS = 400
+THREADS = (1, 2, 4)
 
 HIDDEN = Column(
     "hidden/12/int8",
@@ -174,6 +180,14 @@ def read_rows_in(store: Store, selection: Selection, order: np.ndarray) -> int:
     return num_bytes
 
 
+def read_by_threads(store: Store, selection: Selection, order: np.ndarray, num_threads: int) -> int:
+    """Read rows in an order by threads that share a reader, and give their tokens."""
+    reader = Reader(store, selection, [column.name for column in COLUMNS])
+    batches = [order[start : start + BATCH_ROWS].tolist() for start in range(0, len(order), BATCH_ROWS)]
+    with ThreadPoolExecutor(num_threads) as pool:
+        return sum(len(rows) for rows in pool.map(reader.rows, batches)) * ROW_TOKENS
+
+
 def is_of_tokens(column: str, array: str) -> bool:
     """Whether an array counts: what holds for a whole shard comes with each row, but is no row bytes."""
     specs = {each.name: each.arrays for each in COLUMNS}
@@ -186,7 +200,20 @@ def throughput(work: Callable[[], int]) -> float:
     return num_bytes / (time.perf_counter() - started)
 
 
-def compare_codec(folder: Path, num_shards: int) -> dict[str, float]:
+def compare_threads(store: Store, selection: Selection) -> dict[int, int]:
+    """Read all rows, shuffled, by one thread and by several in turn, and give the medians of tokens a second."""
+    generator = np.random.default_rng(2)
+    speeds: dict[int, list[float]] = {number: [] for number in THREADS}
+    for _ in range(REPEATS):
+        order = generator.permutation(len(selection))
+        for number, of_number in speeds.items():
+            of_number.append(throughput(functools.partial(read_by_threads, store, selection, order, number)))
+    medians = {number: round(statistics.median(of_number)) for number, of_number in speeds.items()}
+    print("tokens/s by threads:", ", ".join(f"{number}: {speed:,}" for number, speed in medians.items()))
+    return medians
+
+
+def compare_codec(folder: Path, num_shards: int) -> dict[str, Any]:
     """Write and read both arms in turn, and give the ratio of their medians."""
     shards = [make_shard(seed) for seed in range(num_shards)]
     speeds: dict[str, list[float]] = {}
@@ -215,6 +242,7 @@ def compare_codec(folder: Path, num_shards: int) -> dict[str, float]:
         spread = f"{min(speeds[arm]) / 1e6:.0f} to {max(speeds[arm]) / 1e6:.0f}"
         print(f"{arm:16} {speed / 1e6:7.0f} MB/s  ({spread})")
     return {
+        "reader_tokens_per_s": compare_threads(store, selection),
         "sequential_read_over_codec": medians["sequential"] / medians["bare sequential"],
         "shuffled_read_over_codec": medians["shuffled"] / medians["bare sequential"],
         "write_over_codec": medians["write"] / medians["bare write"],
@@ -315,7 +343,7 @@ def main() -> None:
         result = compare_codec(folder, arguments.shards) | compare_sizes(folder, arguments.million)
     finally:
         shutil.rmtree(folder)
-    print(json.dumps({name: round(value, 3) for name, value in result.items()}))
+    print(json.dumps({name: round(value, 3) if isinstance(value, float) else value for name, value in result.items()}))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +37,7 @@ from recovery import teacher_and_source, timed
 from turns import Turn, reporting, wait_for_turn
 
 ARMS = ("whole", "streamed")
+MAKING = "make"
 LENGTH = 512
 LLAMAS = {
     "3b": {
@@ -59,6 +61,9 @@ LLAMAS = {
 
 def main() -> None:
     options = parse()
+    if options.arm == MAKING:
+        make(options)
+        return
     if options.arm:
         run_arm(options)
         return
@@ -85,7 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one round over 4 rows")
     parser.add_argument("--made", choices=LLAMAS, help="make a Llama of random weights instead, and stream it")
     parser.add_argument("--tokens", type=int, default=16_384, help="for --made: how many to precompute")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--arm", choices=[*ARMS, MAKING], help=argparse.SUPPRESS)
     parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
@@ -187,39 +192,52 @@ def one_shard(teacher: Any, gathered: Any, workdir: Path) -> Callable[[], float]
 
 
 def run_made(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    print(f"writing a Llama of random weights under {folder}", file=sys.stderr)
+    # In a process of its own: what starts others passes its own peak memory on to them.
+    command = [sys.executable, __file__, "--workdir", str(folder), "--made", options.made, "--arm", MAKING]
+    command += ["--dtype", options.dtype] if options.dtype else []
+    made = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    options.workdir = folder
+    recipe = write_recipe(
+        options,
+        {"path": str(folder / "teacher"), "dtype": made["dtype"], "placement": "streamed"},
+        {"path": "builtin:python-docs"},
+        options.tokens // LENGTH,
+        student={"path": str(folder / "student")},
+        targets={},
+    )
+    done = timed("precompute", recipe)
+    summary = done["summary"]
+    return {
+        **made,
+        "tokens": summary["computed_tokens"],
+        "tokens_per_s": round(summary["computed_tokens"] / summary["seconds"], 1),
+        "peak_gb": done["peak_gb"],
+    }
+
+
+def make(options: argparse.Namespace) -> None:
+    """Write the Llama that is to be made and a student for it, and print what the Llama's weights take."""
     from coldstill.pipeline.models.machine import is_slow_on_cpu
     from coldstill.pipeline.models.teacher import Teacher
     from coldstill.pipeline.recipe.sections import TeacherConfig
 
-    print(f"writing a Llama of random weights under {folder}", file=sys.stderr)
-    num_weights = write_llama(folder / "teacher", LLAMAS[options.made])
+    sizes, folder = LLAMAS[options.made], options.workdir / "teacher"
+    num_weights = write_llama(folder, sizes)
     # A student of the same words; it is only looked at, never trained.
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
-    write_llama(folder / "student", {**LLAMAS[options.made], **small, "num_key_value_heads": 1})
-    located = Teacher.locate(TeacherConfig(path=str(folder / "teacher")))
-    dtype = options.dtype or ("float32" if located.device.type == "cpu" and is_slow_on_cpu("bfloat16") else "auto")
-    options.workdir = folder
-    recipe = write_recipe(
-        options,
-        {"path": str(folder / "teacher"), "dtype": dtype, "placement": "streamed"},
-        {"path": "builtin:python-docs"},
-        options.tokens // LENGTH,
-        student={"path": str(folder / "student")},
-        targets={"hidden": {"blocks": [LLAMAS[options.made]["num_hidden_layers"] // 2]}},
-    )
-    done = timed("precompute", recipe)
-    tokens_per_s = done["summary"]["computed_tokens"] / done["summary"]["seconds"]
-    weights = Teacher.locate(TeacherConfig(path=str(folder / "teacher"), dtype=dtype)).weights
-    return {
+    write_llama(options.workdir / "student", {**sizes, **small, "num_key_value_heads": 1})
+    is_slow = Teacher.locate(TeacherConfig(path=str(folder))).device.type == "cpu" and is_slow_on_cpu("bfloat16")
+    dtype = options.dtype or ("float32" if is_slow else "auto")
+    weights = Teacher.locate(TeacherConfig(path=str(folder), dtype=dtype)).weights
+    facts = {
         "made": options.made,
         "weights": num_weights,
         "dtype": dtype,
-        "tokens": done["summary"]["computed_tokens"],
-        "tokens_per_s": round(tokens_per_s, 1),
-        "peak_gb": done["peak_gb"],
-        "weights_gb": round(weights.total / 1e9, 2),
-        "two_blocks_embedding_and_head_gb": round(weights.streamed / 1e9, 2),
+        "weights_gb": round(weights.total / 1e9, 3),
+        "two_blocks_embedding_and_head_gb": round(weights.streamed / 1e9, 3),
     }
+    print(json.dumps(facts))
 
 
 def write_llama(folder: Path, sizes: dict[str, int]) -> int:

@@ -1,5 +1,6 @@
 """Rows by selection and index; refuses an incomplete or corrupt store before the first row is given."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ class Reader:
     """Read rows of a selection: each array of each column, cut to the row.
 
     Memory is bounded whatever the store's size: 64 MiB of decoded chunks, the indices of recently used arrays, and the
-    commit records of the columns that are read. A reader is not to be shared between processes or threads: make one in
-    each.
+    commit records of the columns that are read. Several threads may read at once: what they fetch they decode beside
+    each other. A reader is not to be shared between processes: make one in each.
 
     Args:
         store: The store.
@@ -70,6 +71,8 @@ class Reader:
         self._open: OrderedDict[tuple[str, str], list[OpenArray]] = OrderedDict()
         self._chunks: OrderedDict[_ChunkKey, _Chunk] = OrderedDict()
         self._chunk_bytes = 0
+        # Held while what is known is looked up and added to, and never while something is read or decoded.
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -117,20 +120,19 @@ class Reader:
 
     def _opened(self, shards: Iterable[str]) -> dict[tuple[str, str], list[OpenArray]]:
         """Return the open arrays of all columns in some shards."""
-        opened: dict[tuple[str, str], list[OpenArray]] = {}
-        fresh: dict[tuple[str, str], list[OpenArray]] = {}
-        for key in [(shard, column) for shard in shards for column in self.columns]:
-            if key in self._open:
+        keys = [(shard, column) for shard in shards for column in self.columns]
+        with self._lock:
+            opened = {key: self._open[key] for key in keys if key in self._open}
+            for key in opened:
                 self._open.move_to_end(key)
-                opened[key] = self._open[key]
-            else:
-                opened[key] = fresh[key] = self._arrays(self.manifest.record(*key))
+        fresh = {key: self._arrays(self.manifest.record(*key)) for key in keys if key not in opened}
         if fresh:
             read_index(self._source, [array for arrays in fresh.values() for array in arrays])
-            self._open |= fresh
-            while len(self._open) > OPEN_COLUMNS:
-                self._open.popitem(last=False)
-        return opened
+            with self._lock:
+                self._open |= fresh
+                while len(self._open) > OPEN_COLUMNS:
+                    self._open.popitem(last=False)
+        return opened | fresh
 
     def _arrays(self, record: CommitRecord) -> list[OpenArray]:
         arrays = open_column(self._store, record, local_copy=self._local_copy)
@@ -138,27 +140,35 @@ class Reader:
 
     def _loaded(self, wanted: dict[_ChunkKey, OpenArray]) -> dict[_ChunkKey, "_Chunk"]:
         """Return the wanted chunks, from memory or from the store."""
-        chunks = {}
-        missing = []
-        for key in wanted:
-            if key in self._chunks:
+        with self._lock:
+            chunks = {key: self._chunks[key] for key in wanted if key in self._chunks}
+            for key in chunks:
                 self._chunks.move_to_end(key)
-                chunks[key] = self._chunks[key]
-            else:
-                missing.append(key)
+        missing = [key for key in wanted if key not in chunks]
         if missing:
-            parts = iter(self._source.read([(wanted[key], *wanted[key].object.chunk_range(key[1])) for key in missing]))
-            for name, numbers in _runs(missing, wanted):
-                array = wanted[name, numbers[0]]
-                block = decode_chunks(array, numbers, [next(parts) for _ in numbers])
-                block.flags.writeable = False  # rows are views of it
-                for index, number in enumerate(numbers):
-                    chunk = _Chunk(block, index * array.object.chunk_length, block.nbytes // len(numbers))
-                    chunks[name, number] = self._chunks[name, number] = chunk
-                self._chunk_bytes += block.nbytes
-            while self._chunk_bytes > CHUNK_CACHE_BYTES and len(self._chunks) > 1:
-                self._chunk_bytes -= self._chunks.popitem(last=False)[1].nbytes
+            fetched = self._fetched(missing, wanted)
+            with self._lock:
+                for key, chunk in fetched.items():
+                    # Another thread may have fetched the same.
+                    self._chunk_bytes += chunk.nbytes - (self._chunks[key].nbytes if key in self._chunks else 0)
+                    self._chunks[key] = chunk
+                while self._chunk_bytes > CHUNK_CACHE_BYTES and len(self._chunks) > 1:
+                    self._chunk_bytes -= self._chunks.popitem(last=False)[1].nbytes
+            chunks |= fetched
         return chunks
+
+    def _fetched(self, missing: Sequence[_ChunkKey], wanted: dict[_ChunkKey, OpenArray]) -> dict[_ChunkKey, "_Chunk"]:
+        """Read and decode chunks."""
+        fetched: dict[_ChunkKey, _Chunk] = {}
+        parts = iter(self._source.read([(wanted[key], *wanted[key].object.chunk_range(key[1])) for key in missing]))
+        for name, numbers in _runs(missing, wanted):
+            array = wanted[name, numbers[0]]
+            block = decode_chunks(array, numbers, [next(parts) for _ in numbers])
+            block.flags.writeable = False  # rows are views of it
+            for index, number in enumerate(numbers):
+                chunk = _Chunk(block, index * array.object.chunk_length, block.nbytes // len(numbers))
+                fetched[name, number] = chunk
+        return fetched
 
 
 def read_constants(store: Store, column: str) -> tuple[dict[str, np.ndarray], CommitRecord]:

@@ -21,6 +21,7 @@ from coldstill.cache.index import kept_entry, write_entry
 from coldstill.pipeline.judging.qualities import RowSums
 from coldstill.pipeline.losses.logits_targets import FullDistribution
 from coldstill.pipeline.models import check_vocabularies, identify, load_config, load_model
+from coldstill.pipeline.models.counted import places_of
 from coldstill.pipeline.models.labels import counts_of
 from coldstill.pipeline.models.student_forward import StudentForward
 from coldstill.pipeline.outputs.run_index import RunRows
@@ -80,7 +81,7 @@ class EvalRows:
             form = self._source.forms.logits
             assert form is not None, "the source reads the distribution"
             with torch.no_grad():
-                teacher = form.read(self._source(batch)["logits"], counts_BT, 1.0)
+                teacher = form.read(self._source(batch)["logits"], places_of(counts_BT), 1.0)
             assert isinstance(teacher, FullDistribution), "eval rows keep the last state"
             ids_BT = batch["input_ids"]
             yield _Batch(ids_BT, batch.get("attention_mask", torch.ones_like(ids_BT)), counts_BT, teacher)

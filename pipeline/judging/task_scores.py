@@ -28,7 +28,8 @@ from coldstill.pipeline.outputs.retention import (
 from coldstill.pipeline.outputs.run_index import RunRows
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.rows.building import tokenizer_digest
-from coldstill.pipeline.runtime.errors import ModelError
+from coldstill.pipeline.runtime.errors import ModelError, RecipeError
+from coldstill.pipeline.runtime.units import format_size
 
 _STUDENT_DTYPE = "float32"
 
@@ -75,6 +76,7 @@ def compare_on_tasks(
     Raises:
         ModelError: A model is needed and cannot be loaded.
         IdentityError: The teacher that is there is not the one of the store.
+        RecipeError: It would have to stream in for every few questions.
     """
     models = [_teacher(recipe, run), *(_student(recipe, folder, name) for name, folder in folders.items())]
     scores = {model.name: _scores(recipe, model, tasks, show_progress=show_progress) for model in models}
@@ -111,8 +113,17 @@ def _teacher(recipe: Recipe, run: RunRows) -> _AskedModel:
                     f"store {run.store.path} was made with another teacher than {recipe.teacher.path}: {part} "
                     f"{there[:12]} there, {now[part][:12]} now; run: coldstill precompute"
                 )
+        if teacher.placement == "streamed":
+            raise RecipeError(
+                f"evaluate.tasks are asked of the teacher too, and teacher.placement {recipe.teacher.placement} would "
+                f"read its {format_size(teacher.weights.total)} of weights for every few questions: evaluate with "
+                "teacher.placement=whole where they fit into memory, or with evaluate.tasks=[]"
+            )
         trust = recipe.teacher.trust_remote_code
-        return load_model(teacher.folder, dtype=teacher.dtype, trust_remote_code=trust), teacher.tokenizer
+        # Quantised weights stay where they are read to.
+        device = None if teacher.quantisation is None else resolve_device(recipe.evaluate.device)
+        model = load_model(teacher.folder, dtype=teacher.dtype, trust_remote_code=trust, device=device)
+        return model, teacher.tokenizer
 
     return _AskedModel("teacher", {**stored, "tokenizer": tokenizer}, load)
 

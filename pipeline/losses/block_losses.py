@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from coldstill.pipeline.losses.state_losses import BlockScales
 from coldstill.pipeline.losses.term import BlockTerm, StatePair
+from coldstill.pipeline.models.counted import at
 
 StoredStates = Mapping[str, Mapping[str, Tensor]]
 
@@ -28,10 +29,6 @@ class HiddenForm(Protocol):
         """Return a teacher block's output, [B, T, Dt] in float32."""
         ...
 
-    def chosen(self, stored: StoredStates, block: int, counts_BT: Tensor) -> Tensor:
-        """Return which of the positions that count are stored, [B, T]."""
-        ...
-
 
 @dataclass(frozen=True)
 class MappedStates:
@@ -42,7 +39,7 @@ class MappedStates:
         outputs: The student's output [B, T, Ds] of each mapped block.
         stored: The teacher's, by block as text, as they are stored.
         form: How they are stored.
-        counts_BT: Which positions count.
+        places_N: The places of the positions that count and are stored; the same for every block.
         weights_BT: What each position weighs, float32; None where each weighs 1.
         scales: Of the teacher's blocks, for terms that are measured by them.
     """
@@ -51,7 +48,7 @@ class MappedStates:
     outputs: Mapping[int, Tensor]
     stored: StoredStates
     form: HiddenForm
-    counts_BT: Tensor
+    places_N: Tensor
     weights_BT: Tensor | None = None
     scales: BlockScales = field(default_factory=BlockScales)
 
@@ -60,13 +57,12 @@ class MappedStates:
 
         All in float32; the weights [N], None where each position weighs 1.
         """
+        weights_N = None if self.weights_BT is None else at(self.weights_BT, self.places_N)
         for student_block, teacher_block in self.layer_map.items():
-            chosen_BT = self.form.chosen(self.stored, teacher_block, self.counts_BT)
             with torch.no_grad():
-                teacher_ND = self.form.decode(self.stored, teacher_block)[chosen_BT]
+                teacher_ND = at(self.form.decode(self.stored, teacher_block), self.places_N)
             # The student's state may be bfloat16 under autocast; the projector's weights are float32.
-            own_ND = self.outputs[student_block][chosen_BT].float()
-            weights_N = None if self.weights_BT is None else self.weights_BT[chosen_BT]
+            own_ND = at(self.outputs[student_block], self.places_N).float()
             yield str(student_block), own_ND, teacher_ND, weights_N
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from coldstill.pipeline.losses.chunked_loss import chunked_loss
 from coldstill.pipeline.losses.student_logits import StudentEvents, take
 from coldstill.pipeline.losses.term import Predictions, VocabularyTerm
+from coldstill.pipeline.models.counted import numbers_on
 from coldstill.pipeline.models.output_head import Head
 
 
@@ -33,12 +34,12 @@ def vocabulary_loss(
     """
     if not terms:
         return state_ND.new_zeros((), dtype=torch.float32), {}
-    scale = torch.tensor([term.scale(predictions) for term in terms], device=state_ND.device) / num_positions
+    scale = numbers_on([term.scale(predictions) for term in terms], state_ND.device) / num_positions
 
     def terms_of_chunk(logits_CV: Tensor, chunk: slice) -> Tensor:
         return torch.stack(chunk_losses(terms, predictions, chunk, logits_CV, overwrites=not head.keeps_logits)) * scale
 
-    weights = torch.tensor([term.weight for term in terms], device=state_ND.device)
+    weights = numbers_on([term.weight for term in terms], state_ND.device)
     loss, values = chunked_loss(state_ND, head, terms_of_chunk, weights)
     return loss, dict(zip([term.name for term in terms], values.unbind(), strict=True))
 

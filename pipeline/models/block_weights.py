@@ -48,7 +48,7 @@ class BlockWeights:
         if self._there == index:
             return
         started = time.perf_counter()
-        self._drop()
+        self.drop()
         weights = self._next(index)
         block = self._blocks[index]
         self._empty = {name: put_weight(block, name, value) for name, value in weights.items()}
@@ -59,18 +59,19 @@ class BlockWeights:
             self._ahead = (following, self._thread.submit(self._read, following))
         self.waited_s += time.perf_counter() - started
 
-    def rest(self) -> None:
-        """Let no block have its weights, and none be read, until one is called."""
-        self._drop()
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead[1].result()
-
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Let the block that has its weights be without them; what is read for the next one stays."""
         if self._there is not None:
             for name, value in self._empty.items():
                 put_weight(self._blocks[self._there], name, value)
         self._there, self._empty = None, {}
+
+    def rest(self) -> None:
+        """Let no block have its weights, and none be read, until one is called."""
+        self.drop()
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead[1].result()
 
     def _next(self, index: int) -> Weights:
         """Return the weights of a block, which are mostly read already."""

@@ -140,21 +140,28 @@ def resolve_device(device: str) -> torch.device:
 
 
 def load_model(
-    folder: Path, *, dtype: str, trust_remote_code: bool = False, is_spread: bool = False
+    folder: Path,
+    *,
+    dtype: str,
+    trust_remote_code: bool = False,
+    is_spread: bool = False,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model from safetensors, all of its weights, on the CPU, in evaluation mode.
+    """Load a causal language model from safetensors, all of its weights, in evaluation mode.
 
     Args:
         folder: Where its files are.
         dtype: What it computes in.
         trust_remote_code: Whether its config may name code of its own.
-        is_spread: Whether accelerate lays its blocks over all devices instead.
+        is_spread: Whether accelerate lays its blocks over all devices.
+        device: Where transformers lays it otherwise; it is left on the CPU where this is None.
 
     Raises:
         ModelError: The folder holds no such model, or not all of its weights: transformers would make up the others. Or
             it holds blocks or parts of blocks that its config does not speak of, or numbers that are not finite.
     """
     load_config(folder, trust_remote_code=trust_remote_code)
+    place = None if device is None else {"": device}
     with loading_errors(folder):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -163,7 +170,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
-            device_map="auto" if is_spread else None,
+            device_map="auto" if is_spread else place,
         )
     check_whole(folder, type(model).__name__, loaded)
     check_tie(folder, model)

@@ -14,6 +14,7 @@ from torch import Tensor
 # Of a chunk's logits in float32, at most: a processor is as fast with few rows, a GPU wants many.
 CHUNK_BYTES = 32 << 20
 _GPU_CHUNK_BYTES = 256 << 20
+_HOST = torch.device("cpu")
 # Below so many rows the products with the weights wait for memory, however large the vocabulary is.
 FEWEST_ROWS = 128
 
@@ -24,15 +25,17 @@ class PlainLogits:
 
     Attributes:
         vocab_size: V.
+        device: Where the logits are.
     """
 
     vocab_size: int
+    device: torch.device = _HOST
     weight_VD: None = None
     bias_V: None = None
 
     def chunks(self, num_positions: int) -> Iterator[slice]:
         """Cut positions into chunks whose float32 copies are small."""
-        return _chunks(num_positions, _chunk_rows(self.vocab_size, torch.device("cpu"), CHUNK_BYTES))
+        return _chunks(num_positions, _chunk_rows(self.vocab_size, self.device, CHUNK_BYTES))
 
     def detached(self, _dtype: torch.dtype | None) -> "PlainLogits":
         """Return the head itself: it has no weights."""

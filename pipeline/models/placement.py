@@ -43,18 +43,23 @@ class WeightBytes:
         return 2 * self.largest_block + self.others
 
     @classmethod
-    def of(cls, folder: Path, config: PreTrainedConfig, *, dtype: str) -> "WeightBytes":
+    def of(cls, folder: Path, config: PreTrainedConfig, *, dtype: str | None) -> "WeightBytes":
         """Read them off the headers of a folder's safetensors files.
+
+        Args:
+            folder: Where its files are.
+            config: Its config.
+            dtype: What it computes in; None where its weights stay in memory as they are in the files.
 
         Raises:
             ModelError: A file is missing or damaged.
         """
-        size = getattr(torch, dtype).itemsize
         lists: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
         total = 0
         for name, tensor in stored_tensors(folder).items():
-            runs_in_dtype = tensor.dtype.startswith(("F", "BF")) and not is_quantised(config)
-            num_bytes = tensor.num_values * size if runs_in_dtype else tensor.num_bytes
+            num_bytes = tensor.num_bytes
+            if dtype is not None and tensor.dtype.startswith(("F", "BF")):
+                num_bytes = tensor.num_values * int(getattr(torch, dtype).itemsize)
             total += num_bytes
             if found := _OF_A_LIST.match(name):
                 lists[found[1]][int(found[2])] += num_bytes
@@ -64,13 +69,8 @@ class WeightBytes:
         return cls(total, max(blocks.values()), total - sum(blocks.values()), num_blocks)
 
 
-def is_quantised(config: PreTrainedConfig) -> bool:
-    """Whether a checkpoint's weights are quantised, by its config."""
-    return getattr(config, "quantization_config", None) is not None
-
-
 def choose_placement(
-    section: TeacherConfig, weights: WeightBytes, device: torch.device, *, is_quantised: bool
+    section: TeacherConfig, weights: WeightBytes, device: torch.device, *, quantisation: str | None
 ) -> Placement:
     """Decide where `auto` leaves it open: whole, unless the weights do not fit into what memory is free.
 
@@ -79,7 +79,7 @@ def choose_placement(
     if section.placement != "auto":
         return section.placement
     fits = all(weights.total <= _SHARE_OF_FREE * free_bytes(place) for place in {device, _HOST})
-    return "whole" if fits or is_quantised else "streamed"
+    return "whole" if fits or quantisation is not None else "streamed"
 
 
 def check_placement(
@@ -88,7 +88,7 @@ def check_placement(
     weights: WeightBytes,
     device: torch.device,
     *,
-    is_quantised: bool,
+    quantisation: str | None,
 ) -> None:
     """Refuse a placement that cannot be on this machine.
 
@@ -97,7 +97,7 @@ def check_placement(
         placement: What was chosen.
         weights: What the teacher takes.
         device: Where it runs.
-        is_quantised: Whether its weights are.
+        quantisation: What its weights are quantised by; None where they are not.
 
     Raises:
         RecipeError: It cannot be; says why, and what can.
@@ -107,9 +107,10 @@ def check_placement(
     if placement != "streamed":
         return
     key = f"teacher.placement is {section.placement}"
-    if is_quantised:
+    if quantisation is not None:
         raise RecipeError(
-            f"{key}, but the teacher's weights are quantised, and only transformers can read those: use whole or spread"
+            f"{key}, but the teacher's weights are quantised by {quantisation}, and only transformers reads those, all "
+            "of them: use whole or spread"
         )
     free = free_bytes(device)
     if weights.streamed > free:

@@ -45,6 +45,9 @@ class BlockLoader(Protocol):
     def bring(self, index: int) -> None:
         """Let a block have its weights; those of the block that had them go. A block that is called has them anyway."""
 
+    def drop(self) -> None:
+        """Let the block that has its weights be without them, while what is read for the next one stays."""
+
     def rest(self) -> None:
         """Let no block have its weights until one is called."""
 
@@ -136,12 +139,13 @@ def take_apart(model: PreTrainedModel) -> ModelParts:
         ModelError: A part cannot be found, head over body does not give the model's own logits, or a position sees a
             later one.
     """
+    find_structure(model)
+    # Before it is looked into: a head of another kind need not have a matrix.
+    if problem := _foreign_head(model):
+        raise ModelError(problem)
     parts = find_parts(model)
-    problem = _foreign_head(model)
-    if problem is None:
-        logits = _probe_logits(model, _probe_tokens(model))
-        problem = _head_problem(model, parts.structure, logits) or _causality_problem(model, logits)
-    if problem is not None:
+    logits = _probe_logits(model, _probe_tokens(model))
+    if problem := _head_problem(model, parts.structure, logits) or _causality_problem(model, logits):
         raise ModelError(problem)
     return parts
 

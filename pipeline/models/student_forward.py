@@ -59,7 +59,7 @@ class StudentForward:
             outputs, logits_BTV = run_body(
                 self._student, of_student, inputs, blocks, switches=self._switches, take=lambda output: output.logits
             )
-            return outputs, logits_BTV, PlainLogits(logits_BTV.shape[-1])
+            return outputs, logits_BTV, PlainLogits(logits_BTV.shape[-1], logits_BTV.device)
         body = self._student.get_submodule(self._structure.body_name)
         outputs, state_BTD = run_body(body, of_student, inputs, blocks, switches=self._switches)
         head = OutputHead.of_model(self._student.get_output_embeddings(), text_config(self._student.config))

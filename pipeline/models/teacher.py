@@ -1,7 +1,7 @@
 """The teacher: where its files are, which one it is, and the model itself. Stage two never imports this."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from coldstill.pipeline.models import (
     text_config,
 )
 from coldstill.pipeline.models.forward import mean_loss
-from coldstill.pipeline.models.placement import WeightBytes, check_placement, choose_placement, is_quantised
+from coldstill.pipeline.models.placement import WeightBytes, check_placement, choose_placement
+from coldstill.pipeline.models.quantised import bytes_when_dense, quantisation_of, runs_dense
 from coldstill.pipeline.models.streaming import load_streamed
 from coldstill.pipeline.recipe.sections import Placement, TeacherConfig
 
@@ -79,24 +80,40 @@ class Teacher:
         """Where the forward pass runs."""
         return resolve_device(self.section.device)
 
+    @property
+    def quantisation(self) -> str | None:
+        """The method that its weights are quantised by; None where they are not."""
+        return quantisation_of(self.config)
+
     @cached_property
     def weights(self) -> WeightBytes:
-        """What its weights take in memory, by the headers of its files."""
-        return WeightBytes.of(self.folder, self.config, dtype=self.dtype)
+        """What its weights take in memory, by the headers of its files.
+
+        Raises:
+            ModelError: A file is missing or damaged, or transformers cannot load it on this machine.
+        """
+        if self.quantisation is None:
+            return WeightBytes.of(self.folder, self.config, dtype=self.dtype)
+        is_dense = runs_dense(self.config, self.folder, dtype=self.dtype, device=self.device)
+        as_stored = WeightBytes.of(self.folder, self.config, dtype=None)
+        if not is_dense:
+            return as_stored
+        trust = self.section.trust_remote_code
+        return replace(as_stored, total=bytes_when_dense(self.config, dtype=self.dtype, trust_remote_code=trust))
 
     @cached_property
     def placement(self) -> Placement:
         """How its weights lie in memory: whole, streamed or spread."""
-        return choose_placement(self.section, self.weights, self.device, is_quantised=is_quantised(self.config))
+        return choose_placement(self.section, self.weights, self.device, quantisation=self.quantisation)
 
     def check_placement(self) -> None:
         """Refuse a placement that cannot be on this machine, before anything is loaded.
 
         Raises:
             RecipeError: It cannot be.
-            ModelError: A file of its weights is missing or damaged.
+            ModelError: A file of its weights is missing or damaged, or transformers cannot load it on this machine.
         """
-        check_placement(self.section, self.placement, self.weights, self.device, is_quantised=is_quantised(self.config))
+        check_placement(self.section, self.placement, self.weights, self.device, quantisation=self.quantisation)
 
     @cached_property
     def parts(self) -> ModelParts:
@@ -105,8 +122,10 @@ class Teacher:
         if self.placement == "streamed":
             return load_streamed(self.folder, dtype=self.dtype, device=self.device, trust_remote_code=trust)
         is_spread = self.placement == "spread"
-        model = load_model(self.folder, dtype=self.dtype, trust_remote_code=trust, is_spread=is_spread)
-        return take_apart(model if is_spread else model.to(self.device))
+        # Quantised weights are laid where they stay while they are read: not all of their kinds can move.
+        device = self.device if self.quantisation is not None else None
+        model = load_model(self.folder, dtype=self.dtype, trust_remote_code=trust, is_spread=is_spread, device=device)
+        return take_apart(model if is_spread or device is not None else model.to(self.device))
 
     @property
     def is_loaded(self) -> bool:

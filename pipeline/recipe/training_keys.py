@@ -60,7 +60,8 @@ _LEAST: Mapping[str, float] = {
     **dict.fromkeys(("torch_empty_cache_steps", "save_total_limit", "dataloader_prefetch_factor"), 1),
     **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_timeout"), 1),
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"), 0),
-    **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers", "eval_delay", "warmup_steps"), 0),
+    **dict.fromkeys(("seed", "data_seed", "eval_delay", "warmup_steps"), 0),
+    **dict.fromkeys(("dataloader_num_workers", "dataloader_threads"), 0),
     "neftune_noise_alpha": 0,
 }
 _ABOVE_ZERO = ("logging_steps", "eval_steps", "save_steps")
@@ -69,8 +70,8 @@ _CHOICES: Mapping[str, Collection[Any]] = {
     "activation_checkpointing": (True, False, "selective"),
     "include_num_input_tokens_seen": (True, False, "all", "non_padding", "no"),
 }
-# Keys of the section that are no arguments of transformers', with what they may be.
-OWN_KEYS: Mapping[str, Collection[str]] = {"keep": ("best", "last")}
+# Keys of the section that are no arguments of transformers', with what they may be; a whole number where none is named.
+OWN_KEYS: Mapping[str, Collection[str]] = {"keep": ("best", "last"), "dataloader_threads": ()}
 # What `keep: best` goes by: the divergence on eval rows; where these are of several sources, its mean over those that
 # are not of train's own data set.
 OWN_METRIC, OTHERS_METRIC = "eval_loss_logits", "eval_loss_logits_of_others"
@@ -119,7 +120,8 @@ def check_training_keys(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"train.{key} is decided by {OWNED_KEYS[key]}; remove it")
         if key in OWN_KEYS:
             _check_choice(key, value, OWN_KEYS[key])
-            checked[key] = value
+            checked[key] = value if OWN_KEYS[key] else _checked_value(key, value, int)
+            _check_range(key, checked[key])
             continue
         _check_name(f"train.{key}", key, [*declared, *OWN_KEYS], "transformers' TrainingArguments")
         _check_choice(key, value, _CHOICES.get(key) or declared[key].metadata.get("choices"))
@@ -270,6 +272,11 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise ValueError("train.fp16 and train.bf16 are both true: set one of them to false")
     if values.get("fp16") and values.get("use_cpu"):
         raise ValueError("train.fp16 needs an accelerator, but train.use_cpu is true: set one of them to false")
+    if values.get("dataloader_threads") and values.get("dataloader_num_workers"):
+        raise ValueError(
+            "train.dataloader_threads reads rows by threads and train.dataloader_num_workers by processes: remove one "
+            "of them"
+        )
     evaluates = values.get("eval_strategy", "no") != "no"
     if values.get("keep") == "best":
         return  # which judges, and by what

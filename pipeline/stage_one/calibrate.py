@@ -52,6 +52,7 @@ def calibrate(
     captured = capture_sample(
         parts, rows.tokens, request, num_tokens=rows.num_tokens, batch_size=batch_size, show_progress=show_progress
     )
+    parts.rest()
     num_words = sum(target.calibration_words(parts.output_head) for target in missing.values())
     is_shown = show_progress and num_words > 0
     with tqdm(total=num_words, unit="word", unit_scale=True, desc="calibrate, fit", disable=not is_shown) as bar:
@@ -82,7 +83,8 @@ def capture_sample(
     wanted = max(_FEWEST_POSITIONS, _POSITIONS_PER_CHANNEL * parts.hidden_size)
     chosen = spread_rows(rows, num_tokens, wanted)
     weight = next(parts.model.parameters())
-    is_slow = weight.device.type == "cpu" and is_slow_on_cpu(str(weight.dtype).removeprefix("torch."))
+    is_dense = not getattr(parts.model, "is_quantized", False)
+    is_slow = is_dense and weight.device.type == "cpu" and is_slow_on_cpu(str(weight.dtype).removeprefix("torch."))
     batches = list(_batches(chosen, batch_size))
     num_tokens = sum(map(len, chosen))
     with (

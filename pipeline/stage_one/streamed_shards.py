@@ -88,6 +88,7 @@ class StreamedShards(ShardComputer):
             for shard in under_way:
                 if shard.left:
                     self._pass(shard, index, writer, on_tokens)
+        self._loader.drop()  # the last block's memory, for what is made of last states
         for shard in under_way:
             if shard.left:
                 self._end(shard, writer)

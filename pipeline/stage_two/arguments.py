@@ -33,7 +33,9 @@ from coldstill.pipeline.runtime.out_of_memory import is_out_of_memory
 from coldstill.pipeline.stage_two.run_folder import checkpoints_folder
 from coldstill.pipeline.students.adapters import check_adapters
 
+# Of processes, where they are asked for; of threads, where rows are fed to an accelerator.
 _READERS = 2
+_READER_THREADS = 4
 # Where the best step is kept: the start is judged, then some ten times over the run; of what is saved, the best and the
 # newest checkpoint stay.
 _KEEPING = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 0.1, "save_total_limit": 2}
@@ -78,6 +80,20 @@ def arguments_here(recipe: Recipe) -> TrainingArguments:
         raise RecipeError(problem)
     check_launch(recipe)
     return _build(TrainingArguments, _values(recipe, torch.accelerator.is_available()))
+
+
+def reader_threads(recipe: Recipe, device: torch.device) -> int:
+    """Return how many threads read rows while a device trains: none for a CPU, where both want the same cores.
+
+    None, too, where processes read.
+    """
+    given = recipe.train.get("dataloader_threads")
+    if given is not None:
+        return int(given)
+    if device.type == "cpu" or any(map(recipe.train.get, ("dataloader_num_workers", *_OF_WORKERS))):
+        return 0
+    of_process = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_READER_THREADS, of_process))
 
 
 def check_launch(recipe: Recipe) -> None:
@@ -147,8 +163,8 @@ def _values(recipe: Recipe, has_accelerator: bool) -> dict[str, Any]:
         "run_name": recipe.output,
         "dataloader_pin_memory": has_accelerator,
         "use_cpu": not has_accelerator,
-        # A GPU computes while others read and decompress; without one, both want the same cores.
-        "dataloader_num_workers": _READERS if has_accelerator else 0,
+        # Threads read for an accelerator, unless the recipe speaks of processes.
+        "dataloader_num_workers": _READERS if has_accelerator and any(map(recipe.train.get, _OF_WORKERS)) else 0,
         # With terms over block outputs alone the student's output head gets no gradient, and DDP must be told to look.
         "ddp_find_unused_parameters": not Objective.of(recipe.loss).over_vocabulary,
         # Of the exported student: training asks for no cache in each call.

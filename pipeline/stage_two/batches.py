@@ -1,10 +1,11 @@
-"""Stored rows to training batches, in an order that is a function of seed and epoch alone; and ordinary batches.
+"""Stored rows to training batches, in an order that is a function of seed and epoch alone.
 
 Knows the reader and tensors; knows no model. Targets leave here as they are stored: the distiller decodes them on the
 device that it runs on.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,13 +20,8 @@ from coldstill.cache.selections import Selection, read_selection
 from coldstill.cache.spans import Span, token_weights
 from coldstill.cache.store import open_store
 from coldstill.cache.tokens import TOKENS
-from coldstill.pipeline.models.labels import IGNORED, labels_of, weights_of
-from coldstill.pipeline.runtime.errors import DataError
+from coldstill.pipeline.models.labels import IGNORED
 from coldstill.pipeline.stage_two.permutations import Permutation
-
-# What a batch may hold, of whichever dataset and collator.
-TARGET_KEYS = ("logits", "hidden")
-BATCH_KEYS = ("input_ids", "labels", "weights", "attention_mask", "position_ids", *TARGET_KEYS)
 
 
 @dataclass(frozen=True)
@@ -134,23 +130,33 @@ class StoredRows(RowSet):
         self._selection: Selection | None = selection
         self._local_copy = local_copy
         self._reader: Reader | None = None
+        self._opening = threading.Lock()
 
     def __len__(self) -> int:
         return self._num_rows
 
     def __getitems__(self, indices: Sequence[int]) -> list[StoredRow]:
-        """Return the rows of a batch, fetched together."""
-        if self._reader is None:
-            store, names = open_store(self._path), self._columns.names()
-            # A process that was not forked off, but began anew, reads it again.
-            selection = self._selection or read_selection(store, self._name)
-            self._reader = Reader(store, selection, names, local_copy=self._local_copy)
-        spans, labels = self._reader.selection.spans, self._reader.selection.labels
-        rows = zip(self._reader.rows(indices), indices, strict=True)
+        """Return the rows of a batch, fetched together; several threads may ask at once."""
+        reader = self._opened()
+        spans, labels = reader.selection.spans, reader.selection.labels
+        rows = zip(reader.rows(indices), indices, strict=True)
         return [StoredRow(arrays, spans[index], labels[index]) for arrays, index in rows]
 
+    def _opened(self) -> Reader:
+        with self._opening:
+            if self._reader is None:
+                store, names = open_store(self._path), self._columns.names()
+                # A process that was not forked off, but began anew, reads it again.
+                selection = self._selection or read_selection(store, self._name)
+                self._reader = Reader(store, selection, names, local_copy=self._local_copy)
+            return self._reader
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reader": None, "_selection": None}
+        return {**self.__dict__, "_reader": None, "_selection": None, "_opening": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._opening = threading.Lock()
 
 
 class BatchCollator:
@@ -192,31 +198,6 @@ class BatchCollator:
         for index, value in enumerate(values):
             stacked[index, : len(value)] = value
         return torch.from_numpy(stacked)
-
-
-def complete_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an ordinary batch with its labels, the token ids themselves where it has none.
-
-    Where it has `weights`, one for each token as labels are, a label is `IGNORED` where its weight is 0.
-
-    Raises:
-        DataError: It has no token ids, labels or weights of another shape, weights that are no weights, or what would
-            be left out without a word.
-    """
-    unknown = [name for name in batch if name not in BATCH_KEYS]
-    if unknown or "input_ids" not in batch:
-        raise DataError(
-            f"a batch holds {', '.join(batch) or 'nothing'}; training takes input_ids, and labels, weights, "
-            "attention_mask and position_ids with them: leave the rest out of the dataset, or out of what its collator "
-            "gives"
-        )
-    complete = {**batch, "labels": labels_of(batch)}
-    if weights_of(complete) is None:
-        return complete
-    weights_BT = batch["weights"]
-    if not bool((weights_BT.isfinite() & (weights_BT >= 0)).all()):
-        raise DataError("a batch has weights that are negative or not finite; expected numbers of at least 0")
-    return {**complete, "labels": complete["labels"].masked_fill(weights_BT == 0, IGNORED)}
 
 
 # Of so many rows the whole order is held; of more it is computed as it is needed.

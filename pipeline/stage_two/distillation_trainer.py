@@ -23,7 +23,7 @@ from coldstill.pipeline.runtime.errors import NonFiniteError, RecipeError
 from coldstill.pipeline.runtime.whole import disk_errors
 from coldstill.pipeline.stage_two.assembly import LayerMap, Projectors, assemble
 from coldstill.pipeline.stage_two.balanced_trainer import BalancedTrainer
-from coldstill.pipeline.stage_two.batches import EpochOrder, RowSet, complete_batch
+from coldstill.pipeline.stage_two.batches import EpochOrder, RowSet
 from coldstill.pipeline.stage_two.checkpoint_parts import (
     PROJECTORS_FILE,
     as_it_was_saved,
@@ -31,7 +31,9 @@ from coldstill.pipeline.stage_two.checkpoint_parts import (
     of_student,
     read_projectors,
 )
+from coldstill.pipeline.stage_two.completing import complete_batch
 from coldstill.pipeline.stage_two.distiller import Distiller
+from coldstill.pipeline.stage_two.feed import Unread
 from coldstill.pipeline.stage_two.live_targets import LiveTargets
 from coldstill.pipeline.stage_two.warm_start import fit_projectors
 from coldstill.pipeline.students.adapters import has_adapters, load_adapters
@@ -60,6 +62,7 @@ class UniversalDistillationTrainer(BalancedTrainer):
         delta: Weight of the loss of changes from each mapped block to the next, 0.
         temperature: Of the divergence, 1.
         projector_learning_rate: Of the projectors; the student's own where it is None.
+        reader_threads: So many threads read rows of a store beside each other; 0.
 
     Raises:
         RecipeError: Arguments contradict each other, are out of range, or would have no effect.
@@ -121,12 +124,12 @@ class UniversalDistillationTrainer(BalancedTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | float | None]:
         """Return the batches of a step, each with its labels, and the sum of the weights of all their positions."""
-        batches, num_items = super().get_batch_samples(map(complete_batch, epoch_iterator), num_batches, device)
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if num_items is None:
             return batches, None
-        # The Trainer's number is scaled, and not replaced: it is shared out over devices already.
         mean_weight = self._mean_weight(batches, device)
-        return batches, num_items if mean_weight == 1 else num_items * mean_weight
+        # The Trainer's number is scaled, and not replaced: it is shared out over devices already.
+        return batches, num_items if mean_weight is None else num_items * mean_weight
 
     def compute_loss(
         self,
@@ -180,7 +183,7 @@ class UniversalDistillationTrainer(BalancedTrainer):
         )
         names = self._eval_rows[0] if self._eval_rows else ()
         rows = {name: torch.cat([batch[name] for batch in self._eval_rows]) for name in names}
-        finite = rows["loss"].isfinite() if rows and self.args.logging_nan_inf_filter else slice(None)
+        finite = rows["loss"].isfinite() if rows and self.filters_losses else slice(None)
         for name in sorted(rows.keys() - {"loss"}):
             output.metrics[f"{metric_key_prefix}_{name}"] = rows[name][finite].mean().item()
         return output
@@ -229,11 +232,14 @@ class UniversalDistillationTrainer(BalancedTrainer):
             _split_groups(optimizer, of_projectors, self._projector_learning_rate)
         return optimizer
 
-    def _mean_weight(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> float:
-        """Return what a position weighs on average, over the batches of a step that the Trainer counts together."""
+    def _mean_weight(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor | None:
+        """Return what a position weighs on average, over the batches of a step that the Trainer counts together.
+
+        None where all that count weigh 1.
+        """
         is_counted_together = self.args.average_tokens_across_devices and self.args.world_size > 1
         if not is_counted_together and all(batch.get("weights") is None for batch in batches):
-            return 1.0
+            return None
         sums = torch.zeros(2, device=device)
         for batch in batches:
             counts_BT, weights_BT = counts_of(batch), weights_of(batch)
@@ -243,8 +249,8 @@ class UniversalDistillationTrainer(BalancedTrainer):
         if is_counted_together:
             # In every step: weights may be in the batch of one process and in that of no other.
             sums = self.accelerator.gather(sums.unsqueeze(0)).sum(dim=0)
-        total, num_positions = sums.tolist()
-        return total / num_positions if num_positions else 1.0
+        total, num_positions = sums
+        return torch.where(num_positions > 0, total / num_positions, 1.0)
 
     def with_all_it_takes(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return a batch with the live teacher's targets; the first time, measure the scale of the teacher's blocks."""
@@ -275,7 +281,7 @@ class UniversalDistillationTrainer(BalancedTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, RowSet):
+        if not isinstance(dataset, RowSet | Unread):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochOrder(len(dataset), seed=seed)

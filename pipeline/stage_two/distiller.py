@@ -18,6 +18,7 @@ from coldstill.pipeline.losses.objective import Objective
 from coldstill.pipeline.losses.state_losses import BlockScales
 from coldstill.pipeline.losses.term import Predictions, Term
 from coldstill.pipeline.losses.vocabulary_losses import vocabulary_loss
+from coldstill.pipeline.models.counted import COUNTED_STATES, at, counted_of, places_of
 from coldstill.pipeline.models.labels import counts_of, next_tokens, weights_of
 from coldstill.pipeline.models.output_head import Head
 from coldstill.pipeline.models.selective_checkpointing import SELECTIVE, enable_of, selective_kwargs
@@ -138,8 +139,9 @@ class Distiller(nn.Module):
         seen, num_positions = [], 0
         for batch in batches:
             self._check_batch(batch)
-            seen.append((batch["hidden"], counts_of(batch)))
-            num_positions += int(counts_of(batch).sum())
+            places_N = self._state_places(batch, counted_of(batch))
+            seen.append((batch["hidden"], places_N))
+            num_positions += len(places_N)
             if num_positions >= _SCALE_POSITIONS:
                 break
         if not num_positions:
@@ -154,7 +156,7 @@ class Distiller(nn.Module):
         """
         self._check_batch(batch)
         outputs, _, _ = self._run_student(batch)
-        return self._mapped_states(outputs, batch, counts_of(batch), weights_of(batch)).pairs()
+        return self._mapped_states(outputs, batch, counted_of(batch), weights_of(batch)).pairs()
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -186,6 +188,8 @@ class Distiller(nn.Module):
         weights: Tensor | None = None,
         logits: StoredLogits | None = None,
         hidden: StoredStates | None = None,
+        counted: Tensor | None = None,
+        counted_states: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss of a batch.
@@ -200,6 +204,9 @@ class Distiller(nn.Module):
                 wherever the label counts.
             logits: By role, the arrays of each column that the logits target reads, [B, T, ...].
             hidden: By teacher block as text, the arrays of its column.
+            counted: Where the token that follows counts, as places in rows laid one behind the other, int64 [N]; found
+                where it is None, for which a GPU is waited for.
+            counted_states: Of these, the places at which block outputs are stored; for block outputs at some positions.
             num_items_in_batch: The sum of the weights of all positions that count in the whole accumulated batch; of
                 this one where it is None.
 
@@ -218,21 +225,23 @@ class Distiller(nn.Module):
             "weights": weights,
             "logits": logits,
             "hidden": hidden,
+            "counted": counted,
+            "counted_states": counted_states,
         }
         self._check_batch(batch)
         now = self.now
-        counts_BT, weights_BT = counts_of(batch), weights_of(batch)
+        counted_N, weights_BT = counted_of(batch), weights_of(batch)
         outputs, state_BTD, head = self._run_student(batch)
-        num_positions = _num_positions(counts_BT, weights_BT, num_items_in_batch)
+        num_positions = _num_positions(len(counted_N), weights_BT, num_items_in_batch)
         loss, values = vocabulary_loss(
             now.over_vocabulary,
-            self._predictions(batch, counts_BT, weights_BT),
-            state_ND=state_BTD[counts_BT],
+            self._predictions(batch, counted_N, weights_BT),
+            state_ND=at(state_BTD, counted_N),
             head=head,
             num_positions=num_positions,
         )
         if now.over_blocks:
-            states = self._mapped_states(outputs, batch, counts_BT, weights_BT)
+            states = self._mapped_states(outputs, batch, counted_N, weights_BT)
             # A loss in half precision would be noise: whatever autocast does to the body ends here.
             with torch.autocast(device_type=input_ids.device.type, enabled=False):
                 of_blocks = block_losses(now.over_blocks, states, self.projectors, num_positions=num_positions)
@@ -246,33 +255,46 @@ class Distiller(nn.Module):
         blocks = list(self.layer_map) if self.objective.over_blocks else []
         return self._student(batch["input_ids"], batch.get("attention_mask"), blocks, batch.get("position_ids"))
 
-    def _predictions(self, batch: Mapping[str, Any], counts_BT: Tensor, weights_BT: Tensor | None) -> Predictions:
+    def _predictions(self, batch: Mapping[str, Any], counted_N: Tensor, weights_BT: Tensor | None) -> Predictions:
         target = None
         if self.objective.needs("logits"):
             assert self.forms.logits is not None
             with torch.no_grad():
-                target = self.forms.logits.read(batch["logits"], counts_BT, self.now.temperature)
-        weights_N = None if weights_BT is None else weights_BT[counts_BT]
-        return Predictions(next_tokens(batch)[counts_BT], target, weights_N)
+                target = self.forms.logits.read(batch["logits"], counted_N, self.now.temperature)
+        weights_N = None if weights_BT is None else at(weights_BT, counted_N)
+        return Predictions(at(next_tokens(batch), counted_N), target, weights_N)
 
     def _mapped_states(
         self,
         outputs: Mapping[int, Tensor],
         batch: Mapping[str, Any],
-        counts_BT: Tensor,
+        counted_N: Tensor,
         weights_BT: Tensor | None,
     ) -> MappedStates:
         assert self.forms.hidden is not None
         if self.lacks_scales:
             raise TargetError("the scale of the teacher's blocks is not known; call measure_scales with a few batches")
         stored, form = batch["hidden"], self.forms.hidden
-        return MappedStates(self.layer_map, outputs, stored, form, counts_BT, weights_BT, self.scales)
+        places_N = self._state_places(batch, counted_N)
+        return MappedStates(self.layer_map, outputs, stored, form, places_N, weights_BT, self.scales)
 
-    def _teacher_states(self, seen: Sequence[tuple[StoredStates, Tensor]], block: int) -> Tensor:
-        """Return a teacher block's output at the stored positions that count of some batches, [N, Dt]."""
+    def _state_places(self, batch: Mapping[str, Any], counted_N: Tensor) -> Tensor:
+        """Return at which of the places that count block outputs are stored: the same for every block."""
         form = self.forms.hidden
         assert form is not None
-        return torch.cat([form.decode(stored, block)[form.chosen(stored, block, counts)] for stored, counts in seen])
+        if form.stored_share == 1.0:
+            return counted_N
+        given = batch.get(COUNTED_STATES)
+        if given is not None:
+            return given
+        block = next(iter(self.layer_map.values()))
+        return places_of(form.chosen(batch["hidden"], block, counts_of(batch)))
+
+    def _teacher_states(self, seen: Sequence[tuple[StoredStates, Tensor]], block: int) -> Tensor:
+        """Return a teacher block's output at some places of some batches, [N, Dt]."""
+        form = self.forms.hidden
+        assert form is not None
+        return torch.cat([at(form.decode(stored, block), places_N) for stored, places_N in seen])
 
     def _check_batch(self, batch: Mapping[str, Any]) -> None:
         """Refuse a batch that lacks a term's target: none is ever left out without a word."""
@@ -294,11 +316,12 @@ class Distiller(nn.Module):
         assert_never(target)
 
 
-def _num_positions(counts_BT: Tensor, weights_BT: Tensor | None, given: Tensor | float | None) -> Tensor:
+def _num_positions(num_counted: int, weights_BT: Tensor | None, given: Tensor | float | None) -> Tensor | float:
     """Return what sums over positions are divided by, the sum of their weights; 1 where nothing counts."""
-    own = counts_BT if weights_BT is None else weights_BT
-    number = own.sum() if given is None else torch.as_tensor(given)
-    return torch.where(number > 0, number, 1)
+    number = given
+    if number is None:
+        number = num_counted if weights_BT is None else weights_BT.sum()
+    return torch.where(number > 0, number, 1) if isinstance(number, Tensor) else number if number > 0 else 1
 
 
 def _no_target(term: Term, lack: str) -> TargetError:

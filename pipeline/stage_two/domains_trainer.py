@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from coldstill.pipeline.recipe.training_keys import OTHERS_METRIC
+from coldstill.pipeline.stage_two.fed_trainer import FedTrainer
 
 _DIVERGENCE = "loss_logits"
 
 
-class DomainsTrainer(Trainer):
+class DomainsTrainer(FedTrainer):
     """A Trainer that gives, of a dict of eval sets, the losses over all of their rows too.
 
     Transformers gives those of each set, as `eval_<label>_loss`; so there is `eval_loss` in any case, and what goes by

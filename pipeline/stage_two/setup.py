@@ -24,7 +24,12 @@ from coldstill.pipeline.models.projectors import create_projectors
 from coldstill.pipeline.outputs.run_index import RunRows
 from coldstill.pipeline.recipe.sections import Recipe
 from coldstill.pipeline.runtime.errors import ModelError, RecipeError
-from coldstill.pipeline.stage_two.arguments import arguments_here, check_row_count, check_train_section
+from coldstill.pipeline.stage_two.arguments import (
+    arguments_here,
+    check_row_count,
+    check_train_section,
+    reader_threads,
+)
 from coldstill.pipeline.stage_two.batches import RowSet, StoredRow
 from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 from coldstill.pipeline.stage_two.distiller import Distiller, TargetForms
@@ -88,6 +93,7 @@ def create_trainer(
             eval_dataset=_eval_rows(rows.rows("eval"), run.domains("eval")),
             processing_class=tokenizer,
             projector_learning_rate=recipe.projector.learning_rate,
+            reader_threads=reader_threads(recipe, arguments.device),
         )
     if recipe.kept_by is not None:
         trainer.keep_best(recipe.data.other_labels)

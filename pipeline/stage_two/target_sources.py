@@ -16,10 +16,11 @@ from coldstill.cache.columns import Axis
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.reader import require_complete
 from coldstill.pipeline.losses.logits_targets import LogitsTarget
-from coldstill.pipeline.models.labels import counts_of
+from coldstill.pipeline.models.counted import counted_of
 from coldstill.pipeline.outputs.run_index import RunRows
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.stage_two.batches import TARGET_KEYS, BatchCollator, BatchColumns, RowSet, StoredRows
+from coldstill.pipeline.stage_two.batches import BatchCollator, BatchColumns, RowSet, StoredRows
+from coldstill.pipeline.stage_two.completing import TARGET_KEYS
 from coldstill.pipeline.stage_two.distiller import TargetForms
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.forms import FINAL, LABEL, NORMALISER, HiddenForm, LogitsForm
@@ -206,7 +207,7 @@ class StoredTargets:
         """Return the teacher's distribution at a batch's positions that count."""
         assert self.forms.logits is not None, "the source reads no distribution"
         with torch.no_grad():
-            return self.forms.logits.read(batch["logits"], counts_of(batch), temperature)
+            return self.forms.logits.read(batch["logits"], counted_of(batch), temperature)
 
     def states(self, batch: Mapping[str, Any], counts_BT: Tensor) -> tuple[dict[int, Tensor], Tensor]:
         """Return each block's states [N, D] at some positions, and which of these are stored, [B, T].

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
+from coldstill.pipeline.models.counted import COUNTED, COUNTED_STATES
 from coldstill.pipeline.stage_two.distiller import Distiller
 
 
@@ -31,9 +32,11 @@ def why_no_norms(args: TrainingArguments, *, is_sharded: bool) -> str | None:
 
 
 def first_rows(batch: Mapping[str, Any], num_rows: int) -> dict[str, Any]:
-    """Return the first rows of a batch: of every tensor in it, however deep."""
+    """Return the first rows of a batch: of every tensor in it, however deep; the places that count are found anew."""
     taken: dict[str, Any] = {}
     for name, value in batch.items():
+        if name in (COUNTED, COUNTED_STATES):
+            continue
         if isinstance(value, Tensor):
             taken[name] = value[:num_rows]
         else:

@@ -12,6 +12,7 @@ import torch
 
 from coldstill.cache.identity import FINGERPRINT_CHARS, digest_of, row_id
 from coldstill.pipeline.models import check_length, check_tokenizers, check_vocabularies, load_config
+from coldstill.pipeline.models.quantised import quantisation_of
 from coldstill.pipeline.models.teacher import Teacher
 from coldstill.pipeline.outputs.provenance import write_record
 from coldstill.pipeline.recipe.sections import Recipe
@@ -59,17 +60,32 @@ def check_student(recipe: Recipe, teacher: Teacher) -> None:
 
     Raises:
         ModelError: Vocabularies differ, or the student's folder holds no model.
-        RecipeError: What is to be cut is not there.
+        RecipeError: What is to be cut is not there, or weights are quantised that would be cut or trained.
     """
     section = recipe.student.made_from_teacher
     if section is not None:
+        _check_cuttable(section, teacher)
         check_student_section(section, teacher.config)
         return
     folder = find_student(recipe)
     config = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
+    if method := quantisation_of(config):
+        raise RecipeError(
+            f"student.path {folder} has weights quantised by {method}, which training cannot move: give the model that "
+            "they were made of"
+        )
     check_vocabularies(teacher.config, config)
     check_length(config, recipe.data.sequence_length, who="student")
     check_tokenizers(teacher.tokenizer, folder, trust_remote_code=recipe.student.trust_remote_code)
+
+
+def _check_cuttable(section: PruneConfig | InitConfig, teacher: Teacher) -> None:
+    if teacher.quantisation is not None:
+        key = "student.prune" if isinstance(section, PruneConfig) else "student.init"
+        raise RecipeError(
+            f"{key} makes the student of the teacher's weights, and those of {teacher.folder} are quantised by "
+            f"{teacher.quantisation}: give a student.path, such as one made of the teacher before it was quantised"
+        )
 
 
 def prepare_student(recipe: Recipe, teacher: Teacher, train_rows: Rows) -> PreparedStudent:

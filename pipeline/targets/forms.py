@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from coldstill.pipeline.losses.logits_targets import BucketedTopk, FullDistribution, LogitsTarget, SampledTail
+from coldstill.pipeline.models.counted import at
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.targets.encodings import STORED, StateForm, decode_state
 from coldstill.pipeline.targets.token_encodings import decode_tail, decode_topk
@@ -32,8 +33,8 @@ class LogitsForm(Protocol):
 
     roles: ClassVar[tuple[str, ...]]
 
-    def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> LogitsTarget:
-        """Decode a batch's columns, [B, T, ...] by role and array, at the positions that count.
+    def read(self, stored: StoredLogits, places_N: Tensor, temperature: float) -> LogitsTarget:
+        """Decode a batch's columns, [B, T, ...] by role and array, at some places of it.
 
         The normaliser among them, where the kind has one, is the one of this temperature.
         """
@@ -53,10 +54,10 @@ class BucketedForm:
     k: int
     vocab_size: int
 
-    def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> "BucketedTopk":
+    def read(self, stored: StoredLogits, places_N: Tensor, temperature: float) -> "BucketedTopk":
         """Decode a batch's columns."""
-        top_logits, top_ids = decode_topk(_at(stored[TOPK], counts_BT), k=self.k)
-        normaliser_N = stored[NORMALISER]["values"][counts_BT]
+        top_logits, top_ids = decode_topk(_at(stored[TOPK], places_N), k=self.k)
+        normaliser_N = at(stored[NORMALISER]["values"], places_N)
         return BucketedTopk(top_logits, top_ids, normaliser_N, temperature, self.vocab_size)
 
 
@@ -72,15 +73,15 @@ class SampledForm:
 
     k: int
 
-    def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> "SampledTail":
+    def read(self, stored: StoredLogits, places_N: Tensor, temperature: float) -> "SampledTail":
         """Decode a batch's columns."""
-        head_logits, head_ids = decode_topk(_at(stored[TOPK], counts_BT), k=self.k)
-        tail_logits, tail_ids, log_weights = decode_tail(_at(stored[TAIL], counts_BT))
+        head_logits, head_ids = decode_topk(_at(stored[TOPK], places_N), k=self.k)
+        tail_logits, tail_ids, log_weights = decode_tail(_at(stored[TAIL], places_N))
         return SampledTail(
             logits_NE=torch.cat([head_logits, tail_logits], dim=-1),
             ids_NE=torch.cat([head_ids, tail_ids], dim=-1),
             weights_NE=torch.cat([torch.ones_like(head_logits), log_weights.exp()], dim=-1),
-            log_normaliser_N=stored[NORMALISER]["values"][counts_BT],
+            log_normaliser_N=at(stored[NORMALISER]["values"], places_N),
             num_tokens=self.k,
             temperature=temperature,
         )
@@ -107,10 +108,10 @@ class FinalForm:
         default_factory=dict, repr=False, compare=False
     )
 
-    def read(self, stored: StoredLogits, counts_BT: Tensor, temperature: float) -> "FullDistribution":
+    def read(self, stored: StoredLogits, places_N: Tensor, temperature: float) -> "FullDistribution":
         """Decode a batch's columns."""
-        own = self.on(counts_BT.device, _product_dtype(counts_BT.device, self.head.weight_VD.dtype))
-        state_ND = decode_state(stored[FINAL], form=own.form, code=own.code)[counts_BT]
+        own = self.on(places_N.device, _product_dtype(places_N.device, self.head.weight_VD.dtype))
+        state_ND = at(decode_state(stored[FINAL], form=own.form, code=own.code), places_N)
         return FullDistribution(state_ND, own.head, temperature, own.correction_V)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> "FinalForm":
@@ -168,5 +169,5 @@ class HiddenForm:
         return self._copies[block, device]
 
 
-def _at(arrays: Mapping[str, Tensor], counts_BT: Tensor) -> dict[str, Tensor]:
-    return {name: values[counts_BT] for name, values in arrays.items()}
+def _at(arrays: Mapping[str, Tensor], places_N: Tensor) -> dict[str, Tensor]:
+    return {name: at(values, places_N) for name, values in arrays.items()}

@@ -11,10 +11,11 @@ rebuilt form is, to second order, the error's square under it.
 Shapes: N positions, D width, V vocabulary.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -48,21 +49,28 @@ class TransformCode:
     analysis_DD: Tensor
     synthesis_DD: Tensor
     spread_D: Tensor
+    # By step: what follows from the spreads, which a GPU would be asked for in each batch.
+    _layouts: dict[float, list["DigitClass"]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _bases: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device) -> "TransformCode":
         """Return the code on a device."""
-        return TransformCode(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        own = (self.centre_D, self.analysis_DD, self.synthesis_DD, self.spread_D)
+        return TransformCode(*(values.to(device) for values in own))
 
     def layout(self, step: float) -> list["DigitClass"]:
         """Say how coefficients are laid into bytes at a step, a function of the spreads alone."""
-        classes, begin = [], 0
-        steps_D = self.spread_D.double() / step
-        for index, (lowest, base, per_byte) in enumerate(_CLASSES):
-            end = max(begin, int((steps_D > lowest).sum())) if lowest else len(steps_D)
-            if end > begin:
-                classes.append(DigitClass(f"digits_{index}", begin, end, base, per_byte))
-            begin = end
-        return classes
+        if step not in self._layouts:
+            self._layouts[step] = _layout(self.spread_D.double() / step)
+        return self._layouts[step]
+
+    def bases(self, step: float) -> Tensor:
+        """Return the base of each coefficient's digit at a step, float32 [D]."""
+        if step not in self._bases:
+            counts = [(float(part.base), part.end - part.begin) for part in self.layout(step)]
+            values = list(itertools.chain.from_iterable([base] * count for base, count in counts))
+            self._bases[step] = torch.tensor(values, device=self.spread_D.device)
+        return self._bases[step]
 
 
 @dataclass(frozen=True)
@@ -98,10 +106,16 @@ class DigitClass:
 
     def unpack(self, bytes_ND: Tensor) -> Tensor:
         """Return digits back, in float32."""
-        values = torch.arange(256, device=bytes_ND.device)
-        places = [(values // self.base**place) % self.base - self.base // 2 for place in range(self.per_byte)]
-        table = torch.stack(places, dim=-1).float()
+        table = _table(self.base, self.per_byte, bytes_ND.device)
         return table[bytes_ND.int()].flatten(-2)[..., : self.end - self.begin]
+
+
+@functools.lru_cache(maxsize=64)
+def _table(base: int, per_byte: int, device: torch.device) -> Tensor:
+    """Return the digits of each byte, float32 [256, per_byte]."""
+    values = torch.arange(256, device=device)
+    places = [(values // base**place) % base - base // 2 for place in range(per_byte)]
+    return torch.stack(places, dim=-1).float()
 
 
 @torch.no_grad()
@@ -143,7 +157,7 @@ def encode_coefficients(states_ND: Tensor, code: TransformCode, step: float) -> 
         OverflowError: A coefficient is beyond 32767 times its base.
     """
     levels_ND = ((states_ND.float() - code.centre_D) @ code.analysis_DD / step).round()
-    base_D = _bases(code, step)
+    base_D = code.bases(step)
     overflow_ND = (levels_ND / base_D).round()
     if float(overflow_ND.abs().amax()) > _LARGEST_OVERFLOW:
         raise OverflowError(f"a coefficient of {levels_ND.abs().amax() * step:.4g} is too many steps of {step:g}")
@@ -155,7 +169,7 @@ def encode_coefficients(states_ND: Tensor, code: TransformCode, step: float) -> 
 def decode_coefficients(arrays: Mapping[str, Tensor], code: TransformCode, step: float) -> Tensor:
     """Return the states back in float32, [..., D]."""
     digits = torch.cat([part.unpack(arrays[part.array]) for part in code.layout(step)], dim=-1)
-    levels = digits + _bases(code, step) * arrays[_OVERFLOW]
+    levels = digits + code.bases(step) * arrays[_OVERFLOW]
     return (levels * step) @ code.synthesis_DD + code.centre_D
 
 
@@ -177,10 +191,16 @@ def logit_correction(head: OutputHead, code: TransformCode, step: float) -> Tens
     return -0.5 * step**2 * (reach_VD.square() @ excess_D.float())
 
 
-def _bases(code: TransformCode, step: float) -> Tensor:
-    counts = [(float(part.base), part.end - part.begin) for part in code.layout(step)]
-    values = list(itertools.chain.from_iterable([base] * count for base, count in counts))
-    return torch.tensor(values, device=code.spread_D.device)
+def _layout(steps_D: Tensor) -> list[DigitClass]:
+    """Lay coefficients with spreads of so many steps, in descending order, into classes."""
+    classes, begin = [], 0
+    values_D = steps_D.cpu()
+    for index, (lowest, base, per_byte) in enumerate(_CLASSES):
+        end = max(begin, int((values_D > lowest).sum())) if lowest else len(values_D)
+        if end > begin:
+            classes.append(DigitClass(f"digits_{index}", begin, end, base, per_byte))
+        begin = end
+    return classes
 
 
 def _rounding_excess(spread: float) -> float:

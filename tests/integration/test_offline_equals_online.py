@@ -13,6 +13,7 @@ from training import trainer_of
 from transformers import AutoModelForCausalLM
 
 from coldstill.pipeline.losses.divergences import DIVERGENCES
+from coldstill.pipeline.models.counted import counted_of
 from coldstill.pipeline.models.labels import counts_of
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
@@ -358,7 +359,7 @@ def test_coded_final_states_are_read_with_the_correction_of_their_rounding(
     )
     precompute(recipe, show_progress=False)
     trainer, batch = offline(recipe)
-    target = trainer.model.forms.logits.read(batch["logits"], counts_of(batch), 2.0)
+    target = trainer.model.forms.logits.read(batch["logits"], counted_of(batch), 2.0)
     assert (target.correction_V is not None) == corrects
     if corrects:
         head = trainer.model.forms.logits.head

@@ -19,7 +19,7 @@ from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.stage_two.batches import complete_batch
+from coldstill.pipeline.stage_two.completing import complete_batch
 from coldstill.pipeline.train import train
 
 EXACT = {"logits": {"kind": "final", "encoding": "float32"}, "hidden": {"encoding": "float32"}}

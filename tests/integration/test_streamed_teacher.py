@@ -1,19 +1,23 @@
 """A teacher that streams in block by block says what it says when it is loaded whole, byte for byte."""
 
+import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from crash.trees import difference, files_below, lasting_files_below
 
 from coldstill.pipeline.models.teacher import Teacher
+from coldstill.pipeline.models.tensor_files import header_of
 from coldstill.pipeline.outputs.run_index import rows_key
 from coldstill.pipeline.precompute import precompute
 from coldstill.pipeline.prune import prune as prune_student
 from coldstill.pipeline.recipe.file import load_recipe
 from coldstill.pipeline.recipe.sections import Recipe
-from coldstill.pipeline.runtime.errors import NonFiniteError, RecipeError
+from coldstill.pipeline.runtime.errors import ModelError, NonFiniteError, RecipeError
 from coldstill.pipeline.stage_one.computing import StoreWork
 from coldstill.pipeline.stage_one.requests import Request, gather
 from coldstill.pipeline.stage_one.streamed_shards import shard_computer
@@ -147,8 +151,9 @@ def test_a_value_that_is_not_finite_is_named_with_its_row_and_block(
         {"layers": {"remove": 1, "method": "importance"}, "reconstruct": "blocks"},
         {"layers": {"method": "explicit", "blocks": [0, 2]}, "reconstruct": "linear"},
         {"layers": {"remove": 1, "method": "first"}, "mlp": {"keep": 0.5}, "reconstruct": False},
+        {"heads": {"keep": 0.5}, "hidden": {"size": 24}, "reconstruct": "linear"},
     ],
-    ids=["importance", "explicit", "depth and width"],
+    ids=["importance", "explicit", "depth and width", "heads and stream"],
 )
 def test_a_student_that_is_cut_of_a_streamed_teacher_is_the_same(placed: Callable[..., Recipe], prune: dict[str, Any]):
     students = {"prune": {**prune, "calibration_rows": 6}}
@@ -179,6 +184,43 @@ def test_a_cut_that_cannot_stream_is_one_line_and_loads_nothing(
         prune_student(recipe)
     assert len(str(raised.value).splitlines()) == 1
     assert not list(Path(recipe.cache).glob("students/*"))
+
+
+def without_a_file(teacher: Path) -> None:
+    (teacher / "model.safetensors").rename(teacher / "model-00001-of-00002.safetensors")
+    files = {name: f"model-0000{place}-of-00002.safetensors" for place, name in ((1, "model.norm"), (2, "lm_head"))}
+    (teacher / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def larger_than_any_memory(teacher: Path) -> None:
+    _, entries = header_of(teacher / "model.safetensors")
+    header, end = {}, 0
+    for name, dtype, shape, *_ in entries:
+        size = (1 << 45) if ".layers." in name else torch.Size(shape).numel()
+        header[name] = {"dtype": dtype, "shape": [size], "data_offsets": [end, end + 4 * size]}
+        end += 4 * size
+    text = json.dumps(header).encode()
+    (teacher / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+
+
+@pytest.mark.parametrize(
+    ("placement", "change", "line"),
+    [
+        ("streamed", without_a_file, r"index\.json names model-00002-of-00002\.safetensors, and .* has no such file"),
+        ("whole", without_a_file, r"index\.json names model-00002-of-00002\.safetensors, and .* has no such file"),
+        ("streamed", larger_than_any_memory, "placement is streamed, and cpu has .* too little for two of the teach"),
+        ("auto", larger_than_any_memory, "placement is auto, and cpu has .* too little for two of the teacher's blo"),
+    ],
+    ids=["missing file", "missing file, whole", "no memory", "no memory, auto"],
+)
+def test_a_placement_that_cannot_be_is_one_line_and_nothing_is_made(
+    placed: Callable[..., Recipe], workplace: Path, placement: str, change: Callable[[Path], None], line: str
+):
+    change(workplace / "teacher")
+    with pytest.raises((RecipeError, ModelError), match=line) as raised:
+        precompute(placed(placement, teacher__device="cpu"), show_progress=False)
+    assert len(str(raised.value).splitlines()) == 1
+    assert not (workplace / placement).exists()
 
 
 def test_a_teacher_beside_the_student_is_not_streamed(placed: Callable[..., Recipe]):

@@ -173,6 +173,16 @@ def test_another_teacher_in_the_old_ones_place_is_not_asked(
     assert "was made with another teacher" in coldstill("evaluate", recipe, expect=2).stderr
 
 
+def test_a_teacher_that_would_stream_in_for_every_question_is_not_asked(
+    coldstill: Callable[..., Any], write_recipe: Callable[..., Path], write_task: Callable[..., Path]
+):
+    recipe = write_recipe(evaluate={"tasks": [str(write_task())]}, teacher__placement="streamed")
+    coldstill("precompute", recipe)
+    line = coldstill("evaluate", recipe, expect=2).stderr.strip().splitlines()[-1]
+    assert line.startswith("coldstill: evaluate.tasks are asked of the teacher too, and teacher.placement streamed")
+    assert json.loads(coldstill("evaluate", recipe, "evaluate.tasks=[]", "--json").stdout)["tasks"] == {}
+
+
 @pytest.fixture
 def contents(write_task: Callable[..., Path]) -> Callable[..., str]:
     """Digest a task's content as it is written with changes."""

@@ -2,6 +2,7 @@ import contextlib
 import multiprocessing
 import tracemalloc
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
@@ -440,3 +441,18 @@ def test_what_a_large_batch_leaves_in_memory_is_bounded(store: Store, monkeypatc
     finally:
         tracemalloc.stop()
     assert left < (1 << 16) + (1 << 14) + 100_000 < values["values"].nbytes
+
+
+@pytest.mark.usefixtures("_object_sizes")
+def test_several_threads_read_the_rows_that_one_does(store: Store, make_rows, lay, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("coldstill.cache.reader.CHUNK_CACHE_BYTES", 600)
+    monkeypatch.setattr("coldstill.cache.reader.OPEN_COLUMNS", 2)
+    rows = make_rows(LENGTHS)
+    selection = lay(store, rows)
+    order = np.random.default_rng(0).integers(len(rows), size=(200, 3)).tolist()
+    reader = Reader(store, selection, ["tokens"])
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(reader.rows, order))
+    for batch, indices in zip(found, order, strict=True):
+        for row, index in zip(batch, indices, strict=True):
+            np.testing.assert_array_equal(row["tokens"]["ids"], rows[index])

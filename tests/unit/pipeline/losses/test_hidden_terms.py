@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from coldstill.pipeline.losses.block_losses import MappedStates, block_losses
 from coldstill.pipeline.losses.dynamics import Dynamics
 from coldstill.pipeline.losses.hidden import Hidden
+from coldstill.pipeline.models.counted import places_of
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.forms import HiddenForm
 
@@ -53,7 +54,9 @@ def terms(
     def losses(
         outputs: Any, stored: Any, projectors: nn.ModuleDict, counts: Tensor, num: float, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
-        states = MappedStates(layer_map, outputs, stored, HiddenForm(form or StateForm("float32")), counts, weights)
+        read = HiddenForm(form or StateForm("float32"))
+        places = places_of(read.chosen(stored, layer_map[min(layer_map)], counts))
+        states = MappedStates(layer_map, outputs, stored, read, places, weights)
         return block_losses(chosen, states, projectors, num_positions=num)
 
     return losses

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from coldstill.pipeline.losses.divergences import Events
 from coldstill.pipeline.losses.logits_targets import FullDistribution
+from coldstill.pipeline.models.counted import places_of
 from coldstill.pipeline.models.output_head import OutputHead
 from coldstill.pipeline.targets.encodings import StateForm, encode_state
 from coldstill.pipeline.targets.forms import (
@@ -75,7 +76,7 @@ def stored_as(kind: str) -> tuple[LogitsForm, StoredLogits]:
 
 def events_in_chunks(kind: str, length: int) -> Events:
     form, stored = stored_as(kind)
-    target = form.read(stored, COUNTS, TEMPERATURE)
+    target = form.read(stored, places_of(COUNTS), TEMPERATURE)
     parts = [
         events_of(target, slice(start, start + length), STUDENT[start : start + length])
         for start in range(0, NUM_COUNTED, length)
@@ -132,7 +133,7 @@ def test_a_k_of_the_whole_vocabulary_has_no_bucket():
     batch = {
         role: {name: each.unflatten(0, (B, T)) for name, each in arrays.items()} for role, arrays in stored.items()
     }
-    events = events_of(BucketedForm(V, V).read(batch, COUNTS, TEMPERATURE), slice(0, NUM_COUNTED), STUDENT)
+    events = events_of(BucketedForm(V, V).read(batch, places_of(COUNTS), TEMPERATURE), slice(0, NUM_COUNTED), STUDENT)
     assert events.teacher_logprobs_NE.shape == (NUM_COUNTED, V)
     assert torch.allclose(events.student_logprobs_NE.exp().sum(-1), torch.ones(NUM_COUNTED), atol=1e-5)
 

@@ -133,9 +133,7 @@ def test_states_and_their_changes_are_measured_by_scales_of_their_own(teacher: T
     stored = {"1": {"values": teacher[None]}, "4": {"values": after[None]}}
     outputs = {0: (teacher + drawn(4))[None].requires_grad_(), 2: (after + drawn(5))[None].requires_grad_()}
     scales = BlockScales.of([(0, teacher), (2, after)])
-    states = MappedStates(
-        layer_map, outputs, stored, HiddenForm(StateForm("float32")), torch.ones(1, N).bool(), None, scales
-    )
+    states = MappedStates(layer_map, outputs, stored, HiddenForm(StateForm("float32")), torch.arange(N), None, scales)
     terms = [Hidden(1.0, "standardised_mse"), Dynamics(1.0, "standardised_mse")]
     identity = nn.ModuleDict({str(block): nn.Identity() for block in layer_map})
     got = block_losses(terms, states, identity, num_positions=N)

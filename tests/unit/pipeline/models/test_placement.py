@@ -73,11 +73,23 @@ def test_spreading_over_devices_that_are_not_there_is_one_line(model_folders: di
         located(model_folders["teacher"], placement="spread").check_placement()
 
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="made for a machine without an accelerator")
 def test_quantised_weights_are_loaded_whole_and_never_streamed(sized: Callable[..., Path]):
-    folder = sized(block=1 << 45, others=1000, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert located(folder).placement == "whole"
-    with pytest.raises(RecipeError, match="streamed, but the teacher's weights are quantised, and only transformers"):
+    folder = sized(block=1000, others=1000, quantization_config=FP8, intermediate_size=1 << 40)
+    teacher = located(folder)
+    assert teacher.placement == "whole"
+    # Without kernels for eight bits transformers opens them while it loads.
+    assert teacher.weights.total > 4 * 3 * (1 << 40) * 32 * 4
+    with pytest.raises(RecipeError, match="streamed, but the teacher's weights are quantised by fp8, and only transfo"):
         located(folder, placement="streamed").check_placement()
+
+
+def test_weights_that_stay_as_they_are_take_what_their_files_do(sized: Callable[..., Path]):
+    teacher = located(sized(block=1000, others=300))
+    assert WeightBytes.of(teacher.folder, teacher.config, dtype=None).total == 2 * 4300
 
 
 def test_a_missing_file_is_named_before_anything_is_loaded(model_folders: dict[str, Path], tmp_path: Path):

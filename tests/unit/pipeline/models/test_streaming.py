@@ -161,6 +161,17 @@ def test_blocks_at_rest_take_no_memory_until_one_is_called():
     assert watched.blocks[2](torch.ones(1, 1)).item() == 2
 
 
+def test_a_block_that_is_let_go_takes_nothing_with_it_that_was_read_ahead():
+    watched = Watched(3)
+    weights = BlockWeights(watched.blocks, watched)
+    watched.blocks[0](torch.ones(1, 1))
+    weights.drop()
+    assert all(block.weight.is_meta for block in watched.blocks)
+    assert watched.blocks[1](torch.ones(1, 1)).item() == 1
+    assert [watched.read.get(timeout=60) for _ in range(3)] == [0, 1, 2]
+    assert watched.read.empty()
+
+
 def test_a_block_that_is_called_out_of_order_has_its_own_weights():
     watched = Watched(5)
     BlockWeights(watched.blocks, watched)

@@ -10,7 +10,7 @@ from live_pair import CPU, arguments, ids_of
 from tiny import NARROW
 
 from coldstill.pipeline.runtime.errors import DataError
-from coldstill.pipeline.stage_two.batches import complete_batch
+from coldstill.pipeline.stage_two.completing import complete_batch
 from coldstill.pipeline.stage_two.distillation_trainer import UniversalDistillationTrainer
 
 IDS = torch.tensor([[5, 6, 7, 8], [5, 9, 9, 0]])
