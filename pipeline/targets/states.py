@@ -20,6 +20,7 @@ from coldstill.pipeline.targets.calibrations import CALIBRATION, code_digest
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest
 from coldstill.pipeline.targets.encodings import (
     CODED,
+    ENCODING_BYTES,
     STORED,
     StateForm,
     decode_state,
@@ -27,6 +28,7 @@ from coldstill.pipeline.targets.encodings import (
     ordinary_positions,
     state_column,
     stated_error,
+    written_share,
 )
 from coldstill.pipeline.targets.fisher_information import OnWords, fisher_information
 from coldstill.pipeline.targets.live_errors import (
@@ -92,6 +94,15 @@ class _States(TeacherTarget):
         if self.form.encoding == CODED:
             return round(sizes.width * num_tokens * self.form.fraction)
         return super().raw_bytes(sizes, num_tokens=num_tokens, num_shards=num_shards)
+
+    @property
+    def written_share(self) -> float:
+        """That of the form."""
+        return written_share(self.form)
+
+    def encoding_bytes(self, sizes: ModelSizes) -> int:
+        """Return the bytes of the copies, most of them in float32 or int64, that the form is made by."""
+        return ENCODING_BYTES[self.form.encoding] * sizes.width
 
     def encode(self, captured: Captured, by: Encoding) -> dict[str, Tensor]:
         """Encode the states of a whole shard."""
