@@ -140,8 +140,8 @@ def _located(recipe: Recipe) -> Teacher:
     teacher = Teacher(section, folder, load_config(folder, trust_remote_code=section.trust_remote_code))
     if teacher.quantisation is not None:
         raise ModelError(
-            f"the weights of {section.path} are quantised by {teacher.quantisation}, and a config does not say how many "
-            "bytes that leaves: plan with the weights, or by the config of the model that they were made of"
+            f"the weights of {section.path} are quantised by {teacher.quantisation}, and a config does not say how "
+            "many bytes that leaves: plan with the weights, or by the config of the model that they were made of"
         )
     return teacher
 

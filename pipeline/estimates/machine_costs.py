@@ -26,8 +26,8 @@ class Machine:
 
     flops: float = 400e12
     disk_rate: float = 2e9
-    memory_bytes: int = 80 * 10**9
-    host_bytes: int = 256 * 10**9
+    memory_bytes: float = 80e9
+    host_bytes: float = 256e9
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,6 @@ def waiting_bytes_per_token(sizes: ModelSizes, dtype: str) -> int:
     return sizes.width * int(getattr(torch, dtype).itemsize)
 
 
-def affordable_tokens(free: int, bytes_per_token: int) -> int:
+def affordable_tokens(free: float, bytes_per_token: int) -> int:
     """Return how many tokens may wait between two blocks, by the bytes of memory that are free."""
     return max(0, int(SHARE_OF_FREE * free / bytes_per_token))

@@ -94,7 +94,7 @@ def choose_placement(
     return "whole" if fits or quantisation is not None else "streamed"
 
 
-def fits_whole(weights: WeightBytes, free: Iterable[int]) -> bool:
+def fits_whole(weights: WeightBytes, free: Iterable[float]) -> bool:
     """Whether all of a teacher's weights fit into each of several places, by the bytes free there, beside a margin."""
     return all(weights.total <= _SHARE_OF_FREE * num_bytes for num_bytes in free)
 

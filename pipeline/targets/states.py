@@ -62,6 +62,8 @@ class _States(TeacherTarget):
 
     form: StateForm
 
+    _half_step: ClassVar[float]
+
     @property
     @abstractmethod
     def _place(self) -> str:
@@ -98,7 +100,7 @@ class _States(TeacherTarget):
     @property
     def written_share(self) -> float:
         """That of the form."""
-        return written_share(self.form)
+        return written_share(self.form, half_step=self._half_step)
 
     def encoding_bytes(self, sizes: ModelSizes) -> int:
         """Return the bytes of the copies, most of them in float32 or int64, that the form is made by."""
@@ -155,6 +157,7 @@ class FinalState(_States):
     """The post-norm last state: with the output head, the distribution over every token at every temperature."""
 
     measure = KL
+    _half_step = 0.018
 
     @property
     def _place(self) -> str:
@@ -217,6 +220,7 @@ class _BlockStates(_States):
     block: int
 
     measure = SHARE
+    _half_step = 0.19
     _prefix: ClassVar[str]
 
     @property

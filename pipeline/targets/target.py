@@ -78,7 +78,7 @@ class Target(ABC):
 
     @property
     def written_share(self) -> float:
-        """Of the bytes before compression, the share that is written: as measured on real models, docs/plan.md."""
+        """Of the bytes before compression, the share that is written, as measured on real models: docs/plan.md."""
         return 1.0
 
     def raw_bytes(self, sizes: ModelSizes, *, num_tokens: int, num_shards: int) -> int:

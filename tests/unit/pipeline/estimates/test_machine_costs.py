@@ -11,7 +11,7 @@ SHARD = 32_768
 # Of a Llama of 70B parameters.
 WEIGHTS = WeightBytes(total=141_107_412_992, largest_block=1_711_308_800, others=4_202_708_992, num_blocks=80)
 TASK = TeacherTask(
-    machine=Machine(flops=400e12, disk_rate=2e9, memory_bytes=80 * 10**9, host_bytes=256 * 10**9),
+    machine=Machine(flops=400e12, disk_rate=2e9, memory_bytes=80e9, host_bytes=256e9),
     weights=WEIGHTS,
     waiting_bytes=2 * 8192,
     work_bytes=10**9,
