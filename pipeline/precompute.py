@@ -71,8 +71,8 @@ def precompute(*recipes: Recipe, share: Share | None = None, show_progress: bool
 
     Args:
         recipes: One or more.
-        share: Which shards to compute, where several processes compute them; under torchrun or accelerate launch it
-            follows from the rank.
+        share: Which shards to compute, where several workers compute them; the processes of torchrun or accelerate
+            launch divide it among them.
         show_progress: Whether to show a progress bar.
 
     Raises:
@@ -112,7 +112,7 @@ class _Progress:
 def _precompute(
     recipes: Sequence[Recipe], share: Share | None, progress: _Progress, *, show_progress: bool
 ) -> PrecomputeSummary:
-    share = share or launched_share()
+    share = (share or Share()).part(launched_share())
     require_stored(recipes)
     teacher = locate_teacher(recipes)
     with first_process_first():

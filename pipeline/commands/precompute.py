@@ -34,7 +34,10 @@ def precompute(
     worker: Annotated[
         str | None,
         typer.Option(
-            "--worker", metavar="I/N", help="Compute the I-th of N shares: one process for each.", show_default=False
+            "--worker",
+            metavar="I/N|auto[/N]",
+            help="Compute the I-th of N shares; auto asks SLURM or Kubernetes.",
+            show_default=False,
         ),
     ] = None,
     as_json: JsonOption = False,

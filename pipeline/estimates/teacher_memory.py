@@ -36,6 +36,15 @@ class TeacherMemory:
         if teacher.placement != "streamed":
             return cls(teacher.placement, weights.total, weights.num_blocks, None)
         left = free_bytes(_HOST) - (weights.streamed if teacher.device == _HOST else 0)
-        bytes_per_token = ModelSizes.of(teacher.config).width * getattr(torch, teacher.dtype).itemsize
-        tokens = max(0, int(SHARE_OF_FREE * left / bytes_per_token))
-        return cls(teacher.placement, weights.streamed, weights.num_blocks, tokens)
+        per_token = waiting_bytes_per_token(ModelSizes.of(teacher.config), teacher.dtype)
+        return cls(teacher.placement, weights.streamed, weights.num_blocks, affordable_tokens(left, per_token))
+
+
+def waiting_bytes_per_token(sizes: ModelSizes, dtype: str) -> int:
+    """Return what a token holds while it waits between two blocks: the residual stream, in the teacher's dtype."""
+    return sizes.width * int(getattr(torch, dtype).itemsize)
+
+
+def affordable_tokens(free: float, bytes_per_token: int) -> int:
+    """Return how many tokens may wait between two blocks, by the bytes of memory that are free."""
+    return max(0, int(SHARE_OF_FREE * free / bytes_per_token))

@@ -51,11 +51,20 @@ _OTHER_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "Masked
 _NAMED = 3  # weights that an error names
 # What a model is trained on, of one of many blocks: not the tables that older versions of transformers saved too.
 _OF_A_BLOCK = re.compile(r"\.\d+\..*(weight|bias)$")
+_CONFIG_FILES = ["config.json", "*.py"]
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
-def resolve_folder(path: str, *, revision: str | None = None, local_only: bool = False) -> Path:
+def resolve_folder(
+    path: str, *, revision: str | None = None, local_only: bool = False, config_only: bool = False
+) -> Path:
     """Find a model's folder: a local one as it is, a hub name downloaded to (or found in) the hub's own cache.
+
+    Args:
+        path: The folder, or the name.
+        revision: Of the hub's model.
+        local_only: Whether to ask nobody for it.
+        config_only: Whether its config will do, so that no weights are downloaded.
 
     Raises:
         ModelError: There is no such folder, and no such model on the hub or the hub cannot be reached.
@@ -72,7 +81,8 @@ def resolve_folder(path: str, *, revision: str | None = None, local_only: bool =
     )
 
     try:
-        found = snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES, local_files_only=local_only)
+        wanted = _CONFIG_FILES if config_only else _HUB_FILES
+        found = snapshot_download(path, revision=revision, allow_patterns=wanted, local_files_only=local_only)
     except HFValidationError:
         raise ModelError(f"no model folder at {path}") from None
     except (RepositoryNotFoundError, RevisionNotFoundError):

@@ -2,11 +2,12 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from coldstill.pipeline.models.loading import text_config
 from coldstill.pipeline.models.machine import free_bytes
@@ -54,18 +55,29 @@ class WeightBytes:
         Raises:
             ModelError: A file is missing or damaged.
         """
-        lists: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-        total = 0
+        num_bytes = {}
         for name, tensor in stored_tensors(folder).items():
-            num_bytes = tensor.num_bytes
+            num_bytes[name] = tensor.num_bytes
             if dtype is not None and tensor.dtype.startswith(("F", "BF")):
-                num_bytes = tensor.num_values * int(getattr(torch, dtype).itemsize)
-            total += num_bytes
+                num_bytes[name] = tensor.num_values * int(getattr(torch, dtype).itemsize)
+        return cls._of_named(num_bytes, config)
+
+    @classmethod
+    def of_outline(cls, outline: PreTrainedModel, *, dtype: str) -> "WeightBytes":
+        """Count them by the parameters of a model that has no weights; one that is tied to another counts once."""
+        size = getattr(torch, dtype).itemsize
+        named = {name: size * weight.numel() for name, weight in outline.named_parameters()}
+        return cls._of_named(named, outline.config)
+
+    @classmethod
+    def _of_named(cls, named: Mapping[str, int], config: PreTrainedConfig) -> "WeightBytes":
+        lists: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+        for name, num_bytes in named.items():
             if found := _OF_A_LIST.match(name):
                 lists[found[1]][int(found[2])] += num_bytes
         # Of several numbered lists, such as an encoder of images beside them, the blocks are the most.
         blocks = max(lists.values(), key=lambda of_list: sum(of_list.values()), default={0: 0})
-        num_blocks = int(text_config(config).num_hidden_layers)
+        num_blocks, total = int(text_config(config).num_hidden_layers), sum(named.values())
         return cls(total, max(blocks.values()), total - sum(blocks.values()), num_blocks)
 
 
@@ -78,8 +90,13 @@ def choose_placement(
     """
     if section.placement != "auto":
         return section.placement
-    fits = all(weights.total <= _SHARE_OF_FREE * free_bytes(place) for place in {device, _HOST})
+    fits = fits_whole(weights, [free_bytes(place) for place in {device, _HOST}])
     return "whole" if fits or quantisation is not None else "streamed"
+
+
+def fits_whole(weights: WeightBytes, free: Iterable[float]) -> bool:
+    """Whether all of a teacher's weights fit into each of several places, by the bytes free there, beside a margin."""
+    return all(weights.total <= _SHARE_OF_FREE * num_bytes for num_bytes in free)
 
 
 def check_placement(

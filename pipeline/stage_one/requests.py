@@ -130,7 +130,7 @@ def locate_teacher(recipes: Sequence[Recipe], *, trains_here: bool = False) -> T
                 )
     teacher = Teacher.locate(first.teacher)
     for recipe in recipes:
-        _check_recipe(recipe, teacher)
+        check_targets(recipe, teacher)
         check_student(recipe, teacher)
         check_before_teacher(recipe, teacher, trains_here=trains_here)
     return teacher
@@ -180,8 +180,13 @@ def find_rows(
     return gathered
 
 
-def _check_recipe(recipe: Recipe, teacher: Teacher) -> None:
-    """Refuse, before any work, what this teacher cannot do."""
+def check_targets(recipe: Recipe, teacher: Teacher) -> None:
+    """Refuse, before any work, what this teacher cannot do, by its config.
+
+    Raises:
+        RecipeError: The recipe asks for blocks or tokens that it does not have.
+        ModelError: Rows are longer than what it reads.
+    """
     logits_targets(recipe.targets.logits).check(ModelSizes.of(teacher.config).vocab_size)
     check_length(teacher.config, recipe.data.sequence_length, who="teacher")
     for key, blocks in recipe.targets.hidden.named_blocks.items():

@@ -32,7 +32,7 @@ from coldstill.pipeline.targets.captured import Captured, CaptureRequest, union_
 from coldstill.pipeline.targets.target import TeacherTarget
 
 # Of its time, what a super-batch may wait for weights before the next one is made of more shards.
-_BEARABLE_WAIT = 0.03
+BEARABLE_WAIT = 0.03
 
 
 def shard_computer(store: Store, manifest: Manifest, teacher: Teacher, *, row_names: RowNames) -> ShardComputer:
@@ -94,7 +94,7 @@ class StreamedShards(ShardComputer):
                 self._end(shard, writer)
         waited_share = (self._loader.waited_s - waited_s) / (time.perf_counter() - started)
         tokens_each = max(job.num_tokens for job in jobs)
-        if waited_share > _BEARABLE_WAIT and 2 * len(jobs) * tokens_each <= together.affordable_tokens():
+        if waited_share > BEARABLE_WAIT and 2 * len(jobs) * tokens_each <= together.affordable_tokens():
             self._num_at_once = 2 * len(jobs)
 
     def _begin(self, job: ShardJob, together: SuperBatch) -> "_ShardUnderWay":

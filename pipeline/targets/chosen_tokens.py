@@ -98,6 +98,11 @@ class LargestLogits(_ChosenTokens):
         """The k largest logits."""
         return CaptureRequest(ks=(self.k,))
 
+    @property
+    def written_share(self) -> float:
+        """As measured: docs/plan.md."""
+        return 0.72 if self.values == "delta" else 0.85
+
     def describe(self, sizes: ModelSizes, code: TransformCode | None = None) -> Column:  # noqa: ARG002
         """Describe the column that `encode` fills."""
         return topk_column(self.name, k=self.k, values=self.values, vocab_size=sizes.vocab_size)
@@ -147,6 +152,11 @@ class TailDraws(_ChosenTokens):
     def needs(self) -> CaptureRequest:
         """The draws."""
         return CaptureRequest(tails=(self._request,))
+
+    @property
+    def written_share(self) -> float:
+        """As measured: docs/plan.md."""
+        return 0.74
 
     def describe(self, sizes: ModelSizes, code: TransformCode | None = None) -> Column:  # noqa: ARG002
         """Describe the column that `encode` fills."""

@@ -20,6 +20,7 @@ from coldstill.pipeline.targets.calibrations import CALIBRATION, code_digest
 from coldstill.pipeline.targets.captured import Captured, CaptureRequest
 from coldstill.pipeline.targets.encodings import (
     CODED,
+    ENCODING_BYTES,
     STORED,
     StateForm,
     decode_state,
@@ -27,6 +28,7 @@ from coldstill.pipeline.targets.encodings import (
     ordinary_positions,
     state_column,
     stated_error,
+    written_share,
 )
 from coldstill.pipeline.targets.fisher_information import OnWords, fisher_information
 from coldstill.pipeline.targets.live_errors import (
@@ -60,6 +62,8 @@ class _States(TeacherTarget):
 
     form: StateForm
 
+    _half_step: ClassVar[float]
+
     @property
     @abstractmethod
     def _place(self) -> str:
@@ -92,6 +96,15 @@ class _States(TeacherTarget):
         if self.form.encoding == CODED:
             return round(sizes.width * num_tokens * self.form.fraction)
         return super().raw_bytes(sizes, num_tokens=num_tokens, num_shards=num_shards)
+
+    @property
+    def written_share(self) -> float:
+        """That of the form."""
+        return written_share(self.form, half_step=self._half_step)
+
+    def encoding_bytes(self, sizes: ModelSizes) -> int:
+        """Return the bytes of the copies, most of them in float32 or int64, that the form is made by."""
+        return ENCODING_BYTES[self.form.encoding] * sizes.width
 
     def encode(self, captured: Captured, by: Encoding) -> dict[str, Tensor]:
         """Encode the states of a whole shard."""
@@ -144,6 +157,7 @@ class FinalState(_States):
     """The post-norm last state: with the output head, the distribution over every token at every temperature."""
 
     measure = KL
+    _half_step = 0.018
 
     @property
     def _place(self) -> str:
@@ -206,6 +220,7 @@ class _BlockStates(_States):
     block: int
 
     measure = SHARE
+    _half_step = 0.19
     _prefix: ClassVar[str]
 
     @property

@@ -76,6 +76,11 @@ class Target(ABC):
         """Of all positions, the share that is stored; the bytes of others compress to nothing."""
         return 1.0
 
+    @property
+    def written_share(self) -> float:
+        """Of the bytes before compression, the share that is written, as measured on real models: docs/plan.md."""
+        return 1.0
+
     def raw_bytes(self, sizes: ModelSizes, *, num_tokens: int, num_shards: int) -> int:
         """Return the bytes of so many tokens before compression, which the column will hardly exceed."""
         total = 0.0
@@ -109,6 +114,10 @@ class TeacherTarget(Target):
     def calibration(self) -> str | None:
         """The name of the calibration that it is coded with; None where there is none."""
         return None
+
+    def encoding_bytes(self, sizes: ModelSizes) -> int:  # noqa: ARG002
+        """Return the bytes a token that encoding takes beside what was captured; 0 where they are few."""
+        return 0
 
     @property
     def needs_stored_head(self) -> bool:

@@ -23,6 +23,11 @@ class Tokens(Target):
         """Read the column's name."""
         return cls() if name == TOKENS else None
 
+    @property
+    def written_share(self) -> float:
+        """As measured: docs/plan.md."""
+        return 0.24
+
     def describe(self, sizes: ModelSizes, code: TransformCode | None = None) -> Column:  # noqa: ARG002
         """Describe the column for a teacher's vocabulary."""
         return token_column(vocab_size=sizes.vocab_size)

@@ -7,13 +7,9 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,12 +17,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from uuid import uuid4
 
-import boto3
 import pytest
 import s3fs
 import yaml
+from bucket import Endpoint, environment, serving_buckets
 from commanding import run_command
 from crash.trees import difference, files_below
 from forked import Forks
@@ -40,67 +35,16 @@ from coldstill.cache.reader import Reader
 from coldstill.pipeline.outputs.run_index import find_run_rows
 from coldstill.pipeline.recipe.file import load_recipe
 
-REGION = "us-east-1"
 # Six rows of 24 tokens in each shard.
 SHARD_TOKENS = 144
 NUM_SHARDS = 5
 NUM_TOKENS = 624
 
 
-class Endpoint:
-    """An S3 endpoint with a bucket for each test."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.client = boto3.client(
-            "s3", endpoint_url=url, region_name=REGION, aws_access_key_id="test", aws_secret_access_key="test"
-        )
-
-    def make_bucket(self) -> str:
-        name = f"bucket-{uuid4().hex[:12]}"
-        self.client.create_bucket(Bucket=name)
-        return name
-
-    def names(self, bucket: str, prefix: str = "caches/") -> list[str]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return [entry["Key"].removeprefix("caches/") for page in pages for entry in page.get("Contents", [])]
-
-    def read(self, bucket: str, name: str) -> bytes:
-        with self.client.get_object(Bucket=bucket, Key=f"caches/{name}")["Body"] as body:
-            return body.read()
-
-    def write(self, bucket: str, name: str, data: bytes) -> None:
-        self.client.put_object(Bucket=bucket, Key=f"caches/{name}", Body=data)
-
-    def remove(self, bucket: str, name: str) -> None:
-        self.client.delete_object(Bucket=bucket, Key=f"caches/{name}")
-
-    def tree(self, bucket: str) -> dict[str, bytes]:
-        """Give every object of the stores and the index."""
-        return {name: self.read(bucket, name) for name in self.names(bucket) if not name.startswith("students/")}
-
-
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[Endpoint]:
-    """Start moto's S3 in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{url}/moto-api/", timeout=5):
-                    break
-            except urllib.error.URLError:
-                assert server.poll() is None, "moto's server ended"
-                time.sleep(0.05)
-        started = Endpoint(url)
+    with serving_buckets() as started:
         yield started
-        started.client.close()
-        server.kill()
 
 
 Fault = Callable[[int, str, str], str | None]
@@ -184,19 +128,6 @@ def proxy(endpoint: Endpoint) -> Iterator[Proxy]:
         yield server
         server.shutdown()
         thread.join()
-
-
-def environment(url: str, home: Path) -> dict[str, str]:
-    return {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": REGION,
-        # One attempt below Coldstill's own: what botocore repeats takes seconds and hides what is tested here.
-        "AWS_MAX_ATTEMPTS": "1",
-        "XDG_CACHE_HOME": str(home),
-        "HF_HUB_OFFLINE": "1",
-    }
 
 
 Use = Callable[[str], None]

@@ -1,8 +1,8 @@
-"""Bytes and seconds as a person reads them."""
+"""Bytes, seconds and other amounts as a person reads and writes them."""
 
 import pytest
 
-from coldstill.pipeline.runtime.units import format_duration, format_size
+from coldstill.pipeline.runtime.units import format_amount, format_duration, format_size, parse_amount
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,24 @@ def test_sizes_are_in_powers_of_a_thousand(num_bytes: float, said: str):
 )
 def test_times_are_in_the_unit_that_a_person_would_take(seconds: float, said: str):
     assert format_duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(5, "5.0 FLOP"), (1.5e3, "1.5 kFLOP"), (138.2e9, "138.2 GFLOP"), (4e17, "400.0 PFLOP")]
+)
+def test_amounts_are_in_powers_of_a_thousand(value: float, said: str):
+    assert format_amount(value, "FLOP") == said
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "value"),
+    [("1e9", "", 1e9), ("400T", "FLOP", 4e14), ("989.5 tflop", "FLOP", 9.895e14), (" 80 GB", "B", 8e10), ("7", "B", 7)],
+)
+def test_amounts_are_read_as_people_write_them(text: str, unit: str, value: float):
+    assert parse_amount(text, unit=unit) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["", "lots", "0", "-3G", "1e999", "80 GW", "1.2.3"])
+def test_what_is_no_amount_is_refused(text: str):
+    with pytest.raises(ValueError, match=r"is no amount above 0; expected one such as 1e9 or 4TB"):
+        parse_amount(text, unit="B")

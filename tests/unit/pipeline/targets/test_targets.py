@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from coldstill.cache.errors import FormatError
+from coldstill.pipeline.models.sizes import ModelSizes
 from coldstill.pipeline.targets.chosen_tokens import LargestLogits, TailDraws
 from coldstill.pipeline.targets.encodings import StateForm
 from coldstill.pipeline.targets.kinds import KINDS, parse_target
@@ -82,3 +83,38 @@ def test_no_module_outside_the_targets_looks_into_the_name_of_a_column():
         assert not found, f"{file.name} names columns by itself: {found}"
     # The check sees what it is to see.
     assert [text for text in strings_of(ROOT / "pipeline/targets/states.py") if text.startswith(BEGINNINGS)]
+
+
+# Bytes a token of columns of real models: width, vocabulary, what a store has. SmolLM2-135M on WikiText-2 and, where
+# its last states take more, on FineWeb-Edu and code; gemma-3-270m on WikiText-2 and FineWeb-Edu (docs/results.md).
+MEASURED = [
+    ("tokens", 576, 49152, 1.4),
+    ("label_logit", 576, 49152, 3.6),
+    ("logsumexp/4", 576, 49152, 3.4),
+    ("logits/final/coded_0.02", 576, 49152, 256.2),
+    ("logits/final/coded_0.02", 576, 49152, 304),
+    ("logits/final/coded_0.03", 576, 49152, 207.4),
+    ("logits/final/coded_0.03", 576, 49152, 247),
+    ("logits/final/coded_0.03", 640, 262144, 252.4),
+    ("logits/final/coded_0.03", 640, 262144, 269.5),
+    ("logits/final/int8", 576, 49152, 536.1),
+    ("logits/final/float16", 576, 49152, 1065.9),
+    ("hidden/4/coded_0.1", 576, 49152, 330.2),
+    ("hidden/14/coded_0.2", 576, 49152, 273.9),
+    ("hidden/24/coded_0.4", 576, 49152, 225.8),
+    ("hidden/14/int8", 576, 49152, 534.2),
+    ("hidden/14/bfloat16", 576, 49152, 917.8),
+    ("hidden/14/float32", 576, 49152, 2141.9),
+    ("logits/topk/64/delta", 576, 49152, 140.1),
+    ("logits/topk/64/float32", 576, 49152, 327.9),
+    ("logits/tail/32_32/1_2_3_4", 576, 49152, 145.6),
+]
+
+
+@pytest.mark.parametrize(("name", "width", "vocab_size", "measured"), MEASURED)
+def test_what_is_said_to_be_written_is_what_stores_of_real_models_have(
+    name: str, width: int, vocab_size: int, measured: float
+):
+    target = parse_target(name)
+    raw_bytes = target.raw_bytes(ModelSizes(width, vocab_size), num_tokens=32_768, num_shards=1)
+    assert target.written_share * raw_bytes / 32_768 == pytest.approx(measured, rel=0.15)
