@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coldstill.cache import rows
+from coldstill.cache import laying
 from coldstill.cache.manifest import Manifest
 from coldstill.cache.objects import open_objects
 from coldstill.cache.store import Store
@@ -190,7 +190,7 @@ def _columns(wanted: _Wanted, tokens: Mapping[str, int], sizes: ModelSizes) -> l
     columns = []
     for target, count in targets.items():
         num_tokens = sum(tokens[split] for split, of_split in wanted.items() if target in of_split)
-        num_shards = -(-num_tokens // rows.SHARD_TOKENS)
+        num_shards = -(-num_tokens // laying.SHARD_TOKENS)
         most_bytes = count * target.raw_bytes(sizes, num_tokens=num_tokens, num_shards=num_shards)
         name = target.name_of_several(count) if count > 1 and isinstance(target, BlockOutput) else target.name
         columns.append(StoredColumn(name, num_tokens, most_bytes, round(target.written_share * most_bytes)))
@@ -216,7 +216,7 @@ def _work_bytes(recipe: Recipe, teacher: Teacher, wanted: _Wanted, work: TokenWo
         num_states += any(target.needs.final_state for target in targets)
         encoding = max((target.encoding_bytes(sizes) for target in targets), default=0)
         of_token = max(of_token, num_states * sizes.width * itemsize + encoding)
-    return round(max(of_batch, rows.SHARD_TOKENS * of_token))
+    return round(max(of_batch, laying.SHARD_TOKENS * of_token))
 
 
 def _of_teacher(targets: Mapping[Target, int]) -> list[TeacherTarget]:

@@ -5,7 +5,7 @@ The arithmetic stands in docs/plan.md. How blocks stream, when they wait, and wh
 
 from dataclasses import dataclass
 
-from coldstill.cache import rows
+from coldstill.cache import laying
 from coldstill.pipeline.estimates.teacher_memory import affordable_tokens
 from coldstill.pipeline.models.placement import WeightBytes, fits_whole
 from coldstill.pipeline.recipe.sections import Placement
@@ -131,7 +131,7 @@ class TeacherTask:
         """Return how many tokens come to pass a block together: twice as many while it waits, and memory allows."""
         most = affordable_tokens(self.machine.host_bytes, self.waiting_bytes)
         reading_s = (self.weights.total - self.weights.others) / self.machine.disk_rate
-        together = rows.SHARD_TOKENS
+        together = laying.SHARD_TOKENS
         while 2 * together <= most and together < self.num_tokens:
             working_s = together * self.block_flops / self.machine.flops
             if reading_s - working_s <= BEARABLE_WAIT * reading_s:

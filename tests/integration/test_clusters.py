@@ -107,7 +107,7 @@ def alone(
     write_recipe: Callable[..., Path], coldstill: Callable[..., Any], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, bytes]:
     """The stores of a root that one process fills."""
-    monkeypatch.setattr("coldstill.cache.rows.SHARD_TOKENS", SHARD_TOKENS)
+    monkeypatch.setattr("coldstill.cache.laying.SHARD_TOKENS", SHARD_TOKENS)
     coldstill("precompute", write_recipe(cache=str(workplace / "alone")))
     return {name: data for name, data in files_below(workplace / "alone").items() if name.startswith("stores/")}
 
