@@ -33,7 +33,7 @@ from coldstill.pipeline.students.pruning_record import PRUNING_FILE, read_prunin
 from coldstill.pipeline.students.pruning_report import JudgedRows
 
 # Part of a student's name: a change of how students are made makes those that are kept stale.
-_VERSION = 3
+_VERSION = 4
 # What a student is compared with its teacher on: enough to see what was lost.
 _JUDGED_ROWS = 4
 

@@ -74,14 +74,27 @@ def test_a_fitted_block_is_nearer_to_its_aim_and_no_other_block_changes(build_mo
     first = {name: value.clone() for name, value in student.blocks[0].state_dict().items()}
     with torch.no_grad():
         before = float(block_loss(student.blocks[1], 1, batch))
-    fit_block(student.blocks[1], 1, [batch], BlockFit(learning_rate=1e-2, num_epochs=20))
+    fit_block(student.blocks[1], 1, [batch], BlockFit(relative_rate=5e-2, num_epochs=20))
     with torch.no_grad():
         assert float(block_loss(student.blocks[1], 1, batch)) < 0.7 * before
     assert all(torch.equal(value, first[name]) for name, value in student.blocks[0].state_dict().items())
 
 
+def test_each_parameter_moves_by_a_share_of_its_own_size(build_model):
+    student, _, batch = under_way(build_model)
+    block = student.blocks[1]
+    with torch.no_grad():
+        block.self_attn.o_proj.weight.mul_(8.0)
+    before = {name: value.detach().clone() for name, value in block.named_parameters()}
+    fit_block(block, 1, [batch], BlockFit(relative_rate=1e-2))
+    for name, value in block.named_parameters():
+        # The first step of Adam is as long as its rate.
+        moved = float((value - before[name]).abs().max().detach())
+        assert moved == pytest.approx(1e-2 * float(before[name].square().mean().sqrt()), rel=1e-2), name
+
+
 def test_the_learning_rate_rises_to_its_height_and_falls_to_nothing():
-    how = BlockFit(learning_rate=1.0, warmup=0.25)
+    how = BlockFit(relative_rate=1.0, warmup=0.25)
     rates = [how.rate_at(step, 16) for step in range(16)]
     assert rates[:3] == sorted(rates[:3])
     assert rates[3:] == sorted(rates[3:], reverse=True)
