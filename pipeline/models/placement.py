@@ -54,11 +54,14 @@ class WeightBytes:
         Raises:
             ModelError: A file is missing or damaged.
         """
+        size: int | None = None if dtype is None else getattr(torch, dtype).itemsize
         lists: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
         total = 0
         for name, tensor in stored_tensors(folder).items():
-            runs_in_dtype = dtype is not None and tensor.dtype.startswith(("F", "BF"))
-            num_bytes = tensor.num_values * getattr(torch, dtype).itemsize if runs_in_dtype else tensor.num_bytes
+            if size is not None and tensor.dtype.startswith(("F", "BF")):
+                num_bytes = tensor.num_values * size
+            else:
+                num_bytes = tensor.num_bytes
             total += num_bytes
             if found := _OF_A_LIST.match(name):
                 lists[found[1]][int(found[2])] += num_bytes

@@ -6,6 +6,7 @@ over its blocks reads its files once: whoever has many rows lets all of them pas
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -112,7 +113,7 @@ class _Reader:
         with torch.cuda.stream(self._copies):  # nothing where there is none
             weights: dict[str, Tensor] = {}
             for source in sources:
-                weights |= source.make(lambda name, source=source: self._tensor(name, source.target), self._model)
+                weights |= source.make(functools.partial(self._tensor, target=source.target), self._model)
             new = {name: value for name, value in weights.items() if name not in self._checked}
             if name := first_non_finite(new):
                 raise ModelError(non_finite(self._folder, name))

@@ -77,7 +77,7 @@ class StoredTensor:
         """
         dtype = self.torch_dtype
         bytes_N = torch.empty(self.num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
-        left = memoryview(bytes_N.numpy())
+        left: memoryview = bytes_N.numpy().data
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.start)
             while left:
