@@ -72,8 +72,13 @@ def stored(recipe: Recipe) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_streamed_teacher_writes_the_same_store(
-    placed: Callable[..., Recipe], build_model: Any, workplace: Path, architecture: str
+    placed: Callable[..., Recipe],
+    build_model: Any,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
 ):
+    monkeypatch.setattr(coldstill.cache.rows, "SHARD_TOKENS", 160)  # two batches a shard, of rows as long as these
     build_model(architecture, **ARCHITECTURES[architecture]).save_pretrained(workplace / "teacher")
     # Documents of several lengths, so that batches are padded.
     changes = {"targets": ALL_KINDS, "loss__gamma": 0.0, "data__packing": False, "data__sequence_length": 40}
