@@ -33,7 +33,9 @@ from coldstill.pipeline.students.pruning_record import PRUNING_FILE, read_prunin
 from coldstill.pipeline.students.pruning_report import JudgedRows
 
 # Part of a student's name: a change of how students are made makes those that are kept stale.
-_VERSION = 4
+_VERSION = 3
+# The same of how blocks are trained, part of the names of those whose blocks may be.
+_BLOCKS_VERSION = 2
 # What a student is compared with its teacher on: enough to see what was lost.
 _JUDGED_ROWS = 4
 
@@ -123,6 +125,8 @@ def student_name(section: PruneConfig | InitConfig, teacher: Teacher, calibratio
         how["reconstruct"] = True  # as it was called when the first students were named
     rows = [row_id(tokens).hex() for tokens in calibration] if section.needs_calibration else []
     facts = {"version": _VERSION, "teacher": teacher.fingerprint, type(section).__name__: how, "calibration": rows}
+    if section.reconstruct in ("auto", "blocks"):
+        facts["blocks_version"] = _BLOCKS_VERSION
     return digest_of(facts)[:FINGERPRINT_CHARS]
 
 

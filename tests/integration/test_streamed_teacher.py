@@ -78,7 +78,7 @@ def test_a_streamed_teacher_writes_the_same_store(
     monkeypatch: pytest.MonkeyPatch,
     architecture: str,
 ):
-    monkeypatch.setattr(coldstill.cache.rows, "SHARD_TOKENS", 160)  # two batches a shard, of rows as long as these
+    monkeypatch.setattr("coldstill.cache.laying.SHARD_TOKENS", 160)  # two batches a shard, of rows as long as these
     build_model(architecture, **ARCHITECTURES[architecture]).save_pretrained(workplace / "teacher")
     # Documents of several lengths, so that batches are padded.
     changes = {"targets": ALL_KINDS, "loss__gamma": 0.0, "data__packing": False, "data__sequence_length": 40}
