@@ -139,6 +139,7 @@ def write_recipe(
 
 
 def run_arm(options: argparse.Namespace) -> None:
+    import psutil
     import torch
 
     from coldstill.pipeline.recipe.file import load_recipe
@@ -147,7 +148,7 @@ def run_arm(options: argparse.Namespace) -> None:
 
     report = reporting()
     teacher, gathered = gather([load_recipe(options.recipe, [f"teacher.placement={options.arm}"])])
-    before = 0 if torch.cuda.is_available() else peak_memory_bytes()
+    before = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
     work = one_shard(teacher, gathered, options.recipe.parent)
     report({"ready": True})
     for _ in range(options.rounds + 1):
