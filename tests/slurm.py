@@ -1,7 +1,8 @@
 """What stands in for SLURM and its nodes: run by name from a folder on PATH, as `sbatch`, `srun` and so on.
 
 `sbatch` runs a script when it is submitted, once for each task of its array, all at once, with the variables that SLURM
-gives a batch job. `srun` runs a command once for each node, on this machine. `torchrun` starts one process for `gpu`.
+gives a batch job. `srun` runs a command once for each node, on this machine. `torchrun` starts a process for each of
+SLURM_GPUS_ON_NODE, which nodes here have none of: one where it is not set.
 """
 
 import json
@@ -48,7 +49,8 @@ def main() -> int:
     assert arguments[arguments.index("-m") + 1] == "coldstill"
     at = arguments.index("-m")
     arguments[at : at + 2] = program
-    return subprocess.call([*told["torchrun"], *["1" if word == "gpu" else word for word in arguments]])
+    num_gpus = os.environ.get("SLURM_GPUS_ON_NODE", "1")
+    return subprocess.call([*told["torchrun"], *[num_gpus if word == "gpu" else word for word in arguments]])
 
 
 def _sbatch(folder: Path, arguments: list[str]) -> int:

@@ -137,8 +137,8 @@ def test_a_slurm_array_fills_the_bucket_and_two_nodes_train_from_it(cluster: Clu
 
 def test_the_processes_of_an_array_of_nodes_divide_their_nodes_share(cluster: Cluster, alone: dict[str, bytes]):
     cluster.run_to_its_end(["coldstill", "prune", "mine.yaml"])
-    cluster.run_to_its_end(["sbatch", "precompute_nodes.sh"])
-    check_workers(cluster, 2)
+    cluster.run_to_its_end(["sbatch", "precompute_nodes.sh"], SLURM_GPUS_ON_NODE="2")
+    check_workers(cluster, 4)
     assert difference(cluster.stored(), alone) == {}
 
 
